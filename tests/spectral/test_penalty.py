@@ -1,0 +1,322 @@
+"""SpectralPenalty: its value and gradient, its schedule, its state, and the training loops it lives in."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_specreg.spectral.penalty import SpectralPenalty, _SquaredSigma
+from hf_specreg.spectral.operators import linear_operators
+from hf_specreg.spectral.singular import dense_matrix, random_vector, top_singular_value
+
+
+class SmallNet(nn.Module):
+    """Convolution, depthwise convolution with batch norm, linear layer, head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm = nn.BatchNorm2d(8)
+        self.proj = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.norm(self.depthwise(self.stem(x).relu())).mean((2, 3))
+        return self.head(self.proj(x).relu())
+
+
+SIZE = (3, 12, 12)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return SmallNet()
+
+
+def make(net, **kwargs):
+    return SpectralPenalty(net, **{"head": "head", "input_size": SIZE, **kwargs})
+
+
+def exact_sum(net, names=("stem", "depthwise", "proj")):
+    shapes = {"stem": SIZE, "depthwise": (8, 6, 6), "proj": (8,), "head": (16,)}
+    total = 0
+    for name in names:
+        (operator,) = linear_operators(name, net.get_submodule(name), shapes[name])
+        total = total + torch.linalg.matrix_norm(
+            dense_matrix(operator, operator.effective_weight()), ord=2
+        ).square()
+    return total
+
+
+def test_value_and_gradient_are_those_of_the_dense_svd(net):
+    penalty = make(net, strength=0.3, power_iterations=300)
+    value = penalty()
+    value.backward()
+    expected = 0.3 * exact_sum(net)
+    weights = [net.stem.weight, net.depthwise.weight, net.proj.weight]
+    gradients = torch.autograd.grad(expected, weights)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert weight.grad.abs().max() > 0
+        torch.testing.assert_close(weight.grad, gradient, rtol=2e-2, atol=2e-3 * gradient.abs().max())
+    assert net.head.weight.grad is None
+
+
+def test_scope_all_adds_the_head_and_nothing_else(net):
+    features, everything = make(net, power_iterations=300), make(net, scope="all", power_iterations=300)
+    assert [layer.name for layer in features.layers] == ["stem", "depthwise", "proj"]
+    assert [layer.name for layer in everything.layers] == ["stem", "depthwise", "proj", "head"]
+    expected = exact_sum(net, ("stem", "depthwise", "proj", "head"))
+    torch.testing.assert_close(everything(), 1e-2 * expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 4), (5,)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 6, 6)),
+        (nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"), (4, 5, 5)),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1), (2, 3, 3)),
+    ],
+    ids=["linear", "strided", "depthwise-reflect", "transposed"],
+)
+def test_gradcheck_in_float64(layer, shape):
+    torch.manual_seed(0)
+    (operator,) = linear_operators("layer", layer.double(), shape)
+    weight = operator.effective_weight().detach().requires_grad_()
+    start = random_vector(operator, weight.detach(), torch.Generator().manual_seed(0))
+    v = top_singular_value(operator, weight.detach(), start, tolerance=1e-12).v
+    assert torch.autograd.gradcheck(lambda w: _SquaredSigma.apply(w, operator, v), weight)
+
+
+def test_scaling_the_weights_scales_the_penalty_by_the_square(net):
+    before = make(net, power_iterations=100)()
+    with torch.no_grad():
+        for layer in (net.stem, net.depthwise, net.proj):
+            layer.weight.mul_(-3)
+    torch.testing.assert_close(make(net, power_iterations=100)(), 9 * before, rtol=1e-4, atol=0)
+
+
+def test_descending_the_penalty_lowers_the_exact_sum(net):
+    penalty = make(net, strength=1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    before = exact_sum(net).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        penalty().backward()
+        optimizer.step()
+    assert exact_sum(net).item() < 0.7 * before
+
+
+def test_burn_in_and_cadence_count_calls(net):
+    penalty = make(net, burn_in=3, every=2)
+    assert [penalty().item() > 0 for _ in range(8)] == [False] * 3 + [True, False, True, False, True]
+    assert penalty.step == 8
+
+
+def test_between_cadences_it_adds_nothing_to_the_gradient(net):
+    penalty = make(net, burn_in=1)
+    images = torch.randn(2, *SIZE)
+    (net(images).square().mean() + penalty()).backward()
+    expected = torch.autograd.grad(net(images).square().mean(), net.proj.weight)[0]
+    torch.testing.assert_close(net.proj.weight.grad, expected)
+
+
+def test_frozen_layers_give_value_but_no_gradient(net):
+    reference = make(net)()
+    net.stem.weight.requires_grad_(False)
+    value = make(net)()
+    value.backward()
+    torch.testing.assert_close(value, reference)
+    assert net.stem.weight.grad is None
+    assert net.proj.weight.grad is not None
+    net.requires_grad_(False)
+    assert not make(net)().requires_grad
+
+
+def test_tied_weights_count_once():
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    net = nn.Sequential(first, second, nn.Linear(6, 2))
+    penalty = SpectralPenalty(FlatInput(net), head="net.2", input_size=(1, 2, 3))
+    assert [layer.name for layer in penalty.layers] == ["net.0"]
+
+
+class FlatInput(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.flatten(1))
+
+
+def test_finding_the_layers_touches_no_statistics_mode_or_random_state(net):
+    net.train()
+    net.depthwise.eval()
+    before, random_state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    penalty = make(net)
+    penalty()
+    penalty.sigmas()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [net.training, net.depthwise.training, net.norm.training] == [True, False, True]
+    assert all(torch.equal(a, before[k]) for k, a in net.state_dict().items())
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_state_resumes_to_the_same_bits(net):
+    penalty = make(net, every=2)
+    for _ in range(3):
+        penalty()
+    other = make(net, every=2)
+    other.load_state_dict(copy.deepcopy(penalty.state_dict()))
+    with torch.no_grad():
+        net.proj.weight.add_(0.1)
+    expected, resumed = [[p().item() for _ in range(4)] for p in (penalty, other)]
+    assert resumed == expected
+
+
+def test_state_of_another_model_is_refused(net):
+    state = make(net)
+    state()
+    with pytest.raises(ValueError, match="vector of 'stem'"):
+        make(net, input_size=(3, 10, 10)).load_state_dict(state.state_dict())
+
+
+def test_sigmas_are_converged_and_do_not_change_the_training(net):
+    penalty = make(net)
+    penalty()
+    vectors = copy.deepcopy(penalty.state_dict())
+    sigmas = penalty.sigmas()
+    assert list(sigmas) == ["stem", "depthwise", "proj"]
+    total = sum(s**2 for s in sigmas.values())
+    assert total == pytest.approx(exact_sum(net).item(), rel=1e-4)
+    after = penalty.state_dict()
+    assert after["step"] == 1
+    assert all(torch.equal(v, after["vectors"][k]) for k, v in vectors["vectors"].items())
+
+
+def test_an_encoder_trained_at_another_resolution_is_noticed(net):
+    penalty = make(net)
+    net.eval()
+    net(torch.randn(2, 3, 20, 20))
+    penalty()
+    net.train()
+    net(torch.randn(2, 3, 20, 20))
+    with pytest.raises(ValueError, match=r"inputs of \(3, 20, 20\).*set_input_size"):
+        penalty()
+    penalty.set_input_size((3, 20, 20))
+    net(torch.randn(2, 3, 20, 20))
+    assert penalty() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_autocast_are_computed_in_float32(net, dtype):
+    expected = make(net, power_iterations=100)()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = make(net, power_iterations=100)()
+    torch.testing.assert_close(under_autocast, expected)
+    half = make(net.to(dtype), power_iterations=100)()
+    half.backward()
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=1e-2, atol=0)
+    assert net.proj.weight.grad.dtype == dtype
+
+
+def test_grad_scaler_scales_the_penalty_with_the_loss(net):
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(make(net)()).backward()
+    scaled = net.proj.weight.grad.clone()
+    net.zero_grad()
+    make(net)().backward()
+    torch.testing.assert_close(scaled, 64 * net.proj.weight.grad)
+
+
+def test_gradient_accumulation_with_one_call_a_step_gives_the_full_batch_gradient(net):
+    net.norm.eval()
+    images, labels = torch.randn(8, *SIZE), torch.randint(5, (8,))
+    (F.cross_entropy(net(images), labels) + make(net)()).backward()
+    full = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    penalty = make(net)
+    for i, (x, y) in enumerate(zip(images.chunk(4), labels.chunk(4), strict=True)):
+        loss = F.cross_entropy(net(x), y) / 4
+        (loss + penalty() if i == 3 else loss).backward()
+    assert penalty.step == 1
+    for p, expected in zip(net.parameters(), full, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_inside_a_compiled_step_it_gives_the_eager_gradient(net):
+    net.norm.eval()
+    images = torch.randn(4, *SIZE)
+    (net(images).square().mean() + make(net)()).backward()
+    expected = net.proj.weight.grad.clone()
+    net.zero_grad()
+    compiled = torch.compile(net, backend="aot_eager")
+    penalty = make(compiled)
+
+    @torch.compile(backend="aot_eager")
+    def step(x):
+        return compiled(x).square().mean() + penalty()
+
+    for _ in range(3):
+        net.zero_grad()
+        step(images).backward()
+    torch.testing.assert_close(net.proj.weight.grad, expected, rtol=1e-2, atol=1e-5)
+    assert penalty.step == 3
+
+
+def test_a_copied_model_does_not_drag_the_penalty_along(net):
+    make(net)
+    clone = copy.deepcopy(net)
+    clone.load_state_dict(net.state_dict())
+    assert clone(torch.randn(2, *SIZE)).shape == (2, 5)
+
+
+def test_bad_arguments_name_the_argument(net):
+    for kwargs, message in [
+        ({"scope": "head"}, "scope"),
+        ({"every": 0}, "every"),
+        ({"burn_in": -1}, "burn_in"),
+        ({"strength": -1.0}, "strength"),
+        ({"head": "fc"}, "head 'fc' is no module of SmallNet; .*'head', 'proj'"),
+        ({"head": None}, "cannot find the head of SmallNet"),
+        ({"skip": ["norms"]}, "norms"),
+        ({"skip": "norm"}, "sequence of names"),
+        ({"head": "stem"}, "no linear map"),
+        ({"input_size": (4, 12, 12)}, "input_size"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            make(net, **kwargs)
+    with pytest.raises(ValueError, match="does not say its input size"):
+        SpectralPenalty(net, head="head")
+
+
+def test_skip_leaves_a_layer_and_all_it_holds_out():
+    model = timm.create_model("resnet18", num_classes=3)
+    names = [p.name for p in SpectralPenalty(model, skip=["layer4", "conv1"]).layers]
+    assert "layer3.1.conv2" in names
+    assert not [n for n in names if n.startswith("layer4") or n == "conv1"]
+
+
+def test_a_sigma_that_does_not_converge_is_warned_of(net):
+    with torch.no_grad():
+        net.proj.weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="'proj' did not converge"):
+        make(net).sigmas()
+
+
+def test_a_clean_use_warns_of_nothing(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty = make(net)
+        penalty().backward()
+        penalty.sigmas()

@@ -1,0 +1,186 @@
+"""Top singular values: the iterations against the exact references, and the references against each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_specreg.spectral.operators import Dense, linear_operators
+from hf_specreg.spectral.singular import (
+    block_norms,
+    dense_matrix,
+    power_iteration,
+    random_vector,
+    top_singular_value,
+    top_singular_value_dense,
+    top_singular_value_fft,
+)
+
+
+def matrix_operator(weight):
+    return Dense("layer", (weight.shape[1],), lambda: weight)
+
+
+def operator_of(layer, shape):
+    (operator,) = linear_operators("layer", layer, shape)
+    return operator, operator.effective_weight().detach()
+
+
+def start(operator, weight):
+    return random_vector(operator, weight, torch.Generator().manual_seed(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dims=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.sampled_from([1, 2, 3]),
+    dilation=st.sampled_from([1, 2]),
+)
+def test_fourier_form_matches_dense_svd_of_circular_convolutions(
+    dims, groups, kernel, stride, dilation
+):
+    layer_type = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
+    padding = dilation * (kernel - 1) // 2
+    layer = layer_type(
+        2 * groups,
+        3 * groups,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias=False,
+        padding_mode="circular",
+    ).double()
+    if padding > 6:
+        return
+    operator, weight = operator_of(layer, (2 * groups, *(6,) * dims))
+    torch.testing.assert_close(
+        top_singular_value_fft(operator, weight), top_singular_value_dense(operator, weight)
+    )
+
+
+def test_fourier_form_refuses_zero_padding_and_strides_that_do_not_divide():
+    operator, weight = operator_of(nn.Conv2d(2, 2, 3, padding=1), (2, 6, 6))
+    with pytest.raises(ValueError, match="must be circular"):
+        top_singular_value_fft(operator, weight)
+    strided = nn.Conv2d(2, 2, 3, stride=4, padding=1, padding_mode="circular")
+    operator, weight = operator_of(strided, (2, 6, 6))
+    with pytest.raises(ValueError, match=r"stride \(4, 4\) must divide"):
+        top_singular_value_fft(operator, weight)
+
+
+def test_zero_and_circular_padding_have_different_norms():
+    torch.manual_seed(0)
+    zeros = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    circular = nn.Conv2d(3, 3, 3, padding=1, bias=False, padding_mode="circular")
+    circular.load_state_dict(zeros.state_dict())
+    sigma = [top_singular_value_dense(*operator_of(c, (3, 6, 6))) for c in (zeros, circular)]
+    assert sigma[0] < 0.99 * sigma[1]
+
+
+def test_power_iteration_raises_sigma_towards_the_top_and_reaches_it():
+    torch.manual_seed(0)
+    weight = torch.randn(20, 30)
+    operator = matrix_operator(weight)
+    v = start(operator, weight)
+    sigmas = []
+    for _ in range(200):
+        v = power_iteration(operator, weight, v)
+        sigmas.append(block_norms(operator, operator.apply(weight, v)).item())
+    assert all(b >= a * (1 - 1e-6) for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert sigmas[-1] == pytest.approx(torch.linalg.matrix_norm(weight, ord=2).item(), rel=1e-4)
+
+
+def test_one_iteration_brings_a_stale_vector_back():
+    """The weights move a little, the vector is stale and its value low; one iteration takes most of that away."""
+    torch.manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(20, 20))
+    right, _ = torch.linalg.qr(torch.randn(20, 20))
+    weight = left @ torch.diag(torch.linspace(1, 3, 20) ** 2) @ right
+    operator = matrix_operator(weight)
+    v = top_singular_value(operator, weight, start(operator, weight), tolerance=1e-5).v
+    moved = weight + 0.3 * torch.randn(20, 20)
+    exact = torch.linalg.matrix_norm(moved, ord=2)
+
+    def gap(vector):
+        return (1 - block_norms(operator, operator.apply(moved, vector)) / exact).item()
+
+    recovered = power_iteration(operator, moved, v)
+    assert gap(v) > 1e-3
+    assert 0 <= gap(recovered) < 0.5 * gap(v)
+
+
+def test_scaling_the_weight_scales_sigma():
+    torch.manual_seed(0)
+    operator, weight = operator_of(nn.Conv2d(3, 5, 3, stride=2, padding=1), (3, 8, 8))
+    v = start(operator, weight)
+    sigma = top_singular_value(operator, weight, v, tolerance=1e-5).sigma
+    scaled = top_singular_value(operator, -2.5 * weight, v, tolerance=1e-5).sigma
+    torch.testing.assert_close(scaled, 2.5 * sigma, rtol=1e-4, atol=0)
+
+
+def test_sigma_of_a_projection_and_of_a_scaled_identity_are_known():
+    weight = torch.zeros(6, 6)
+    weight[0, 0] = 1.0
+    operator = matrix_operator(weight)
+    assert top_singular_value(operator, weight, start(operator, weight)).sigma == pytest.approx(1.0)
+    weight = 3.0 * torch.eye(6)
+    operator = matrix_operator(weight)
+    assert top_singular_value(operator, weight, start(operator, weight)).sigma == pytest.approx(3.0)
+
+
+def test_a_depthwise_vector_moves_to_the_channel_that_becomes_the_largest():
+    """With one unit vector for all channels, those that were not the largest would have died out to 0."""
+    layer = nn.Conv2d(4, 4, 1, groups=4, bias=False)
+    operator, weight = operator_of(layer, (4, 3, 3))
+    weight = torch.tensor([4.0, 1.0, 0.5, 0.1]).reshape(4, 1, 1, 1)
+    v = power_iteration(operator, weight, start(operator, weight), iterations=500)
+    shrunk = weight.clone()
+    shrunk[0] = 0.01
+    v = power_iteration(operator, shrunk, v)
+    assert block_norms(operator, operator.apply(shrunk, v)).max() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_layer_that_starts_at_zero_is_seen_once_it_grows():
+    torch.manual_seed(0)
+    weight = torch.zeros(5, 7)
+    operator = matrix_operator(weight)
+    v = start(operator, weight)
+    found = top_singular_value(operator, weight, v)
+    assert found.sigma == 0
+    assert found.converged
+    v = power_iteration(operator, weight, v, iterations=3)
+    grown = torch.randn(5, 7)
+    v = power_iteration(operator, grown, v, iterations=100)
+    sigma = block_norms(operator, operator.apply(grown, v))
+    assert sigma.item() == pytest.approx(torch.linalg.matrix_norm(grown, ord=2).item(), rel=1e-3)
+
+
+def test_non_convergence_is_visible():
+    torch.manual_seed(0)
+    weight = torch.diag(torch.linspace(0.99, 1, 400))
+    operator = matrix_operator(weight)
+    found = top_singular_value(
+        operator, weight, start(operator, weight), tolerance=1e-6, max_restarts=1
+    )
+    assert not found.converged
+    assert found.residual > 1e-6
+
+
+def test_nan_in_the_weight_is_reported_as_not_converged():
+    weight = torch.randn(4, 4)
+    weight[1, 2] = torch.nan
+    operator = matrix_operator(weight)
+    found = top_singular_value(operator, weight, start(operator, weight))
+    assert not found.converged
+    assert found.sigma.isnan()
+
+
+def test_dense_matrix_of_a_linear_layer_is_its_weight():
+    layer = nn.Linear(4, 3)
+    operator, weight = operator_of(layer, (4,))
+    torch.testing.assert_close(dense_matrix(operator, weight), layer.weight.detach())
