@@ -122,8 +122,8 @@ def find_input_size(model: nn.Module) -> tuple[int, int, int]:
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg and cfg.get("input_size"):
         channels, *size = cfg["input_size"]
-        first = _first_convolution(model, cfg.get("first_conv"))
-        channels = getattr(first, "in_channels", channels)
+        first = getattr(_first_convolution(model, cfg.get("first_conv")), "in_channels", channels)
+        channels = first if first < 16 else channels  # a stem that folds space into channels has more
         for owner in (getattr(model, "patch_embed", None), model):
             size = _pair(getattr(owner, "img_size", None)) or size
         return (channels, *size)
@@ -269,7 +269,7 @@ class _Recorder(TorchFunctionMode):
         if func in LINEAR_FUNCTIONS:
             fed = _image_dependent((args, kwargs))
             for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self.owners:
+                if fed is not None and id(leaf) in self.owners:
                     name, _, parameter = self.owners[id(leaf)].rpartition(".")
                     self.direct.setdefault(name, set()).add(parameter)
                     self.note(name, fed, output)

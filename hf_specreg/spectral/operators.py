@@ -37,7 +37,7 @@ STANDARDISED_CONVOLUTIONS = frozenset(
 )
 # What a parameter of two or more dimensions is called when it is added, looked up or a gain.
 NO_LINEAR_MAP = re.compile(
-    r"embed|token|bias|pos|rel_|latent|query|gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
+    r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query|gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
 )
 
 
@@ -227,7 +227,7 @@ def linear_operators(
         return _attention_operators(name, module, split_qkv)
     if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
         return _lora_operators(name, module, input_shape, split_qkv, parent)
-    if isinstance(module, nn.Linear) and _forward_is(module, nn.Linear):
+    if _is_linear(module):
         return _dense(name, module, _weight_of(module), split_qkv and _stacks_qkv(name, module, parent))
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         weight = _weight_of(module)
@@ -260,6 +260,12 @@ def unsupported(name: str, module: nn.Module, parameter_name: str) -> Unsupporte
 
 def _forward_is(module: nn.Module, *kinds: type) -> bool:
     return any(type(module).forward is kind.forward for kind in kinds)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes what nn.Linear does; timm's own Linear only casts its weight."""
+    own = _forward_is(module, nn.Linear) or type(module).forward.__module__ == "timm.layers.linear"
+    return isinstance(module, nn.Linear) and own
 
 
 def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Tensor]:
@@ -324,7 +330,7 @@ def _lora_operators(
         return effective
 
     base = module.base_layer
-    if isinstance(base, nn.Linear) and _forward_is(base, nn.Linear):
+    if _is_linear(base):
         return _dense(name, base, added(_weight_of(base)), split_qkv and _stacks_qkv(name, base, parent))
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return [_convolution(name, base, input_shape, added(_weight_of(base)))]

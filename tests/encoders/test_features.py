@@ -1,0 +1,266 @@
+"""The feature space of real architectures: what the head is fed, and which layers stand before it."""
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+from hf_specreg.encoders.features import (
+    extract_features,
+    find_head,
+    find_input_size,
+    headless_output,
+    trace_layers,
+)
+from hf_specreg.spectral.penalty import SpectralPenalty
+
+# Layers that compute a position bias from coordinates: the image does not pass through them.
+OF_POSITIONS = ("cpb_mlp", "meta_mlp", "rel_pos.mlp", "pos_proj", "pos_embd.token_projection", "pos_embed.token")
+
+TIMM = {
+    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2},
+    "botnet26t_256": {},
+    "cait_xxs24_224": {"img_size": 32, "depth": 2},
+    "coat_tiny": {},
+    "convit_tiny": {"img_size": 32, "depth": 3},
+    "convmixer_768_32": {},
+    "convnext_atto": {},
+    "crossvit_tiny_240": {},
+    "cs3darknet_s": {},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (24, 48, 96, 192)},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32, "depth": 2},
+    "densenet121": {"block_config": (1, 1, 2, 1)},
+    "dla46_c": {},
+    "edgenext_xx_small": {},
+    "efficientformer_l1": {},
+    "efficientnet_lite0": {},
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2, "num_classes": 5},
+    "fastvit_t8": {},
+    "focalnet_tiny_srf": {},
+    "gcvit_xxtiny": {"img_size": 224},
+    "ghostnet_050": {},
+    "hardcorenas_a": {},
+    "hrnet_w18_small": {},
+    "inception_next_atto": {},
+    "levit_128s": {},
+    "lcnet_035": {},
+    "mambaout_femto": {},
+    "test_coatnet": {},
+    "mixer_s32_224": {},
+    "mobilenetv2_035": {},
+    "mobilenetv3_small_050": {},
+    "mobilevit_xxs": {},
+    "mvitv2_tiny": {},
+    "nest_tiny": {},
+    "nf_regnet_b0": {},
+    "test_nfnet": {},
+    "pit_ti_224": {"img_size": 64},
+    "poolformer_s12": {},
+    "pvt_v2_b0": {},
+    "regnetx_002": {},
+    "test_byobnet": {},
+    "res2net50_14w_8s": {"layers": (1, 1, 1, 1)},
+    "gmlp_ti16_224": {},
+    "resnet10t": {},
+    "resnetv2_18": {},
+    "rexnet_100": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24},
+    "swinv2_tiny_window8_256": {"img_size": 64, "window_size": 4, "embed_dim": 24},
+    "tf_efficientnet_b0": {},
+    "tiny_vit_5m_224": {},
+    "twins_svt_small": {"img_size": 64},
+    "vgg11": {"num_classes": 5},
+    "visformer_tiny": {},
+    "vit_relpos_small_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2},
+    "vovnet39a": {},
+    "xception41": {},
+    "xcit_nano_12_p16_224": {"depth": 2},
+    "resnet20_cifar": {},
+    "mlp_2000": {"hidden_features": 20},
+}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+CONV = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
+TRANSFORMERS = {
+    "BeitConfig": TINY,
+    "BitConfig": {**CONV, "hidden_sizes": [128, 128, 128, 128], "embedding_size": 32},
+    "ConvNextConfig": CONV,
+    "ConvNextV2Config": CONV,
+    "Data2VecVisionConfig": TINY,
+    "DeiTConfig": TINY,
+    "Dinov2Config": TINY,
+    "Dinov2WithRegistersConfig": TINY,
+    "EfficientNetConfig": {"width_coefficient": 0.3, "depth_coefficient": 0.3, "hidden_dim": 384, "image_size": 64},
+    "FocalNetConfig": {"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64},
+    "HieraConfig": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "image_size": [64, 64]},
+    "LevitConfig": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [16, 16, 16], "depths": [1, 1, 1]},
+    "MobileNetV2Config": {"depth_multiplier": 0.35, "image_size": 64},
+    "MobileViTConfig": {"image_size": 64},
+    "PoolFormerConfig": {**CONV, "num_encoder_blocks": 4},
+    "PvtV2Config": {"image_size": 64, "hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
+    "RegNetConfig": {"embedding_size": 16, **CONV, "groups_width": 8},
+    "ResNetConfig": {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 96], "depths": [1, 1, 1, 1]},
+    "SwinConfig": {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "Swinv2Config": {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "ViTConfig": TINY,
+    "ViTMSNConfig": TINY,
+}
+
+
+def timm_model(name):
+    kwargs = {"num_classes": 5, **TIMM[name]}
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def transformers_model(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**TRANSFORMERS[name])
+    config.num_labels = 5
+    config.architectures = []
+    return transformers.AutoModelForImageClassification.from_config(config).eval()
+
+
+def random_images(model):
+    return torch.rand(2, *find_input_size(model), generator=torch.Generator().manual_seed(0))
+
+
+def weights_that_reach(model, features):
+    """Weight layers whose weight the features depend on, by autograd on the real model."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    weights = [m.weight for m in layers.values()]
+    gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
+    found = {n for n, g in zip(layers, gradients, strict=True) if g is not None}
+    return {n for n in found if not any(part in n for part in OF_POSITIONS)}
+
+
+def penalised(model):
+    """Names of the modules whose weights the penalty holds."""
+    names = {layer.name for layer in SpectralPenalty(model).layers}
+    modules = dict(model.named_modules())
+    return {n if n in modules else n.rpartition(".")[0] for n in names}
+
+
+@pytest.mark.parametrize("name", sorted(TIMM))
+def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_reaches_them(name):
+    model = timm_model(name)
+    images = random_images(model)
+    head = find_head(model)
+    assert head
+    features = extract_features(model, images, head=head)
+    assert features.ndim == 2
+    heads = [model.get_submodule(n) for n in head]
+    if len(heads) == 1 and isinstance(heads[0], nn.Linear):
+        scale = model.num_features**0.5 if name == "mlp_2000" else 1
+        assert torch.equal(heads[0](features) / scale, model(images))
+    reaching = weights_that_reach(model, features)
+    assert penalised(model) == reaching
+    assert not [n for n in reaching if n.startswith(head)]
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMERS))
+def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_what_reaches_them(name):
+    model = transformers_model(name)
+    images = random_images(model)
+    head = find_head(model)
+    assert head
+    features = extract_features(model, images, head=head)
+    if len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear):
+        assert torch.equal(model.get_submodule(head[0])(features), model(images).logits)
+    reaching = weights_that_reach(model, features)
+    assert penalised(model) == {n for n in reaching if not any(p in n for p in ("continuous_position",))}
+    assert not [n for n in reaching if n.startswith(head)]
+
+
+def test_features_are_those_that_the_libraries_document():
+    vit = transformers_model("ViTConfig")
+    images = random_images(vit)
+    states = vit.vit(images).last_hidden_state
+    assert torch.equal(extract_features(vit, images, head=("classifier",)), states[:, 0])
+    dino = transformers_model("Dinov2Config")
+    states = dino.dinov2(images).last_hidden_state
+    expected = torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1)
+    assert torch.equal(extract_features(dino, images, head=("classifier",)), expected)
+    resnet = transformers_model("ResNetConfig")
+    pooled = resnet.resnet(images).pooler_output
+    assert find_head(resnet) == ("classifier",)
+    assert torch.equal(extract_features(resnet, images, head=("classifier",)), pooled.flatten(1))
+
+
+def test_the_width_of_the_features_is_the_heads_not_num_features():
+    model = timm_model("mobilenetv3_small_050")
+    features = extract_features(model, random_images(model), head=find_head(model))
+    assert features.shape[1] == model.head_hidden_size == 1024
+    assert model.num_features == 288
+
+
+def test_two_heads_fed_different_tokens_give_both_concatenated():
+    model = timm_model("deit_tiny_distilled_patch16_224")
+    images = random_images(model)
+    assert find_head(model) == ("head", "head_dist")
+    features = extract_features(model, images, head=find_head(model))
+    tokens = model.forward_features(images)
+    assert torch.equal(features, torch.cat([tokens[:, 0], tokens[:, 1]], dim=1))
+
+
+def test_a_headless_model_is_all_encoder():
+    model = timm.create_model("resnet10t", num_classes=0)
+    assert find_head(model) == ()
+    images = random_images(model)
+    assert torch.equal(extract_features(model.eval(), images, head=()), model(images))
+    bare = transformers.Dinov2Model(transformers.Dinov2Config(**TINY)).eval()
+    assert find_head(bare) == ()
+    images = random_images(bare)
+    assert torch.equal(headless_output(bare(images)), bare(images).pooler_output)
+    names = [layer.name for layer in SpectralPenalty(bare).layers]
+    assert names[0] == "embeddings.patch_embeddings.projection"
+    assert len(names) == 13
+
+
+def test_a_timm_model_inside_transformers_is_found():
+    config = transformers.TimmWrapperConfig(
+        architecture="test_resnet", pretrained_cfg={"input_size": [3, 160, 160]}, num_labels=5
+    )
+    model = transformers.TimmWrapperForImageClassification(config)
+    assert find_head(model) == ("timm_model.fc",)
+    assert SpectralPenalty(model).layers[0].name == "timm_model.conv1.0"
+
+
+def test_layers_come_in_the_order_of_the_forward_pass():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.last = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.last(self.first(x.mean((1, 2)))))
+
+    found = trace_layers(Backwards(), head=("head",), input_size=(3, 4, 4))
+    assert [layer.name for layer in found] == ["first", "last"]
+
+
+def test_a_head_that_is_not_called_is_an_error():
+    model = timm.create_model("test_resnet")
+    model.spare = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match=r"head \('spare',\) is not called"):
+        SpectralPenalty(model, head="spare")
+
+
+def test_input_size_is_that_of_the_model_as_it_was_made():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, in_chans=1)
+    assert find_input_size(vit) == (1, 32, 32)
+    assert find_input_size(timm.create_model("tresnet_m", num_classes=2)) == (3, 224, 224)
+    assert find_input_size(transformers_model("ResNetConfig")) == (3, 224, 224)
+    hiera = transformers_model("HieraConfig")
+    assert find_input_size(hiera) == (3, 64, 64)
