@@ -1,0 +1,115 @@
+"""From a picture as it is stored to [0, 1] pixels as a model takes them: channels, evaluation, augmentation.
+
+Pixels leave here in [0, 1]: normalisation is the model's. What is random depends on (seed, epoch, index) alone, so that
+a resumed run, or one with other workers or ranks, sees the same images.
+"""
+
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Return a picture of any mode as 8-bit grey (1 channel) or RGB (3).
+
+    16-bit grey keeps its upper byte. What is transparent stands on white.
+
+    Raises:
+        ValueError: a picture of floats, or another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("a picture of floating-point pixels has no stated range: store it with 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def evaluation_transform(
+    input_size: tuple[int, int, int],
+    *,
+    crop_pct: float = 1.0,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> Callable[[Image.Image], Tensor]:
+    """Return timm's evaluation transform without its normalisation: picture -> uint8 [C, H, W]."""
+    return timm.data.create_transform(
+        input_size,
+        is_training=False,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        interpolation=interpolation,
+        normalize=False,
+    )
+
+
+def training_transform(
+    input_size: tuple[int, int, int], *, interpolation: str = "bicubic", **options: Any
+) -> Callable[[Image.Image], Tensor]:
+    """Return timm's training transform without its normalisation: picture -> uint8 [C, H, W].
+
+    Args:
+        input_size: (C, H, W).
+        interpolation: of the resizing.
+        options: of `timm.data.create_transform`, such as scale, hflip, color_jitter or auto_augment. Random erasing
+            (re_prob) works on normalised images and is not possible here.
+
+    Raises:
+        ValueError: re_prob is set.
+    """
+    if options.get("re_prob"):
+        raise ValueError(f"re_prob ({options['re_prob']}) erases with normalised noise, but images are in [0, 1] here")
+    return timm.data.create_transform(
+        input_size, is_training=True, interpolation=interpolation, normalize=False, **options
+    )
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
+    """Shift images by up to `padding` pixels, with zeros from outside, and mirror half of them.
+
+    Args:
+        images: [B, C, H, W].
+        draws: [B, 3] uniform in [0, 1): vertical shift, horizontal shift, mirror.
+        padding: in pixels.
+    """
+    _, _, height, width = images.shape
+    shifts = (draws[:, :2] * (2 * padding + 1)).long()
+    rows = shifts[:, :1] + torch.arange(height)
+    columns = shifts[:, 1:] + torch.arange(width)
+    columns = torch.where(draws[:, 2:] < 0.5, columns, columns.flip(1))
+    padded = torch.nn.functional.pad(images, [padding] * 4)
+    which = torch.arange(len(images))[:, None, None]
+    moved = padded[which, :, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def derived_seed(*key: int) -> int:
+    """Return a seed that depends on all of a key, such as (seed, epoch, index), and on nothing else."""
+    return np.random.SeedSequence(key).generate_state(1)[0].item()
+
+
+@contextmanager
+def seeded(*key: int):
+    """Seed python's, numpy's and torch's random numbers by a key, and put them back afterwards."""
+    seed = derived_seed(*key)
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

@@ -1,0 +1,105 @@
+"""Checkpoints that are whole or not there: written beside, checked by hash, renamed into place.
+
+    checkpoints/step_00000120/
+        model/           a folder that SpecRegModel.from_pretrained loads
+        state/           accelerate's state: weights, optimizer, random numbers, warm vectors
+        progress.json    step, epoch, batch, best accuracy, configuration
+        manifest.json    size and SHA-256 of every other file, written last
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """There is no checkpoint to go on from, or it belongs to another run."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, progress: dict[str, Any], write: Callable[[Path], None], *, keep: int
+) -> Path:
+    """Write a checkpoint and remove all but the latest.
+
+    Args:
+        folder: of all checkpoints.
+        step: that it is of; its name.
+        progress: JSON-serialisable.
+        write: writes everything else into the folder it is given.
+        keep: so many of the latest.
+
+    Raises:
+        CheckpointError: the disk is full or read-only; the earlier checkpoints are untouched.
+    """
+    final = folder / f"step_{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(partial)): _fingerprint(p) for p in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        latest = latest_checkpoint(folder)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; "
+            f"the last good one is {latest or 'none'}. Free some space, then resume"
+        ) from error
+    for old in all_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints' folders, oldest first, whole or not."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint that is whole; say of every later one what is wrong with it."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("checkpoint %s is not whole (%s): using the one before it", checkpoint, fault)
+    return None
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _fingerprint(path) != expected:
+            return f"{name} was cut short or changed"
+    return None
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return what `save_checkpoint` was given as progress."""
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+        digest = digest or hashlib.sha256(file.read())
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,429 @@
+"""The one training loop: steps, schedule, logging, checkpoints and exact resume, on accelerate.
+
+The data's order and augmentation, and what is mixed, are functions of (seed, epoch, index); the remaining random
+numbers (dropout), the optimizer and the penalty's vectors are in the checkpoint. So a run that is resumed gives the
+weights of the uninterrupted one, on the CPU bit for bit.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hf_specreg.data.images import collate
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.checkpoints import (
+    CheckpointError,
+    all_checkpoints,
+    latest_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from hf_specreg.training.config import RunConfig, differences
+from hf_specreg.training.objectives import Objective
+
+RESUMABLE_CHANGES = ("output_dir", "log_every", "log_with", "eval_batch_size", "checkpoint.", "data.num_workers")
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind.
+
+    Attributes:
+        model_folder: the trained model; `SpecRegModel.from_pretrained` loads it.
+        metrics: at the end: "test_accuracy", "validation_accuracy", "sum_sigma2", ...
+        step: optimizer steps taken.
+    """
+
+    model_folder: Path
+    metrics: dict[str, float]
+    step: int
+
+
+class TrainingLoop:
+    """Trains a model, with the spectral penalty added to the objective.
+
+    Args:
+        model: from [0, 1] pixels to what the objective takes.
+        objective: the loss over a batch.
+        train_images: of (uint8 image [C, H, W], label).
+        validation_images: of the same, to choose the best epoch by.
+        test_images: of the same, evaluated once at the end.
+        config: of the run.
+        metadata: what else `specreg.json` shall say, such as the data and versions.
+    """
+
+    def __init__(
+        self,
+        model: SpecRegModel,
+        objective: Objective,
+        train_images: Dataset,
+        validation_images: Dataset,
+        test_images: Dataset,
+        config: RunConfig,
+        *,
+        metadata: dict[str, Any] | None = None,
+    ):
+        self.config = config
+        self.objective = objective
+        self.output = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            log_with=list(config.log_with) or None,
+            project_dir=str(self.output),
+        )
+        self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
+        self.train_images = train_images
+        loader = self._train_loader(train_images)
+        self.steps_per_epoch = self._steps_per_epoch(loader)
+        model.to(self.accelerator.device)
+        self.penalty = self._build_penalty(model)
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.optimizer.opt,
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.scheduler = self._build_scheduler(optimizer)
+        decay = config.optimizer.ema_decay
+        self.ema = ModelEmaV3(model, decay=decay) if decay else None
+        held_out = [
+            DataLoader(images, config.eval_batch_size, collate_fn=collate)
+            for images in (validation_images, test_images)
+        ]
+        self.model, self.optimizer, self.loader, self.validation, self.test = (
+            self.accelerator.prepare(model, optimizer, loader, *held_out)
+        )
+        self.metadata = {**(metadata or {}), "config": config.as_dict()}
+        self.step = 0
+        self.best_accuracy = -1.0
+        self.metrics: dict[str, float] = {}
+        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
+        self._clock = {"start": time.perf_counter(), "penalty": 0.0, "images": 0}
+
+    @property
+    def network(self) -> SpecRegModel:
+        """The model without what accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def run(self, *, resume: bool = False) -> TrainingResult:
+        """Train to the end, from the latest checkpoint if `resume`.
+
+        Raises:
+            CheckpointError: the output folder holds another run, or there is nothing to resume.
+            DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the last good one.
+        """
+        epoch, batch = self._resume() if resume else self._start()
+        self.accelerator.init_trackers("hf_specreg", config=_flat(self.config.as_dict()))
+        total = self.config.epochs * self.steps_per_epoch
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.progress:
+            self.task = self.progress.add_task("training", total=total, completed=self.step)
+            while epoch < self.config.epochs:
+                self._train_epoch(epoch, batch)
+                epoch, batch = epoch + 1, 0
+                self._end_epoch(epoch)
+        scores = self.evaluate(self.test)
+        self.metrics |= {f"test_{name}": score for name, score in scores.items()}
+        self._log({"epoch": self.config.epochs, **self.metrics})
+        folder = self.output / "model"
+        if self.accelerator.is_main_process:
+            self._save_model(folder)
+        self.accelerator.end_training()
+        return TrainingResult(folder, self.metrics, self.step)
+
+    def _train_epoch(self, epoch: int, first_batch: int) -> None:
+        self.model.train()
+        self.loader.set_epoch(epoch)
+        if hasattr(self.train_images, "set_epoch"):
+            self.train_images.set_epoch(epoch)
+        loader = skip_first_batches(self.loader, first_batch) if first_batch else self.loader
+        if first_batch:
+            loader.set_epoch(epoch)
+        last = self.steps_per_epoch * self.config.accumulation
+        for batch, (images, labels) in enumerate(loader, first_batch):
+            if batch >= last:
+                break
+            with self.accelerator.accumulate(self.model):
+                self._train_batch(epoch, batch, images, labels)
+            if self.accelerator.sync_gradients:
+                self._end_step(epoch, batch)
+
+    def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
+        key = (epoch, batch, self.accelerator.process_index)
+        with self.accelerator.autocast():
+            loss = self.objective(self.model, images.float() / 255, labels, key=key)
+        penalty = loss.new_zeros(())
+        if self.accelerator.sync_gradients and self.penalty.strength:
+            start = self._now()
+            penalty = self.penalty()
+            self._clock["penalty"] += self._now() - start
+        # accelerate divides what it is given by the micro-batches; the penalty enters once a step, whole.
+        self.accelerator.backward(loss + penalty * self.config.accumulation)
+        if self.accelerator.sync_gradients and self.config.optimizer.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._pending.append((epoch, batch, loss.detach(), penalty.detach()))
+        self._clock["images"] += len(images) * self.accelerator.num_processes
+
+    def _end_step(self, epoch: int, batch: int) -> None:
+        self.step += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.network, step=self.step)
+        self.progress.update(self.task, completed=self.step)
+        if self.step % self.config.log_every == 0:
+            self._log_training(epoch)
+        every = self.config.checkpoint.every_steps
+        if every and self.step % every == 0:
+            self._save_checkpoint(epoch, batch + 1)
+
+    def _end_epoch(self, epochs_done: int) -> None:
+        self._log_training(epochs_done - 1)
+        scores = self.evaluate(self.validation)
+        sigmas = self.penalty.sigmas()
+        top = sorted(sigmas.items(), key=lambda item: -item[1])[:3]
+        self.metrics = {
+            **{f"validation_{k}": v for k, v in scores.items()},
+            "sum_sigma2": sum(s**2 for s in sigmas.values()),
+            **{f"sigma/{name}": sigma for name, sigma in top},
+        }
+        self._log({"epoch": epochs_done, **self.metrics})
+        self.console.print(
+            f"epoch {epochs_done}/{self.config.epochs}: validation accuracy {scores['accuracy']:.4f}, "
+            f"sum of sigma^2 {self.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}"
+        )
+        better = scores["accuracy"] > self.best_accuracy
+        self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
+        if better and self.accelerator.is_main_process:
+            self._save_model(self.output / "best")
+        if epochs_done % self.config.checkpoint.every_epochs == 0 or epochs_done == self.config.epochs:
+            self._save_checkpoint(epochs_done, 0)
+
+    @torch.no_grad()
+    def evaluate(self, loader: DataLoader) -> dict[str, float]:
+        """Return accuracy and mean cross-entropy, of the averaged weights if there are any."""
+        model = self.ema.module if self.ema else self.model
+        model.eval()
+        right = total = loss = 0.0
+        for images, labels in loader:
+            with self.accelerator.autocast():
+                logits = model(images.float() / 255)
+            logits, labels = self.accelerator.gather_for_metrics((logits.float(), labels))
+            right += (logits.argmax(1) == labels).sum().item()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            total += len(labels)
+        return {"accuracy": right / total, "loss": loss / total}
+
+    def _log_training(self, epoch: int) -> None:
+        """Log the mean of the steps since the last time, having looked for a NaN among them."""
+        if not self._pending:
+            return
+        losses = torch.stack([loss for _, _, loss, _ in self._pending]).tolist()
+        penalties = torch.stack([penalty for *_, penalty in self._pending]).tolist()
+        for (at_epoch, batch, *_), loss, penalty in zip(self._pending, losses, penalties, strict=True):
+            if not math.isfinite(loss + penalty):
+                done = at_epoch * self.steps_per_epoch + batch // self.config.accumulation + 1
+                raise DivergedError(
+                    f"the loss is {loss} and the penalty {penalty} at step {done} (epoch {at_epoch}, batch {batch}); "
+                    f"the last good checkpoint is {latest_checkpoint(self.output / 'checkpoints')}. Lower "
+                    "optimizer.lr or penalty.strength, or look at that batch"
+                )
+        elapsed = self._now() - self._clock["start"]
+        steps = max(1, len(self._pending) // self.config.accumulation)
+        self._log(
+            {
+                "epoch": epoch,
+                "loss": sum(losses) / len(losses),
+                "penalty": sum(penalties) / steps,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "images_per_second": self._clock["images"] / elapsed,
+                "penalty_share": self._clock["penalty"] / elapsed,
+            }
+        )
+        self._pending = []
+        self._clock = {"start": self._now(), "penalty": 0.0, "images": 0}
+
+    def _log(self, values: dict[str, Any]) -> None:
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            with (self.output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def _start(self) -> tuple[int, int]:
+        if all_checkpoints(self.output / "checkpoints"):
+            raise CheckpointError(
+                f"{self.output} already holds a run: resume it with --resume, or choose another output_dir"
+            )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "metrics.jsonl").write_text("")
+        except OSError as error:
+            raise CheckpointError(f"output_dir {self.output} cannot be written: {error}") from error
+        set_seed(self.config.seed, device_specific=True)
+        return 0, 0
+
+    def _resume(self) -> tuple[int, int]:
+        checkpoint = latest_checkpoint(self.output / "checkpoints")
+        if checkpoint is None:
+            raise CheckpointError(f"{self.output / 'checkpoints'} has no whole checkpoint to resume from")
+        progress = read_progress(checkpoint)
+        changed = [
+            d
+            for d in differences(progress["config"], json.loads(json.dumps(self.config.as_dict())))
+            if not d.startswith(RESUMABLE_CHANGES)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint} is of a run with another configuration (there and here): {'; '.join(changed)}"
+            )
+        self.accelerator.load_state(str(checkpoint / "state"))
+        vectors = load_file(checkpoint / "penalty.safetensors")
+        self.penalty.load_state_dict({"step": progress["penalty_step"], "vectors": vectors})
+        if self.ema is not None:
+            self.ema.module.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+        self.step = progress["step"]
+        self.best_accuracy = progress["best_accuracy"]
+        self.metrics = progress["metrics"]
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        if self.accelerator.is_main_process:
+            path = self.output / "metrics.jsonl"
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(f"{line}\n" for line in lines))
+        self.console.print(f"resuming from {checkpoint}: step {self.step}, epoch {progress['epoch']}")
+        return progress["epoch"], progress["batch"]
+
+    def _save_checkpoint(self, epoch: int, batch: int) -> None:
+        self._log_training(epoch)  # a NaN must not get into a checkpoint
+        self.accelerator.wait_for_everyone()
+        folder = self.output / "checkpoints"
+        state = folder / ".state"
+        self.accelerator.save_state(str(state))
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+
+        def write(into: Path) -> None:
+            state.rename(into / "state")
+            save_file(self.penalty.state_dict()["vectors"], into / "penalty.safetensors")
+            if self.ema is not None:
+                save_file(self.ema.module.state_dict(), into / "ema.safetensors")
+            self._save_model(into / "model")
+
+        progress = {
+            "step": self.step,
+            "epoch": epoch,
+            "batch": batch,
+            "penalty_step": self.penalty.step,
+            "best_accuracy": self.best_accuracy,
+            "metrics": self.metrics,
+            "config": self.config.as_dict(),
+        }
+        save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
+
+    def _save_model(self, folder: Path) -> None:
+        model = self.ema.module if self.ema else self.network
+        model.metadata = {**self.metadata, "step": self.step, "metrics": self.metrics}
+        model.save_pretrained(folder)
+
+    def _train_loader(self, images: Dataset) -> DataLoader:
+        config = self.config
+        parts = self.accelerator.num_processes * config.accumulation
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size ({config.batch_size}) must be divisible by processes x accumulation "
+                f"({self.accelerator.num_processes} x {config.accumulation})"
+            )
+        stream = isinstance(images, IterableDataset)
+        if not stream and len(images) < config.batch_size:
+            raise ValueError(f"batch_size ({config.batch_size}) exceeds the {len(images)} training images")
+        return DataLoader(
+            images,
+            config.batch_size // parts,
+            shuffle=None if stream else True,
+            drop_last=True,
+            num_workers=config.data.num_workers,
+            collate_fn=collate,
+        )
+
+    def _steps_per_epoch(self, loader: DataLoader) -> int:
+        if self.config.steps_per_epoch:
+            return self.config.steps_per_epoch
+        return len(loader) // (self.accelerator.num_processes * self.config.accumulation)
+
+    def _build_penalty(self, model: SpecRegModel) -> SpectralPenalty:
+        config = self.config.penalty
+        return SpectralPenalty(
+            model,
+            strength=config.strength,
+            scope=config.scope,
+            every=config.every,
+            burn_in=config.burn_in(self.steps_per_epoch),
+            power_iterations=config.power_iterations,
+            split_qkv=config.split_qkv,
+            skip=config.skip,
+            input_size=model.input_size,
+            seed=self.config.seed,
+        )
+
+    def _build_scheduler(self, optimizer: torch.optim.Optimizer):
+        config = self.config.optimizer
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=self.config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=0.0,
+            min_lr=config.min_lr,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            decay_epochs=config.decay_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        if scheduler is not None:
+            scheduler.step_update(0)
+        return scheduler
+
+    def _now(self) -> float:
+        """Seconds, having waited for the accelerator to finish."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as trackers take them: dotted keys, and text for what is no number."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

@@ -1,0 +1,54 @@
+"""Train a classifier with the spectral penalty up to its features.
+
+    python recipes/supervised.py --config recipes/configs/digits.yaml
+    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --penalty.strength 0.1
+    python recipes/supervised.py --config recipes/configs/digits.yaml --resume
+
+All keys and their defaults: hf_specreg/training/config.py, or --help.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from accelerate.utils import set_seed
+from jsonargparse import ArgumentParser
+
+from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.loop import TrainingLoop, TrainingResult
+from hf_specreg.training.objectives import Supervised
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
+    """Return the configuration and whether to resume."""
+    parser = ArgumentParser(prog="supervised.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    parser.add_class_arguments(RunConfig)
+    settings = parser.parse_args(arguments)
+    resume = settings.pop("resume")
+    settings.pop("config")
+    return RunConfig(**vars(parser.instantiate_classes(settings))), resume
+
+
+def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
+    """Build what the configuration names, and train."""
+    set_seed(config.seed)
+    splits = build_splits(config.data, seed=config.seed)
+    model = build_model(config.model, splits.label_names)
+    objective = Supervised(model.num_classes, augment=config.augment, seed=config.seed)
+    images = build_images(splits, model, config)
+    loop = TrainingLoop(model, objective, **images, config=config, metadata=run_metadata(splits))
+    return loop.run(resume=resume)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says, and print the result as JSON."""
+    config, resume = parse(arguments)
+    result = train(config, resume=resume)
+    print(json.dumps({"model": str(result.model_folder), "step": result.step, **result.metrics}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
