@@ -1,8 +1,8 @@
 """Train a classifier with the spectral penalty up to its features.
 
     python recipes/supervised.py --config recipes/configs/digits.yaml
-    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --penalty.strength 0.1
-    python recipes/supervised.py --config recipes/configs/digits.yaml --resume
+    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --penalty.strength
+    0.1 python recipes/supervised.py --config recipes/configs/digits.yaml --resume
 
 All keys and their defaults: hf_specreg/training/config.py, or --help.
 """
@@ -37,7 +37,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     set_seed(config.seed)
     splits = build_splits(config.data, seed=config.seed)
     model = build_model(config.model, splits.label_names)
-    objective = Supervised(model.num_classes, augment=config.augment, seed=config.seed)
+    objective = Supervised(model.num_classes, augment=config.augment)
     images = build_images(splits, model, config)
     loop = TrainingLoop(model, objective, **images, config=config, metadata=run_metadata(splits))
     return loop.run(resume=resume)
@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
     result = train(config, resume=resume)
-    print(json.dumps({"model": str(result.model_folder), "step": result.step, **result.metrics}, indent=2))
+    print(
+        json.dumps(
+            {"model": str(result.model_folder), "step": result.step, **result.metrics}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Image sets, and their way to [0, 1] pixels."""

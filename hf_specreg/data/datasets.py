@@ -1,13 +1,14 @@
-"""Image sets: from a Hub id, a folder or the embedded digits to splits with an image and a label column.
+"""Image sets: from a Hub id, a folder or the embedded digits to splits with an image and a label
+column.
 
 Sources:
 
 - "digits": scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, embedded, no download.
-- a local folder: of class folders ("imagefolder", also below train/ and test/), or of parquet files.
+- a local folder: of class folders (also below train/ and test/), or of parquet files.
 - anything else: a data set on the Hub.
 
-The columns are found by their feature type, Image and ClassLabel. A held-out split that is missing is cut from the
-training split: stratified, and the same for the same seed.
+The columns are found by their feature type, Image and ClassLabel. A held-out split that is missing
+is cut from the training split: stratified, and the same for the same seed.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, Value
+from datasets.exceptions import DatasetsError
 
 DIGITS = "digits"
 SPLIT_NAMES = {
@@ -68,15 +69,16 @@ def load_splits(
         source: "digits", a local folder, or a Hub id.
         revision: branch, tag or commit on the Hub.
         image_column: default: the one column with the Image feature.
-        label_column: default: the one column with the ClassLabel feature, else "label", "labels" or "fine_label".
-        validation_fraction: of the training split, held out where there is no validation split; and again for a
-            test split where there is none.
+        label_column: default: the one column with the ClassLabel feature, else "label", "labels" or
+            "fine_label".
+        validation_fraction: of the training split, held out where there is no validation split; and
+            again for a test split where there is none.
         seed: of that cut.
         streaming: do not download or index the whole set; it must then bring its own splits.
 
     Raises:
-        DataError: missing folder, no or several image or label columns, an empty split, one class only, labels out of
-            range, or no training split.
+        DataError: missing folder, no or several image or label columns, an empty split, one class
+            only, labels out of range, or no training split.
     """
     if source == DIGITS:
         found = DatasetDict(_digits())
@@ -114,7 +116,9 @@ def _digits() -> dict[str, Dataset]:
 
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=[str(n) for n in range(10)])})
+    features = Features(
+        {"image": datasets.Image(), "label": ClassLabel(names=[str(n) for n in range(10)])}
+    )
     rows = {"image": list(images), "label": bunch.target.tolist()}
     return {"train": Dataset.from_dict(rows, features=features)}
 
@@ -130,7 +134,9 @@ def _load(source: str, revision: str | None, streaming: bool) -> DatasetDict | I
     try:
         return datasets.load_dataset(source, revision=revision, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{source!r} cannot be loaded as a folder or from the Hub: {error}") from error
+        raise DataError(
+            f"{source!r} cannot be loaded as a folder or from the Hub: {error}"
+        ) from error
 
 
 def _named_splits(found: Mapping, source: str) -> dict[str, Dataset]:
@@ -148,11 +154,14 @@ def _image_column(features: Features, stated: str | None, source: str) -> str:
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
     if stated is not None:
         if stated not in images:
-            raise DataError(f"image_column {stated!r} is no image column of {source}; image columns: {images}")
+            raise DataError(
+                f"image_column {stated!r} is no image column of {source}; image columns: {images}"
+            )
         return stated
     if len(images) != 1:
         raise DataError(
-            f"{source} has {len(images) or 'no'} image columns {images} among {sorted(features)}: name one as image_column"
+            f"{source} has {len(images) or 'no'} image columns {images} among {sorted(features)}: "
+            "name one as image_column"
         )
     return images[0]
 
@@ -160,7 +169,9 @@ def _image_column(features: Features, stated: str | None, source: str) -> str:
 def _label_column(features: Features, stated: str | None, source: str) -> str:
     if stated is not None:
         if stated not in features:
-            raise DataError(f"label_column {stated!r} is no column of {source}; columns: {sorted(features)}")
+            raise DataError(
+                f"label_column {stated!r} is no column of {source}; columns: {sorted(features)}"
+            )
         return stated
     labels = [n for n, f in features.items() if isinstance(f, ClassLabel)]
     if not labels:
@@ -168,19 +179,27 @@ def _label_column(features: Features, stated: str | None, source: str) -> str:
         labels = [n for n in plain if n in features and isinstance(features[n], Value)][:1]
     if len(labels) != 1:
         raise DataError(
-            f"{source} has {len(labels) or 'no'} label columns {labels} among {sorted(features)}: name one as label_column"
+            f"{source} has {len(labels) or 'no'} label columns {labels} among {sorted(features)}: "
+            "name one as label_column"
         )
     return labels[0]
 
 
 def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -> ImageSplits:
-    """Streams as they are: with one held-out split only, it serves as validation and as test split."""
+    """Streams as they are: with one held-out split only, it serves as validation and as test
+    split.
+    """
     held_out = splits.get("validation") or splits.get("test")
     if held_out is None:
-        raise DataError(f"{source} has no held-out split, and none can be cut from a stream: load it whole")
+        raise DataError(
+            f"{source} has no held-out split, and none can be cut from a stream: load it whole"
+        )
     label = splits["train"].features["label"]
     if not isinstance(label, ClassLabel):
-        raise DataError(f"the labels of the stream {source} are no ClassLabel, so its classes are not known: load it whole")
+        raise DataError(
+            f"the labels of the stream {source} are no ClassLabel, so its classes are not known: "
+            "load it whole"
+        )
     splits = {"validation": held_out, "test": held_out, **splits}
     return ImageSplits(**splits, label_names=label.names, source=source, fingerprints={})
 
@@ -192,7 +211,9 @@ def _with_class_labels(split: Dataset, source: str, name: str) -> Dataset:
     try:
         return split.class_encode_column("label")
     except (ValueError, TypeError) as error:
-        raise DataError(f"the labels of split {name!r} of {source} are no classes: {error}") from error
+        raise DataError(
+            f"the labels of split {name!r} of {source} are no classes: {error}"
+        ) from error
 
 
 def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
@@ -202,7 +223,8 @@ def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Datas
         cut = train.train_test_split(fraction, seed=seed, stratify_by_column="label")
     except ValueError as error:
         raise DataError(
-            f"cannot hold out {fraction:.0%} of the {len(train)} training images of {source}: {error}"
+            f"cannot hold out {fraction:.0%} of the {len(train)} training images of {source}: "
+            f"{error}"
         ) from error
     return cut["train"], cut["test"]
 
@@ -214,7 +236,10 @@ def _check(split: Dataset, name: str, label_names: list[str], source: str) -> No
     if labels.min() < 0 or labels.max() >= len(label_names):
         wrong = labels[(labels < 0) | (labels >= len(label_names))]
         raise DataError(
-            f"split {name!r} of {source} has {len(wrong)} labels out of range 0 to {len(label_names) - 1}, such as {wrong[0]}"
+            f"split {name!r} of {source} has {len(wrong)} labels out of range 0 to "
+            f"{len(label_names) - 1}, such as {wrong[0]}"
         )
     if name == "train" and len(np.unique(labels)) < 2:
-        raise DataError(f"the training split of {source} has one class only, {label_names[labels[0]]!r}")
+        raise DataError(
+            f"the training split of {source} has one class only, {label_names[labels[0]]!r}"
+        )

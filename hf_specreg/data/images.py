@@ -1,4 +1,6 @@
-"""Labelled images for a data loader: decoded once and kept in memory where they are few, else decoded on demand."""
+"""Labelled images for a data loader: decoded once and kept in memory where they are few, else
+decoded on demand.
+"""
 
 import io
 from collections.abc import Callable, Sequence
@@ -84,7 +86,9 @@ class LabelledImages(Dataset):
             return torch.stack(images), self.labels[kept]
         if self._memory is None:
             read = [self._evaluated(i) for i in indices]
-            index = torch.as_tensor([i for i, image in zip(indices, read, strict=True) if image is not None])
+            index = torch.as_tensor(
+                [i for i, image in zip(indices, read, strict=True) if image is not None]
+            )
             images = torch.stack([image for image in read if image is not None])
         else:
             images = self._memory[index]
@@ -116,7 +120,9 @@ class LabelledImages(Dataset):
             return decode(self.rows[index]["image"], self.input_size[0])
         except UnreadableImageError as error:
             if not self.skip_unreadable:
-                raise DataError(f"row {index} cannot be read: {error}; to leave it out, set skip_unreadable") from error
+                raise DataError(
+                    f"row {index} cannot be read: {error}; to leave it out, set skip_unreadable"
+                ) from error
             self.skipped.append(index)
             return None
 
@@ -145,7 +151,8 @@ class LabelledImages(Dataset):
 class StreamedImages(IterableDataset):
     """Images [C, H, W], uint8, and labels of a stream, for what does not fit on the disk.
 
-    The arguments are those of `LabelledImages`; the order is that of the stream, shuffled in a buffer.
+    The arguments are those of `LabelledImages`; the order is that of the stream, shuffled in a
+    buffer.
     """
 
     def __init__(
@@ -179,7 +186,8 @@ class StreamedImages(IterableDataset):
             except UnreadableImageError as error:
                 if not self.skip_unreadable:
                     raise DataError(
-                        f"image {position} of the stream cannot be read: {error}; to leave it out, set skip_unreadable"
+                        f"image {position} of the stream cannot be read: {error}; to leave it out, "
+                        "set skip_unreadable"
                     ) from error
                 self.skipped.append(position)
                 continue
@@ -204,7 +212,13 @@ def decode(stored: dict[str, Any] | None, channels: int) -> Image.Image:
     try:
         with Image.open(source) as picture:
             return to_channels(picture, channels)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        UnidentifiedImageError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UnreadableImageError(f"{name}: {error}" if name else str(error)) from error
 
 

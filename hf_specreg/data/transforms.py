@@ -1,7 +1,8 @@
-"""From a picture as it is stored to [0, 1] pixels as a model takes them: channels, evaluation, augmentation.
+"""From a picture as it is stored to [0, 1] pixels as a model takes them: channels, evaluation,
+augmentation.
 
-Pixels leave here in [0, 1]: normalisation is the model's. What is random depends on (seed, epoch, index) alone, so that
-a resumed run, or one with other workers or ranks, sees the same images.
+Pixels leave here in [0, 1]: normalisation is the model's. What is random depends on (seed, epoch,
+index) alone, so that a resumed run, or one with other workers or ranks, sees the same images.
 """
 
 import random
@@ -29,7 +30,9 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("a picture of floating-point pixels has no stated range: store it with 8 or 16 bits")
+        raise ValueError(
+            "a picture of floating-point pixels has no stated range: store it with 8 or 16 bits"
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -62,14 +65,18 @@ def training_transform(
     Args:
         input_size: (C, H, W).
         interpolation: of the resizing.
-        options: of `timm.data.create_transform`, such as scale, hflip, color_jitter or auto_augment. Random erasing
-            (re_prob) works on normalised images and is not possible here.
+        options: of `timm.data.create_transform`, such as scale, hflip, color_jitter or
+            auto_augment. Random erasing (re_prob) works on normalised images and is not possible
+            here.
 
     Raises:
         ValueError: re_prob is set.
     """
     if options.get("re_prob"):
-        raise ValueError(f"re_prob ({options['re_prob']}) erases with normalised noise, but images are in [0, 1] here")
+        raise ValueError(
+            f"re_prob ({options['re_prob']}) erases with normalised noise, but images are in [0, "
+            "1] here"
+        )
     return timm.data.create_transform(
         input_size, is_training=True, interpolation=interpolation, normalize=False, **options
     )
@@ -95,7 +102,9 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
 
 
 def derived_seed(*key: int) -> int:
-    """Return a seed that depends on all of a key, such as (seed, epoch, index), and on nothing else."""
+    """Return a seed that depends on all of a key, such as (seed, epoch, index), and on nothing
+    else.
+    """
     return np.random.SeedSequence(key).generate_state(1)[0].item()
 
 

@@ -1,0 +1,1 @@
+"""Vision models, and where their feature space is."""

@@ -1,12 +1,14 @@
-"""Encoders for small images, registered with timm: CIFAR ResNets and the one-hidden-layer network of the paper.
+"""Encoders for small images, registered with timm: CIFAR ResNets and the network of the paper.
 
-Importing this module is enough for `timm.create_model("resnet18_cifar")` and for loading what was saved from it.
+Importing this module is enough for `timm.create_model("resnet18_cifar")`, and for loading what was
+saved from it.
 
-- resnet18_cifar: a 3x3 stem with stride 1 and no pooling, stages of 64, 128, 256 and 512 channels (the network of
-  Yang et al., arXiv:2405.17181, and of much CIFAR work).
-- resnet20_cifar, resnet32_cifar, resnet56_cifar: three stages of 16, 32 and 64 channels (He et al. 2016, section
-  4.2), with 1x1 convolutions where the paper pads the shortcuts.
-- mlp_2000: 784-2000-10 with GELU, all weights and biases from N(0, 0.01^2), logits divided by sqrt(2000) (Yang et al.).
+- resnet18_cifar: a 3x3 stem with stride 1 and no pooling, stages of 64, 128, 256 and 512 channels
+  (Yang et al., arXiv:2405.17181, and much CIFAR work).
+- resnet20_cifar, resnet32_cifar, resnet56_cifar: three stages of 16, 32 and 64 channels (He et al.
+  2016, section 4.2), with 1x1 convolutions where the paper pads the shortcuts.
+- mlp_2000: 784-2000-10 with GELU, all weights and biases from N(0, 0.01^2), logits divided by
+  sqrt(2000) (Yang et al.).
 """
 
 import torch.nn.functional as F
@@ -42,7 +44,11 @@ class CifarResNet(nn.Module):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                shortcut = downsample_conv(width, planes, 1, stride) if stride != 1 or width != planes else None
+                shortcut = (
+                    downsample_conv(width, planes, 1, stride)
+                    if stride != 1 or width != planes
+                    else None
+                )
                 blocks.append(BasicBlock(width, planes, stride, shortcut))
                 width = planes
             stages.append(nn.Sequential(*blocks))
@@ -151,8 +157,8 @@ default_cfgs = generate_default_cfgs(
         "resnet56_cifar": _cfg(),
         "mlp_2000": _cfg(
             input_size=(1, 28, 28),
-            mean=(0.1307,),
-            std=(0.3081,),
+            mean=(0.0,),  # it is fed [0, 1] pixels as they are
+            std=(1.0,),
             first_conv=None,
             classifier="head",
             fixed_input_size=True,

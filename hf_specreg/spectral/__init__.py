@@ -1,0 +1,1 @@
+"""Top singular values, and the penalty on them."""

@@ -1,19 +1,18 @@
-"""A layer as a linear operator: v -> W v, its adjoint u -> W^T u, and the gradient of <u, W v> in W.
+"""A layer as a linear operator: v -> W v, its adjoint u -> W^T u, and the gradient of <u, W v> in
+W.
 
-The biases are left aside. Convolutions are the maps that the network computes, at the input size, stride,
-padding, dilation and groups that it has; never the kernel reshaped to a matrix, whose norm differs by up to
-the kernel size (Sedghi, Gupta, Long, "The singular values of convolutional layers", ICLR 2019).
+The biases are left aside. Convolutions are the maps that the network computes, at the input size,
+stride, padding, dilation and groups that it has; never the kernel reshaped to a matrix, whose norm
+differs by up to the kernel size (Sedghi, Gupta, Long, "The singular values of convolutional
+layers", ICLR 2019).
 
-Every operator is given its weight explicitly, because the weight that acts is not always the parameter that
-is trained: standardised convolutions, torch parametrizations, weight normalisation and LoRA compute it.
-`effective_weight()` does that computation with its graph, so that a gradient reaches the raw parameters.
-
-Left out, because they are no linear map between features: biases, position and token embeddings, relative
-position tables, batch, group and layer norms, layer scale and other gains, and the attention product itself.
+Every operator is given its weight explicitly, because the weight that acts is not always the
+parameter that is trained: standardised convolutions, torch parametrizations, weight normalisation
+and LoRA compute it. `effective_weight()` does that computation with its graph, so that a gradient
+reaches the raw parameters.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -21,28 +20,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-
-# Where timm keeps a matrix called "qkv" in which the heads interleave the three: it is treated whole.
-INTERLEAVED_QKV = frozenset(
-    {
-        "timm.models.efficientformer.Attention",
-        "timm.models.maxxvit.AttentionCl",
-        "timm.models.tiny_vit.Attention",
-    }
-)
-STANDARDISED_CONVOLUTIONS = frozenset(
-    {"StdConv2d", "StdConv2dSame", "WeightStandardizedConv2d", "ScaledStdConv2d", "ScaledStdConv2dSame"}
-)
-# What a parameter of two or more dimensions is called when it is added, looked up or a gain.
-NO_LINEAR_MAP = re.compile(
-    r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query|gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
-)
-
-
-class UnsupportedLayerError(TypeError):
-    """A layer has weights that cannot be treated as a linear operator."""
 
 
 class LinearOperator(Protocol):
@@ -85,7 +62,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution in 1 to 3 dimensions; padding is (before, after) per dimension, first dimension first."""
+    """A convolution in 1 to 3 dimensions; padding is (before, after) per dimension, first
+    dimension first.
+    """
 
     name: str
     input_shape: tuple[int, ...]
@@ -150,7 +129,9 @@ class Convolution:
         return u
 
     def _sources(self, device: torch.device):
-        """Yield a dimension and, for each of its padded positions, the position that is copied there."""
+        """Yield a dimension and, for each of its padded positions, the position that is copied
+        there.
+        """
         for dim, (size, pad) in enumerate(zip(self.input_shape[1:], self.padding, strict=True), 2):
             positions = torch.arange(size, dtype=torch.float32, device=device)
             yield dim, F.pad(positions[None, None], pad, mode=self.padding_mode).flatten().long()
@@ -193,207 +174,9 @@ class TransposedConvolution:
         return gradients[len(self.stride) - 1](u, shape, v, *arguments)
 
     def _positions(self, dim: int, size: int) -> int:
-        """How many positions the convolution has on u; more than the input where output_padding is a dilation's."""
+        """How many positions the convolution has on u; more than the input where output_padding
+        is a dilation's.
+        """
         i = dim - 2
         span = self.dilation[i] * (self.kernel_size[i] - 1) + 1
         return (size + 2 * self.padding[i] - span) // self.stride[i] + 1
-
-
-def linear_operators(
-    name: str,
-    module: nn.Module,
-    input_shape: tuple[int, ...],
-    *,
-    split_qkv: bool = True,
-    parent: str = "",
-    used_directly: Sequence[str] = (),
-) -> list[LinearOperator]:
-    """Return the linear operators of one module, not those of its children; none where it has no linear map.
-
-    Args:
-        name: dotted name, for the operators and for errors.
-        module: the layer.
-        input_shape: the shape of the tensor that it is fed, without the batch: [C, *spatial] or [..., features].
-        split_qkv: one operator each for q, k and v where one matrix of timm, transformers or
-            nn.MultiheadAttention stacks the three, else one for all.
-        parent: qualified class name of the module that holds this one; it tells how a matrix "qkv" is laid out.
-        used_directly: names of parameters that were seen in a matrix product or a convolution.
-
-    Raises:
-        UnsupportedLayerError: the module has weights that act on features in a way that is not known here.
-    """
-    kind = type(module)
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_operators(name, module, split_qkv)
-    if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-        return _lora_operators(name, module, input_shape, split_qkv, parent)
-    if _is_linear(module):
-        return _dense(name, module, _weight_of(module), split_qkv and _stacks_qkv(name, module, parent))
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        weight = _weight_of(module)
-        return [Dense(name, (module.weight.shape[0],), lambda: weight().T)]
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return [_convolution(name, module, input_shape)]
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return [_transposed_convolution(name, module, input_shape)]
-    if not isinstance(module, nn.Embedding):
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if not is_matrix(parameter):
-                continue
-            if parameter_name in used_directly or not NO_LINEAR_MAP.search(parameter_name):
-                raise unsupported(name, module, parameter_name)
-    return []
-
-
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter has two or more dimensions that are longer than 1; gains such as [C, 1, 1] have not."""
-    return sum(n > 1 for n in parameter.shape) >= 2
-
-
-def unsupported(name: str, module: nn.Module, parameter_name: str) -> UnsupportedLayerError:
-    """The error for a parameter that acts in an unknown way."""
-    return UnsupportedLayerError(
-        f"layer {name!r} ({type(module).__name__}) has the weight {parameter_name!r}, and how it acts is not "
-        f"known, so its singular values are not either; to leave the layer out, pass skip=[{name!r}]"
-    )
-
-
-def _forward_is(module: nn.Module, *kinds: type) -> bool:
-    return any(type(module).forward is kind.forward for kind in kinds)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it computes what nn.Linear does; timm's own Linear only casts its weight."""
-    own = _forward_is(module, nn.Linear) or type(module).forward.__module__ == "timm.layers.linear"
-    return isinstance(module, nn.Linear) and own
-
-
-def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Tensor]:
-    """How to compute the weight that acts: parametrizations by attribute, the older hooks by themselves."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == attribute:
-            return lambda: hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm) and hook.name == attribute:
-            return lambda: hook.compute_weight(module, do_power_iteration=False)
-    return lambda: getattr(module, attribute)
-
-
-def _stacks_qkv(name: str, module: nn.Linear, parent: str) -> bool:
-    """Whether a linear layer's outputs are all queries, then all keys, then all values."""
-    named = name.rpartition(".")[2] == "qkv" and module.out_features == 3 * module.in_features
-    return named and parent.startswith(("timm.", "transformers.")) and parent not in INTERLEAVED_QKV
-
-
-def _dense(
-    name: str, module: nn.Linear, weight: Callable[[], Tensor], split: bool
-) -> list[LinearOperator]:
-    if split:
-        return _thirds(name, (module.in_features,), weight)
-    return [Dense(name, (module.in_features,), weight)]
-
-
-def _thirds(
-    name: str, input_shape: tuple[int, ...], weight: Callable[[], Tensor]
-) -> list[LinearOperator]:
-    parts = [lambda i=i: weight().chunk(3)[i] for i in range(3)]
-    return [Dense(f"{name}.{n}", input_shape, p) for n, p in zip("qkv", parts, strict=True)]
-
-
-def _attention_operators(name: str, module: nn.MultiheadAttention, split_qkv: bool) -> list[LinearOperator]:
-    """nn.MultiheadAttention never calls its output projection as a module, so both are taken here."""
-    width = module.embed_dim
-    output = Dense(f"{name}.out_proj", (width,), _weight_of(module.out_proj))
-    if not module._qkv_same_embed_dim:
-        sizes = {"q_proj_weight": width, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
-        parts = [Dense(f"{name}.{p}", (n,), _weight_of(module, p)) for p, n in sizes.items()]
-        return [*parts, output]
-    weight = _weight_of(module, "in_proj_weight")
-    if not split_qkv:
-        return [Dense(f"{name}.in_proj", (width,), weight), output]
-    return [*_thirds(f"{name}.in_proj", (width,), weight), output]
-
-
-def _lora_operators(
-    name: str, module: nn.Module, input_shape: tuple[int, ...], split_qkv: bool, parent: str
-) -> list[LinearOperator]:
-    """peft's LoRA layers: the base weight plus the active adapters' products, with a gradient to both."""
-    if any(getattr(module, "use_dora", {}).values()):
-        raise unsupported(name, module, "lora_magnitude_vector")
-
-    def added(weight: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def effective() -> Tensor:
-            if module.merged or module.disable_adapters:
-                return weight()
-            adapters = [a for a in module.active_adapters if a in module.lora_A]
-            return sum((module.get_delta_weight(a) for a in adapters), start=weight())
-
-        return effective
-
-    base = module.base_layer
-    if _is_linear(base):
-        return _dense(name, base, added(_weight_of(base)), split_qkv and _stacks_qkv(name, base, parent))
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return [_convolution(name, base, input_shape, added(_weight_of(base)))]
-    raise unsupported(name, base, "weight")
-
-
-def _convolution(
-    name: str, module: nn.Module, input_shape: tuple[int, ...], weight: Callable[[], Tensor] | None = None
-) -> Convolution:
-    kind = type(module).__name__
-    same = kind.endswith("Same") or getattr(module, "same_pad", False)
-    if kind in STANDARDISED_CONVOLUTIONS:
-        weight = _standardised(module)
-    elif not _forward_is(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) and kind != "Conv2dSame":
-        raise unsupported(name, module, "weight")
-    dims = len(module.kernel_size)
-    shape = tuple(input_shape[-dims - 1 :])
-    geometry = list(zip(shape[1:], module.kernel_size, module.stride, module.dilation, strict=True))
-    if same:
-        totals = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in geometry]
-    elif module.padding == "same":
-        totals = [(k - 1) * d for _, k, _, d in geometry]
-    elif module.padding == "valid":
-        totals = [0] * dims
-    else:
-        totals = [2 * p for p in module.padding]
-    return Convolution(
-        name,
-        shape,
-        weight or _weight_of(module),
-        kernel_size=module.kernel_size,
-        stride=module.stride,
-        padding=tuple((total // 2, total - total // 2) for total in totals),
-        padding_mode=module.padding_mode,
-        dilation=module.dilation,
-        groups=module.groups,
-    )
-
-
-def _transposed_convolution(name: str, module: nn.Module, input_shape: tuple[int, ...]) -> TransposedConvolution:
-    if not _forward_is(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-        raise unsupported(name, module, "weight")
-    return TransposedConvolution(
-        name,
-        tuple(input_shape[-len(module.kernel_size) - 1 :]),
-        _weight_of(module),
-        kernel_size=module.kernel_size,
-        stride=module.stride,
-        padding=module.padding,
-        output_padding=module.output_padding,
-        dilation=module.dilation,
-        groups=module.groups,
-    )
-
-
-def _standardised(module: nn.Module) -> Callable[[], Tensor]:
-    """Weight standardisation (Qiao et al. 2019): each output filter with mean 0 and variance 1, then its gain."""
-
-    def effective() -> Tensor:
-        raw = module.weight
-        gain = (module.gain * module.scale).view(-1) if hasattr(module, "gain") else None
-        rows = raw.reshape(1, module.out_channels, -1)
-        standard = F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=module.eps)
-        return standard.reshape_as(raw)
-
-    return effective

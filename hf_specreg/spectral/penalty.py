@@ -1,14 +1,15 @@
-"""rep-spectral: strength * sum of sigma^2 over the linear maps up to the feature space, never the head.
+"""rep-spectral: strength * sum of sigma^2 over the linear maps up to the feature space, never the
+head.
 
     penalty = lambda * sum_{l < L} sigma_max(W_l)^2,     d sigma^2 / d W = 2 sigma u v^T
 
-with (sigma, u, v) the top singular triplet of the layer as a linear operator. The gradient is that closed form
-at the current v; no graph goes through the power iteration that finds v. `scope="all"` adds the head (ll-spectral,
-Yoshida & Miyato 2017).
+with (sigma, u, v) the top singular triplet of the layer as a linear operator. The gradient is that
+closed form at the current v; no graph goes through the power iteration that finds v. `scope="all"`
+adds the head (ll-spectral, Yoshida & Miyato 2017).
 
-Source: Yang, Zavatone-Veth, Pehlevan, "Spectral regularization for adversarially-robust representation
-learning", arXiv:2405.17181. As in the authors' code, and unlike the paper's gamma / 2, there is no 1/2, and the
-strength is not rescaled by the cadence.
+Source: Yang, Zavatone-Veth, Pehlevan, "Spectral regularization for adversarially-robust
+representation learning", arXiv:2405.17181. As in the authors' code, and unlike the paper's gamma /
+2, there is no 1/2, and the strength is not rescaled by the cadence.
 """
 
 import warnings
@@ -19,14 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_specreg.encoders.features import (
-    Layer,
-    check_head,
-    find_input_size,
-    trace_layers,
-    unwrap,
-)
-from hf_specreg.spectral.operators import LinearOperator, is_matrix, linear_operators
+from hf_specreg.encoders.features import check_head, find_input_size, unwrap
+from hf_specreg.encoders.trace import Layer, trace_layers
+from hf_specreg.spectral.layers import is_matrix, linear_operators
+from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.singular import (
     TopSingularValue,
     block_norms,
@@ -45,26 +42,30 @@ class SpectralPenalty:
         penalty = SpectralPenalty(model, strength=1e-2)
         loss = criterion(model(images), labels) + penalty()
 
-    With gradient accumulation, call it in one of the micro-batches only (the last, say), and undo the division
-    by their number where the loop divides its loss: `every` and `burn_in` count calls, hence optimizer steps.
+    With gradient accumulation, call it in one of the micro-batches only (the last, say), and undo
+    the division by their number where the loop divides its loss: `every` and `burn_in` count calls,
+    hence optimizer steps.
 
-    Every layer's vector is warm: it is kept between calls, and moved by `power_iterations` a call. The arithmetic
-    is float32 also under autocast and for half-precision weights; frozen layers add their value and no gradient.
-    A weight shared by several layers counts once, at the input size of its first use.
+    Every layer's vector is warm: it is kept between calls, and moved by `power_iterations` a call.
+    The arithmetic is float32 also under autocast and for half-precision weights; frozen layers add
+    their value and no gradient. A weight shared by several layers counts once, at the input size of
+    its first use.
 
     Args:
-        model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together with `head`;
-            also inside DistributedDataParallel or torch.compile.
+        model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
+            with `head`; also inside DistributedDataParallel or torch.compile.
         strength: lambda, which multiplies the sum of sigma^2.
         scope: "features", the layers up to what the head is fed, or "all", with the head.
         every: one call in `every` gives the penalty, the others 0.
         burn_in: the first `burn_in` calls give 0.
         power_iterations: of each use, on each layer.
-        input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own configuration.
-        head: dotted name or names of the head, () for a model that is all encoder; default: found for timm and
-            transformers.
+        input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own
+            configuration.
+        head: dotted name or names of the head, () for a model that is all encoder; default: found
+            for timm and transformers.
         skip: dotted names of modules to leave out, with all they hold.
-        split_qkv: penalise q, k and v each where one matrix stacks the three; else that matrix whole.
+        split_qkv: penalise q, k and v each where one matrix stacks the three; else that matrix
+            whole.
         seed: of the vectors' first draw.
 
     Attributes:
@@ -73,7 +74,8 @@ class SpectralPenalty:
 
     Raises:
         ValueError: the head or the input size is not known, a name is wrong, or no layer is left.
-        UnsupportedLayerError: a layer has weights that cannot be treated; its name can be passed in `skip`.
+        UnsupportedLayerError: a layer has weights that cannot be treated; its name can be passed in
+            `skip`.
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class SpectralPenalty:
         self.set_input_size(input_size or find_input_size(self._network))
 
     def set_input_size(self, input_size: tuple[int, int, int]) -> None:
-        """Measure convolutions at another image size (C, H, W) from now on; the vectors start anew."""
+        """Measure convolutions at another image size (C, H, W) from now on; the vectors start
+        anew.
+        """
         self.input_size = tuple(input_size)
         found = trace_layers(
             self._network,
@@ -126,13 +130,16 @@ class SpectralPenalty:
         self.layers, owners = _operators(found, self._skip, self._split_qkv)
         if not self.layers:
             raise ValueError(
-                f"no linear map of {type(self._network).__name__} is left before its head {self._head}"
+                f"no linear map of {type(self._network).__name__} is left before its head "
+                f"{self._head}"
             )
         self._vectors: dict[str, Tensor] = {}
         self._seen.watch(owners)
 
     def __call__(self) -> Tensor:
-        """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between cadences."""
+        """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
+        cadences.
+        """
         since = self.step - self.burn_in
         self.step += 1
         if since < 0 or since % self.every:
@@ -142,10 +149,12 @@ class SpectralPenalty:
 
     @torch.compiler.disable
     def value(self) -> Tensor:
-        """Return strength * sum of sigma^2, 0-d and differentiable, whatever the step; the vectors move on.
+        """Return strength * sum of sigma^2, 0-d and differentiable, whatever the step; the vectors
+        move on.
 
         Raises:
-            ValueError: the model was trained on images of another size than the penalty measures it at.
+            ValueError: the model was trained on images of another size than the penalty measures it
+                at.
         """
         self._seen.check(self.input_size)
         generator = torch.Generator().manual_seed(self.seed)
@@ -164,7 +173,8 @@ class SpectralPenalty:
     def top_singular_values(self, *, tolerance: float = 1e-3) -> dict[str, TopSingularValue]:
         """Return every layer's top singular value with its residual, iterated until converged.
 
-        Starts from the warm vectors and leaves them as they are, so that looking does not change the training.
+        Starts from the warm vectors and leaves them as they are, so that looking does not change
+        the training.
         """
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
@@ -176,15 +186,22 @@ class SpectralPenalty:
         return values
 
     def sigmas(self) -> dict[str, float]:
-        """Return every layer's top singular value (sigma, not squared) by dotted name; warns of any that did not converge."""
+        """Return every layer's top singular value (sigma, not squared) by dotted name; warns of
+        any that did not converge.
+        """
         values = self.top_singular_values()
         for name, value in values.items():
             if not value.converged:
-                warnings.warn(f"sigma of {name!r} did not converge: residual {value.residual:.1e}", stacklevel=2)
+                warnings.warn(
+                    f"sigma of {name!r} did not converge: residual {value.residual:.1e}",
+                    stacklevel=2,
+                )
         return {name: value.sigma.item() for name, value in values.items()}
 
     def state_dict(self) -> dict:
-        """Return the step count and the warm vectors: with them, a resumed run goes on bit for bit."""
+        """Return the step count and the warm vectors: with them, a resumed run goes on bit for
+        bit.
+        """
         return {"step": self.step, "vectors": dict(self._vectors)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -196,7 +213,9 @@ class SpectralPenalty:
         shapes = {layer.name: (1, *layer.input_shape) for layer in self.layers}
         for name, v in state["vectors"].items():
             if tuple(v.shape) != shapes.get(name):
-                raise ValueError(f"the vector of {name!r} is {tuple(v.shape)}, but here it is {shapes.get(name)}")
+                raise ValueError(
+                    f"the vector of {name!r} is {tuple(v.shape)}, but here it is {shapes.get(name)}"
+                )
         self.step = state["step"]
         self._vectors = {name: v.clone() for name, v in state["vectors"].items()}
 
@@ -210,7 +229,9 @@ class SpectralPenalty:
 
 
 class _SquaredSigma(torch.autograd.Function):
-    """sigma^2 = ||W v||^2 at fixed unit v, of the leading block; its gradient is 2 (W v) v^T = 2 sigma u v^T."""
+    """sigma^2 = ||W v||^2 at fixed unit v, of the leading block; its gradient is 2 (W v) v^T = 2
+    sigma u v^T.
+    """
 
     @staticmethod
     def forward(ctx, weight: Tensor, operator: LinearOperator, v: Tensor) -> Tensor:
@@ -256,8 +277,10 @@ class _SeenInput:
     def check(self, input_size: tuple[int, ...]) -> None:
         if self.seen not in (None, self.expected):
             raise ValueError(
-                f"the first convolution was trained on inputs of {self.seen}, but the penalty measures it at "
-                f"{self.expected} (images of {input_size}): call set_input_size((C, H, W)) with the size of your "
+                f"the first convolution was trained on inputs of {self.seen}, but the penalty "
+                "measures it at "
+                f"{self.expected} (images of {input_size}): call set_input_size((C, H, W)) with "
+                "the size of your "
                 "training images, or pass it as input_size"
             )
 

@@ -4,16 +4,17 @@ While training, one power iteration a use follows the slowly moving weights:
 
     u = W v,   v <- W^T u / ||W^T u||,   sigma = ||W v||                  (`power_iteration`)
 
-For a value to report, restarted Lanczos on W^T W goes on until the residual says that it has converged
-(`top_singular_value`). Two exact references need no iteration: the dense SVD of the explicitly built matrix
-(any operator, small), and the Fourier transform (circular convolutions, any stride).
+For a value to report, restarted Lanczos on W^T W goes on until the residual says that it has
+converged (`top_singular_value`). Two exact references need no iteration: the dense SVD of the
+explicitly built matrix (any operator, small), and the Fourier transform (circular convolutions, any
+stride).
 
-A grouped convolution is block diagonal, one block a group. Here every block has a unit vector of its own. One
-vector for all of them would die out exactly to 0 in every block but the leading one, and when training
-shrinks that block the iteration could never move to the next.
+A grouped convolution is block diagonal, one block a group. Here every block has a unit vector of
+its own. One vector for all of them would die out exactly to 0 in every block but the leading one,
+and when training shrinks that block the iteration could never move to the next.
 
-Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, Gupta, Long, ICLR 2019, for the
-Fourier form, extended here to strides by folding the frequencies that alias.
+Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, Gupta, Long, ICLR
+2019, for the Fourier form, extended here to strides by folding the frequencies that alias.
 """
 
 import itertools
@@ -34,8 +35,8 @@ class TopSingularValue:
     Attributes:
         sigma: 0-d, the largest over the operator's blocks.
         v: [1, *input_shape], of unit norm in each block.
-        residual: ||W^T W v - sigma^2 v|| / sigma^2, the largest over the blocks that may hold the top. W has a
-            singular value within about residual / 2 (relative) of sigma.
+        residual: ||W^T W v - sigma^2 v|| / sigma^2, the largest over the blocks that may hold the
+            top. W has a singular value within about residual / 2 (relative) of sigma.
         converged: whether the residual came below the tolerance.
     """
 
@@ -57,7 +58,9 @@ def random_vector(operator: LinearOperator, weight: Tensor, generator: torch.Gen
 def power_iteration(
     operator: LinearOperator, weight: Tensor, v: Tensor, *, iterations: int = 1
 ) -> Tensor:
-    """Return v after some steps of v <- W^T W v / ||W^T W v||, block by block; v keeps its shape [1, *input_shape]."""
+    """Return v after some steps of v <- W^T W v / ||W^T W v||, block by block; v keeps its
+    shape [1, *input_shape].
+    """
     for _ in range(iterations):
         next_v = operator.adjoint(weight, operator.apply(weight, v))
         v = _normalized(next_v, blocks(operator), where_zero=v)
@@ -65,12 +68,16 @@ def power_iteration(
 
 
 def block_norms(operator: LinearOperator, u: Tensor) -> Tensor:
-    """Return the norm of each block of u, [blocks]: the singular values, where u = W v with v converged."""
+    """Return the norm of each block of u, [blocks]: the singular values, where u = W v with v
+    converged.
+    """
     return torch.linalg.vector_norm(u.reshape(blocks(operator), -1), dim=1)
 
 
 def blocks(operator: LinearOperator) -> int:
-    """How many blocks the operator's matrix has on its diagonal: the groups of a convolution, else 1."""
+    """How many blocks the operator's matrix has on its diagonal: the groups of a convolution,
+    else 1.
+    """
     return getattr(operator, "groups", 1)
 
 
@@ -90,8 +97,8 @@ def top_singular_value(
         weight: its effective weight.
         v: [1, *input_shape], where to start: a warm vector or a random one.
         tolerance: of the relative residual, see `TopSingularValue`.
-        max_restarts: Krylov spaces of 24 dimensions to build at most; what is reached by then is returned with
-            `converged=False`.
+        max_restarts: Krylov spaces of 24 dimensions to build at most; what is reached by then is
+            returned with `converged=False`.
     """
     if not weight.isfinite().all():
         return TopSingularValue(weight.new_tensor(torch.nan), v, torch.nan, converged=False)
@@ -110,7 +117,9 @@ def top_singular_value(
 
 
 def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Ritz vector [blocks, n], Ritz value [blocks] and residual norm [blocks] of W^T W, from unit v."""
+    """Return Ritz vector [blocks, n], Ritz value [blocks] and residual norm [blocks] of W^T W,
+    from unit v.
+    """
     count, n = v.shape
     steps = min(LANCZOS_STEPS, n)
     basis = v.new_zeros(count, steps, n)
@@ -124,7 +133,9 @@ def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tenso
             known = basis[:, : j + 1]
             z = z - torch.einsum("bjn,bj->bn", known, torch.einsum("bjn,bn->bj", known, z))
         norm = _norm(z)
-        spent = norm <= 1e-6 * diagonal[0].abs()[:, None]  # the Krylov space is invariant: nothing left but noise
+        spent = (
+            norm <= 1e-6 * diagonal[0].abs()[:, None]
+        )  # the Krylov space is invariant: nothing left but noise
         v = torch.where(spent, 0, z / norm)
         off_diagonal.append(torch.where(spent, 0, norm)[:, 0])
     inner = torch.stack(off_diagonal[:-1], 1) if steps > 1 else v.new_zeros(count, 0)
@@ -136,7 +147,9 @@ def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tenso
 
 
 def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:
-    """Build the operator's matrix, [outputs, inputs]: column i is W applied to the i-th unit vector."""
+    """Build the operator's matrix, [outputs, inputs]: column i is W applied to the i-th unit
+    vector.
+    """
     n = torch.Size(operator.input_shape).numel()
     columns = operator.apply(weight, torch.eye(n).to(weight).reshape(n, *operator.input_shape))
     return columns.reshape(n, -1).T
@@ -148,23 +161,27 @@ def top_singular_value_dense(operator: LinearOperator, weight: Tensor) -> Tensor
 
 
 def top_singular_value_fft(operator: Convolution, weight: Tensor) -> Tensor:
-    """Return sigma, 0-d, of a circular convolution, by SVD of its blocks in the Fourier domain: exact.
+    """Return sigma, 0-d, of a circular convolution, by SVD of its blocks in the Fourier domain:
+    exact.
 
-    With stride s, output frequency k mixes the s aliases k + j n / s of each dimension, so its block is their
-    transfer matrices side by side, [out, in * s^d], times s^(-d/2).
+    With stride s, output frequency k mixes the s aliases k + j n / s of each dimension, so its
+    block is their transfer matrices side by side, [out, in * s^d], times s^(-d/2).
 
     Raises:
-        ValueError: the convolution is not circular, does not keep the size at stride 1, or its stride does not
-            divide the input.
+        ValueError: the convolution is not circular, does not keep the size at stride 1, or its
+            stride does not divide the input.
     """
     sizes = operator.input_shape[1:]
     spans = [(k - 1) * d for k, d in zip(operator.kernel_size, operator.dilation, strict=True)]
     if operator.padding_mode != "circular" or [sum(p) for p in operator.padding] != spans:
         raise ValueError(
-            f"{operator.name}: padding ({operator.padding_mode}, {operator.padding}) must be circular and keep the size"
+            f"{operator.name}: padding ({operator.padding_mode}, {operator.padding}) must be "
+            "circular and keep the size"
         )
     if any(n % s for n, s in zip(sizes, operator.stride, strict=True)):
-        raise ValueError(f"{operator.name}: stride {operator.stride} must divide the input size {tuple(sizes)}")
+        raise ValueError(
+            f"{operator.name}: stride {operator.stride} must divide the input size {tuple(sizes)}"
+        )
     wrapped = weight.new_zeros(*weight.shape[:2], *sizes)
     for tap in itertools.product(*map(range, operator.kernel_size)):
         place = [t * d % n for t, d, n in zip(tap, operator.dilation, sizes, strict=True)]
@@ -184,6 +201,8 @@ def _normalized(v: Tensor, count: int, where_zero: Tensor | None = None) -> Tens
     rows = v.reshape(count, -1)
     norm = _norm(rows)
     unit = rows / norm
-    if where_zero is not None:  # W v = 0: stay, so that a layer that starts at zero is seen once it grows
+    if (
+        where_zero is not None
+    ):  # W v = 0: stay, so that a layer that starts at zero is seen once it grows
         unit = torch.where(norm > 0, unit, where_zero.reshape(count, -1))
     return unit.reshape(v.shape)

@@ -1,15 +1,20 @@
-"""From a configuration to what it names: the model and the images of each split."""
+"""From a configuration to what it names: model, images, penalty, optimizer and schedule."""
 
 from importlib.metadata import version
 from typing import Any
 
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch.optim import Optimizer
 from transformers import AutoConfig
 
 from hf_specreg.data.datasets import DataError, ImageSplits, load_splits
 from hf_specreg.data.images import LabelledImages, StreamedImages
 from hf_specreg.data.transforms import evaluation_transform, training_transform
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.training.config import DataConfig, ModelConfig, RunConfig
+from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
 
@@ -29,7 +34,8 @@ def build_splits(config: DataConfig, *, seed: int) -> ImageSplits:
         return splits
     if not config.streaming and config.train_samples > len(splits.train):
         raise DataError(
-            f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training images"
+            f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training "
+            "images"
         )
     train = splits.train.shuffle(seed=seed).take(config.train_samples)
     return ImageSplits(**{**vars(splits), "train": train})
@@ -37,14 +43,22 @@ def build_splits(config: DataConfig, *, seed: int) -> ImageSplits:
 
 def build_model(config: ModelConfig, label_names: list[str]) -> SpecRegModel:
     """Create the model with a head for these classes."""
-    shared = {"num_classes": len(label_names), "label_names": label_names, "input_size": config.input_size}
+    shared = {
+        "num_classes": len(label_names),
+        "label_names": label_names,
+        "input_size": config.input_size,
+    }
     if config.library == "timm":
-        return SpecRegModel.from_timm(config.name, pretrained=config.pretrained, **shared, **config.args)
+        return SpecRegModel.from_timm(
+            config.name, pretrained=config.pretrained, **shared, **config.args
+        )
     if config.pretrained:
         if config.args:
             raise ValueError("model.args are for transformers models that are not pretrained")
         return SpecRegModel.from_transformers(config.name, **shared)
-    return SpecRegModel.from_transformers(AutoConfig.for_model(config.name, **config.args), **shared)
+    return SpecRegModel.from_transformers(
+        AutoConfig.for_model(config.name, **config.args), **shared
+    )
 
 
 def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) -> dict[str, Any]:
@@ -53,7 +67,9 @@ def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) ->
     augment = config.augment.kind
     if augment == "timm":
         interpolation = model.preprocessing["interpolation"]
-        augment = training_transform(model.input_size, interpolation=interpolation, **config.augment.options)
+        augment = training_transform(
+            model.input_size, interpolation=interpolation, **config.augment.options
+        )
     common = {"input_size": model.input_size, "skip_unreadable": config.data.skip_unreadable}
     images = {}
     for name in ("train", "validation", "test"):
@@ -74,6 +90,57 @@ def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) ->
                 **common,
             )
     return images
+
+
+def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) -> SpectralPenalty:
+    """Return the penalty; with strength 0 it only measures."""
+    settings = config.penalty
+    return SpectralPenalty(
+        model,
+        strength=settings.strength,
+        scope=settings.scope,
+        every=settings.every,
+        burn_in=settings.burn_in(steps_per_epoch),
+        power_iterations=settings.power_iterations,
+        split_qkv=settings.split_qkv,
+        skip=settings.skip,
+        input_size=model.input_size,
+        seed=config.seed,
+    )
+
+
+def build_optimizer(model: SpecRegModel, config: OptimizerConfig) -> Optimizer:
+    """Return timm's optimizer, with no weight decay on biases and norms."""
+    return create_optimizer_v2(
+        model,
+        opt=config.opt,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def build_scheduler(
+    optimizer: Optimizer, config: RunConfig, steps_per_epoch: int
+) -> Scheduler | None:
+    """Return timm's schedule by optimizer steps, at step 0; None for a constant rate."""
+    settings = config.optimizer
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=settings.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=0.0,
+        min_lr=settings.min_lr,
+        decay_milestones=list(settings.decay_milestones),
+        decay_rate=settings.decay_rate,
+        decay_epochs=settings.decay_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    if scheduler is not None:
+        scheduler.step_update(0)
+    return scheduler
 
 
 def run_metadata(splits: ImageSplits) -> dict[str, Any]:

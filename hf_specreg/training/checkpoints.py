@@ -1,10 +1,10 @@
 """Checkpoints that are whole or not there: written beside, checked by hash, renamed into place.
 
-    checkpoints/step_00000120/
-        model/           a folder that SpecRegModel.from_pretrained loads
-        state/           accelerate's state: weights, optimizer, random numbers, warm vectors
-        progress.json    step, epoch, batch, best accuracy, configuration
-        manifest.json    size and SHA-256 of every other file, written last
+checkpoints/step_00000120/
+    model/           a folder that SpecRegModel.from_pretrained loads
+    state/           accelerate's state: weights, optimizer, random numbers, warm vectors
+    progress.json    step, epoch, batch, best accuracy, configuration
+    manifest.json    size and SHA-256 of every other file, written last
 """
 
 import hashlib
@@ -74,7 +74,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("checkpoint %s is not whole (%s): using the one before it", checkpoint, fault)
+        logger.warning(
+            "checkpoint %s is not whole (%s): using the one before it", checkpoint, fault
+        )
     return None
 
 

@@ -1,6 +1,8 @@
-"""The configuration of a run: frozen dataclasses, every default visible here, checked before any compute is spent.
+"""The configuration of a run: frozen dataclasses, every default visible here, checked before any
+compute is spent.
 
-A YAML file holds the same keys; the command line overrides them (`--penalty.strength 0.1`). Unknown keys are errors.
+A YAML file holds the same keys; the command line overrides them (`--penalty.strength 0.1`). Unknown
+keys are errors.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -16,7 +18,8 @@ class DataConfig:
         revision: branch, tag or commit on the Hub.
         image_column: default: the one with the Image feature.
         label_column: default: the one with the ClassLabel feature.
-        validation_fraction: held out of the training split for each of validation and test that is missing.
+        validation_fraction: held out of the training split for each of validation and test that is
+            missing.
         train_samples: use that many of the (once shuffled) training images; default: all.
         streaming: read from the Hub while training instead of downloading first.
         in_memory: decode once and keep; default: if it fits into 2 GiB.
@@ -41,7 +44,8 @@ class AugmentConfig:
     """How training images are varied.
 
     Args:
-        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; or "timm", `timm.data.create_transform`.
+        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; or "timm",
+            `timm.data.create_transform`.
         options: of `timm.data.create_transform`, for "timm".
         mixup: alpha of timm's mixup; 0: off.
         cutmix: alpha of timm's cutmix; 0: off.
@@ -60,12 +64,13 @@ class ModelConfig:
     """Which encoder.
 
     Args:
-        name: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or folder if pretrained, else a
-            model type ("vit").
+        name: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or folder if
+            pretrained, else a model type ("vit").
         library: "timm" or "transformers".
         pretrained: start from published weights.
         input_size: [C, H, W]; default: the model's.
-        args: further arguments of `timm.create_model`, or of the transformers configuration if not pretrained.
+        args: further arguments of `timm.create_model`, or of the transformers configuration if not
+            pretrained.
     """
 
     name: str = "resnet18_cifar"
@@ -83,7 +88,8 @@ class PenaltyConfig:
         strength: lambda; 0 trains the baseline.
         scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
         every: one optimizer step in `every` has the penalty.
-        burn_in_epochs: epochs without it at first; may be a fraction. Not together with `burn_in_steps`.
+        burn_in_epochs: epochs without it at first; may be a fraction. Not together with
+            `burn_in_steps`.
         burn_in_steps: optimizer steps without it at first.
         power_iterations: a use.
         split_qkv: penalise stacked q, k and v each.
@@ -123,13 +129,15 @@ class OptimizerConfig:
         momentum: or the first beta.
         weight_decay: not on biases and norms.
         clip_grad: largest norm of the gradient, loss and penalty together; default: not clipped.
-        sched: name for `timm.scheduler.create_scheduler_v2` ("cosine", "multistep", "step"), or "none", a constant rate.
+        sched: name for `timm.scheduler.create_scheduler_v2` ("cosine", "multistep", "step"), or
+            "none", a constant rate.
         warmup_epochs: of the learning rate, linear from 0.
         min_lr: at the end of the schedule.
         decay_milestones: epochs, for "multistep".
         decay_rate: for "multistep" and "step".
         decay_epochs: for "step".
-        ema_decay: keep an exponential moving average of the weights, evaluate and save it; default: off.
+        ema_decay: keep an exponential moving average of the weights, evaluate and save it; default:
+            off.
     """
 
     opt: str = "sgd"
@@ -210,7 +218,9 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.data.streaming and not self.steps_per_epoch:
-            raise ValueError("steps_per_epoch is needed for a stream, which does not know its length")
+            raise ValueError(
+                "steps_per_epoch is needed for a stream, which does not know its length"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return nested dictionaries, for JSON and trackers."""

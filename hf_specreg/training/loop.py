@@ -1,13 +1,12 @@
 """The one training loop: steps, schedule, logging, checkpoints and exact resume, on accelerate.
 
-The data's order and augmentation, and what is mixed, are functions of (seed, epoch, index); the remaining random
-numbers (dropout), the optimizer and the penalty's vectors are in the checkpoint. So a run that is resumed gives the
-weights of the uninterrupted one, on the CPU bit for bit.
+What is random is a function of the seed and the place: the data's order and augmentation of
+(seed, epoch, index), mixup and dropout of (seed, epoch, batch, process). Weights, optimizer and the
+penalty's vectors are in the checkpoint. So a run that is resumed gives the weights of the
+uninterrupted one, on the CPU bit for bit.
 """
 
 import json
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_specreg.data.images import collate
+from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.build import build_optimizer, build_penalty, build_scheduler
 from hf_specreg.training.checkpoints import (
     CheckpointError,
     all_checkpoints,
@@ -36,13 +34,17 @@ from hf_specreg.training.checkpoints import (
     save_checkpoint,
 )
 from hf_specreg.training.config import RunConfig, differences
+from hf_specreg.training.metrics import DivergedError, MetricsFile, StepLog, flat_settings
 from hf_specreg.training.objectives import Objective
 
-RESUMABLE_CHANGES = ("output_dir", "log_every", "log_with", "eval_batch_size", "checkpoint.", "data.num_workers")
-
-
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
+RESUMABLE_CHANGES = (
+    "output_dir",
+    "log_every",
+    "log_with",
+    "eval_batch_size",
+    "checkpoint.",
+    "data.num_workers",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class TrainingLoop:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=config.seed
+            ),
             log_with=list(config.log_with) or None,
             project_dir=str(self.output),
         )
@@ -99,15 +103,9 @@ class TrainingLoop:
         loader = self._train_loader(train_images)
         self.steps_per_epoch = self._steps_per_epoch(loader)
         model.to(self.accelerator.device)
-        self.penalty = self._build_penalty(model)
-        optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer.opt,
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.scheduler = self._build_scheduler(optimizer)
+        self.penalty = build_penalty(model, config, self.steps_per_epoch)
+        optimizer = build_optimizer(model, config.optimizer)
+        self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.optimizer.ema_decay
         self.ema = ModelEmaV3(model, decay=decay) if decay else None
         held_out = [
@@ -121,8 +119,8 @@ class TrainingLoop:
         self.step = 0
         self.best_accuracy = -1.0
         self.metrics: dict[str, float] = {}
-        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
-        self._clock = {"start": time.perf_counter(), "penalty": 0.0, "images": 0}
+        self.steps = StepLog(self.accelerator.device)
+        self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
 
     @property
     def network(self) -> SpecRegModel:
@@ -134,13 +132,21 @@ class TrainingLoop:
 
         Raises:
             CheckpointError: the output folder holds another run, or there is nothing to resume.
-            DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the last good one.
+            DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the
+                last good one.
         """
         epoch, batch = self._resume() if resume else self._start()
-        self.accelerator.init_trackers("hf_specreg", config=_flat(self.config.as_dict()))
+        self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal
+        ) as self.progress:
             self.task = self.progress.add_task("training", total=total, completed=self.step)
             while epoch < self.config.epochs:
                 self._train_epoch(epoch, batch)
@@ -157,6 +163,7 @@ class TrainingLoop:
 
     def _train_epoch(self, epoch: int, first_batch: int) -> None:
         self.model.train()
+        self.steps.restart()
         self.loader.set_epoch(epoch)
         if hasattr(self.train_images, "set_epoch"):
             self.train_images.set_epoch(epoch)
@@ -173,22 +180,24 @@ class TrainingLoop:
                 self._end_step(epoch, batch)
 
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
-        key = (epoch, batch, self.accelerator.process_index)
+        set_seed(derived_seed(self.config.seed, epoch, batch, self.accelerator.process_index))
         with self.accelerator.autocast():
-            loss = self.objective(self.model, images.float() / 255, labels, key=key)
+            loss = self.objective(self.model, images.float() / 255, labels)
         penalty = loss.new_zeros(())
         if self.accelerator.sync_gradients and self.penalty.strength:
-            start = self._now()
-            penalty = self.penalty()
-            self._clock["penalty"] += self._now() - start
-        # accelerate divides what it is given by the micro-batches; the penalty enters once a step, whole.
+            with self.steps.penalty_time():
+                penalty = self.penalty()
+        # accelerate divides what it is given by the micro-batches; the penalty enters once a step,
+        # whole.
         self.accelerator.backward(loss + penalty * self.config.accumulation)
         if self.accelerator.sync_gradients and self.config.optimizer.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+            self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.optimizer.clip_grad
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._pending.append((epoch, batch, loss.detach(), penalty.detach()))
-        self._clock["images"] += len(images) * self.accelerator.num_processes
+        seen = len(images) * self.accelerator.num_processes
+        self.steps.add(self.step + 1, epoch, batch, loss=loss, penalty=penalty, images=seen)
 
     def _end_step(self, epoch: int, batch: int) -> None:
         self.step += 1
@@ -215,14 +224,18 @@ class TrainingLoop:
         }
         self._log({"epoch": epochs_done, **self.metrics})
         self.console.print(
-            f"epoch {epochs_done}/{self.config.epochs}: validation accuracy {scores['accuracy']:.4f}, "
+            f"epoch {epochs_done}/{self.config.epochs}: validation accuracy "
+            f"{scores['accuracy']:.4f}, "
             f"sum of sigma^2 {self.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}"
         )
         better = scores["accuracy"] > self.best_accuracy
         self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
         if better and self.accelerator.is_main_process:
             self._save_model(self.output / "best")
-        if epochs_done % self.config.checkpoint.every_epochs == 0 or epochs_done == self.config.epochs:
+        if (
+            epochs_done % self.config.checkpoint.every_epochs == 0
+            or epochs_done == self.config.epochs
+        ):
             self._save_checkpoint(epochs_done, 0)
 
     @torch.no_grad()
@@ -241,57 +254,43 @@ class TrainingLoop:
         return {"accuracy": right / total, "loss": loss / total}
 
     def _log_training(self, epoch: int) -> None:
-        """Log the mean of the steps since the last time, having looked for a NaN among them."""
-        if not self._pending:
+        """Log the steps since the last time, having looked for a NaN among them."""
+        if not self.steps:
             return
-        losses = torch.stack([loss for _, _, loss, _ in self._pending]).tolist()
-        penalties = torch.stack([penalty for *_, penalty in self._pending]).tolist()
-        for (at_epoch, batch, *_), loss, penalty in zip(self._pending, losses, penalties, strict=True):
-            if not math.isfinite(loss + penalty):
-                done = at_epoch * self.steps_per_epoch + batch // self.config.accumulation + 1
-                raise DivergedError(
-                    f"the loss is {loss} and the penalty {penalty} at step {done} (epoch {at_epoch}, batch {batch}); "
-                    f"the last good checkpoint is {latest_checkpoint(self.output / 'checkpoints')}. Lower "
-                    "optimizer.lr or penalty.strength, or look at that batch"
-                )
-        elapsed = self._now() - self._clock["start"]
-        steps = max(1, len(self._pending) // self.config.accumulation)
-        self._log(
-            {
-                "epoch": epoch,
-                "loss": sum(losses) / len(losses),
-                "penalty": sum(penalties) / steps,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "images_per_second": self._clock["images"] / elapsed,
-                "penalty_share": self._clock["penalty"] / elapsed,
-            }
-        )
-        self._pending = []
-        self._clock = {"start": self._now(), "penalty": 0.0, "images": 0}
+        try:
+            summary = self.steps.summary()
+        except DivergedError as error:
+            raise DivergedError(
+                f"{error}; the last good checkpoint is "
+                f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
+                "penalty.strength, or look at that batch"
+            ) from error
+        self._log({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **summary})
 
     def _log(self, values: dict[str, Any]) -> None:
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.metrics_file.append(self.step, values)
 
     def _start(self) -> tuple[int, int]:
         if all_checkpoints(self.output / "checkpoints"):
             raise CheckpointError(
-                f"{self.output} already holds a run: resume it with --resume, or choose another output_dir"
+                f"{self.output} already holds a run: resume it with --resume, or choose another "
+                "output_dir"
             )
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "metrics.jsonl").write_text("")
+            self.metrics_file.path.write_text("")
         except OSError as error:
             raise CheckpointError(f"output_dir {self.output} cannot be written: {error}") from error
-        set_seed(self.config.seed, device_specific=True)
         return 0, 0
 
     def _resume(self) -> tuple[int, int]:
         checkpoint = latest_checkpoint(self.output / "checkpoints")
         if checkpoint is None:
-            raise CheckpointError(f"{self.output / 'checkpoints'} has no whole checkpoint to resume from")
+            raise CheckpointError(
+                f"{self.output / 'checkpoints'} has no whole checkpoint to resume from"
+            )
         progress = read_progress(checkpoint)
         changed = [
             d
@@ -300,7 +299,8 @@ class TrainingLoop:
         ]
         if changed:
             raise CheckpointError(
-                f"{checkpoint} is of a run with another configuration (there and here): {'; '.join(changed)}"
+                f"{checkpoint} is of a run with another configuration (there and here): "
+                f"{'; '.join(changed)}"
             )
         self.accelerator.load_state(str(checkpoint / "state"))
         vectors = load_file(checkpoint / "penalty.safetensors")
@@ -313,10 +313,10 @@ class TrainingLoop:
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         if self.accelerator.is_main_process:
-            path = self.output / "metrics.jsonl"
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(f"{line}\n" for line in lines))
-        self.console.print(f"resuming from {checkpoint}: step {self.step}, epoch {progress['epoch']}")
+            self.metrics_file.cut_after(self.step)
+        self.console.print(
+            f"resuming from {checkpoint}: step {self.step}, epoch {progress['epoch']}"
+        )
         return progress["epoch"], progress["batch"]
 
     def _save_checkpoint(self, epoch: int, batch: int) -> None:
@@ -362,7 +362,9 @@ class TrainingLoop:
             )
         stream = isinstance(images, IterableDataset)
         if not stream and len(images) < config.batch_size:
-            raise ValueError(f"batch_size ({config.batch_size}) exceeds the {len(images)} training images")
+            raise ValueError(
+                f"batch_size ({config.batch_size}) exceeds the {len(images)} training images"
+            )
         return DataLoader(
             images,
             config.batch_size // parts,
@@ -376,54 +378,3 @@ class TrainingLoop:
         if self.config.steps_per_epoch:
             return self.config.steps_per_epoch
         return len(loader) // (self.accelerator.num_processes * self.config.accumulation)
-
-    def _build_penalty(self, model: SpecRegModel) -> SpectralPenalty:
-        config = self.config.penalty
-        return SpectralPenalty(
-            model,
-            strength=config.strength,
-            scope=config.scope,
-            every=config.every,
-            burn_in=config.burn_in(self.steps_per_epoch),
-            power_iterations=config.power_iterations,
-            split_qkv=config.split_qkv,
-            skip=config.skip,
-            input_size=model.input_size,
-            seed=self.config.seed,
-        )
-
-    def _build_scheduler(self, optimizer: torch.optim.Optimizer):
-        config = self.config.optimizer
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
-            num_epochs=self.config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=0.0,
-            min_lr=config.min_lr,
-            decay_milestones=list(config.decay_milestones),
-            decay_rate=config.decay_rate,
-            decay_epochs=config.decay_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
-        if scheduler is not None:
-            scheduler.step_update(0)
-        return scheduler
-
-    def _now(self) -> float:
-        """Seconds, having waited for the accelerator to finish."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as trackers take them: dotted keys, and text for what is no number."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

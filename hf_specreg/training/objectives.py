@@ -1,4 +1,7 @@
-"""Losses over a batch. An objective is called with the model, images [B, C, H, W] in [0, 1] and labels [B]."""
+"""Losses over a batch.
+
+An objective is called with the model, images [B, C, H, W] in [0, 1] and labels [B].
+"""
 
 from collections.abc import Callable
 
@@ -6,10 +9,9 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from hf_specreg.data.transforms import seeded
 from hf_specreg.training.config import AugmentConfig
 
-Objective = Callable[..., Tensor]
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Supervised:
@@ -18,11 +20,9 @@ class Supervised:
     Args:
         num_classes: of the head.
         augment: mixup, cutmix and label_smoothing are read.
-        seed: of what is mixed, together with the key of the call.
     """
 
-    def __init__(self, num_classes: int, *, augment: AugmentConfig, seed: int = 0):
-        self.seed = seed
+    def __init__(self, num_classes: int, *, augment: AugmentConfig):
         self.label_smoothing = augment.label_smoothing
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -33,10 +33,9 @@ class Supervised:
                 num_classes=num_classes,
             )
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, key: tuple[int, ...]) -> Tensor:
-        """Return the mean loss, 0-d; what is mixed depends on (seed, *key) alone."""
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss, 0-d; mixup draws from numpy's global random numbers."""
         if self.mixup is None:
             return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
-        with seeded(self.seed, *key):
-            images, targets = self.mixup(images, labels)
+        images, targets = self.mixup(images, labels)
         return F.cross_entropy(model(images), targets)

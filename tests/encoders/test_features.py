@@ -1,4 +1,5 @@
-"""The feature space of real architectures: what the head is fed, and which layers stand before it."""
+"""The feature space of real architectures: what the head is fed, and which layers stand before
+it."""
 
 import pytest
 import timm
@@ -11,12 +12,19 @@ from hf_specreg.encoders.features import (
     find_head,
     find_input_size,
     headless_output,
-    trace_layers,
 )
+from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 # Layers that compute a position bias from coordinates: the image does not pass through them.
-OF_POSITIONS = ("cpb_mlp", "meta_mlp", "rel_pos.mlp", "pos_proj", "pos_embd.token_projection", "pos_embed.token")
+OF_POSITIONS = (
+    "cpb_mlp",
+    "meta_mlp",
+    "rel_pos.mlp",
+    "pos_proj",
+    "pos_embd.token_projection",
+    "pos_embed.token",
+)
 
 TIMM = {
     "beit_base_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2},
@@ -65,7 +73,12 @@ TIMM = {
     "resnet10t": {},
     "resnetv2_18": {},
     "rexnet_100": {},
-    "swin_tiny_patch4_window7_224": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 24,
+    },
     "swinv2_tiny_window8_256": {"img_size": 64, "window_size": 4, "embed_dim": 24},
     "tf_efficientnet_b0": {},
     "tiny_vit_5m_224": {},
@@ -98,18 +111,51 @@ TRANSFORMERS = {
     "DeiTConfig": TINY,
     "Dinov2Config": TINY,
     "Dinov2WithRegistersConfig": TINY,
-    "EfficientNetConfig": {"width_coefficient": 0.3, "depth_coefficient": 0.3, "hidden_dim": 384, "image_size": 64},
+    "EfficientNetConfig": {
+        "width_coefficient": 0.3,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 384,
+        "image_size": 64,
+    },
     "FocalNetConfig": {"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64},
-    "HieraConfig": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "image_size": [64, 64]},
-    "LevitConfig": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [16, 16, 16], "depths": [1, 1, 1]},
+    "HieraConfig": {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 8],
+        "image_size": [64, 64],
+    },
+    "LevitConfig": {
+        "hidden_sizes": [32, 48, 64],
+        "num_attention_heads": [2, 3, 4],
+        "key_dim": [16, 16, 16],
+        "depths": [1, 1, 1],
+    },
     "MobileNetV2Config": {"depth_multiplier": 0.35, "image_size": 64},
     "MobileViTConfig": {"image_size": 64},
     "PoolFormerConfig": {**CONV, "num_encoder_blocks": 4},
     "PvtV2Config": {"image_size": 64, "hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
     "RegNetConfig": {"embedding_size": 16, **CONV, "groups_width": 8},
-    "ResNetConfig": {"embedding_size": 16, "hidden_sizes": [32, 64, 64, 96], "depths": [1, 1, 1, 1]},
-    "SwinConfig": {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
-    "Swinv2Config": {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "ResNetConfig": {
+        "embedding_size": 16,
+        "hidden_sizes": [32, 64, 64, 96],
+        "depths": [1, 1, 1, 1],
+    },
+    "SwinConfig": {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
+    "Swinv2Config": {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
     "ViTConfig": TINY,
     "ViTMSNConfig": TINY,
 }
@@ -135,7 +181,11 @@ def random_images(model):
 
 def weights_that_reach(model, features):
     """Weight layers whose weight the features depend on, by autograd on the real model."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    layers = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
     weights = [m.weight for m in layers.values()]
     gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
     found = {n for n, g in zip(layers, gradients, strict=True) if g is not None}
@@ -167,7 +217,9 @@ def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_rea
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS))
-def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_what_reaches_them(name):
+def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_what_reaches_them(
+    name,
+):
     model = transformers_model(name)
     images = random_images(model)
     head = find_head(model)
@@ -176,7 +228,9 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
     if len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear):
         assert torch.equal(model.get_submodule(head[0])(features), model(images).logits)
     reaching = weights_that_reach(model, features)
-    assert penalised(model) == {n for n in reaching if not any(p in n for p in ("continuous_position",))}
+    assert penalised(model) == {
+        n for n in reaching if not any(p in n for p in ("continuous_position",))
+    }
     assert not [n for n in reaching if n.startswith(head)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_specreg.spectral.operators import UnsupportedLayerError, linear_operators
+from hf_specreg.spectral.layers import UnsupportedLayerError, linear_operators
 from hf_specreg.spectral.singular import dense_matrix, random_vector, top_singular_value
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -63,7 +63,8 @@ def transposed_convolutions(draw):
 
 
 def check_operator(layer, shape):
-    """W v is the layer; the adjoint and the weight gradient are autograd's; sigma is the dense SVD's."""
+    """W v is the layer; the adjoint and the weight gradient are autograd's; sigma is the
+    dense SVD's."""
     layer = layer.double()
     (operator,) = linear_operators("layer", layer, shape)
     v = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
@@ -122,7 +123,9 @@ def test_conv1d_of_transformers_is_a_linear_map_of_its_transposed_weight():
     layer = Conv1D(5, 3)
     (operator,) = linear_operators("layer", layer, (4, 3))
     x = torch.randn(2, 3)
-    torch.testing.assert_close(operator.apply(operator.effective_weight(), x), layer(x) - layer.bias)
+    torch.testing.assert_close(
+        operator.apply(operator.effective_weight(), x), layer(x) - layer.bias
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,12 @@ def test_lora_penalises_the_effective_weight_and_its_gradient_reaches_the_adapte
 
 
 def test_norms_embeddings_and_layer_scale_are_no_linear_maps():
-    for layer in (nn.LayerNorm(4), nn.BatchNorm2d(4), nn.Embedding(3, 4), timm.layers.LayerScale(4)):
+    for layer in (
+        nn.LayerNorm(4),
+        nn.BatchNorm2d(4),
+        nn.Embedding(3, 4),
+        timm.layers.LayerScale(4),
+    ):
         assert linear_operators("layer", layer, (4,)) == []
 
 
@@ -224,7 +232,9 @@ def test_unknown_weights_are_an_error_that_names_layer_class_and_remedy():
 
     for layer in (Mixture(), Squared(4, 3), nn.LSTM(4, 3)):
         kind = type(layer).__name__
-        with pytest.raises(UnsupportedLayerError, match=rf"'block.mix' \({kind}\).*skip=\['block.mix'\]"):
+        with pytest.raises(
+            UnsupportedLayerError, match=rf"'block.mix' \({kind}\).*skip=\['block.mix'\]"
+        ):
             linear_operators("block.mix", layer, (4,))
 
 

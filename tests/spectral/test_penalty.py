@@ -1,4 +1,5 @@
-"""SpectralPenalty: its value and gradient, its schedule, its state, and the training loops it lives in."""
+"""SpectralPenalty: its value and gradient, its schedule, its state, and the training loops it
+lives in."""
 
 import copy
 import warnings
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_specreg.spectral.layers import linear_operators
 from hf_specreg.spectral.penalty import SpectralPenalty, _SquaredSigma
-from hf_specreg.spectral.operators import linear_operators
 from hf_specreg.spectral.singular import dense_matrix, random_vector, top_singular_value
 
 
@@ -48,9 +49,12 @@ def exact_sum(net, names=("stem", "depthwise", "proj")):
     total = 0
     for name in names:
         (operator,) = linear_operators(name, net.get_submodule(name), shapes[name])
-        total = total + torch.linalg.matrix_norm(
-            dense_matrix(operator, operator.effective_weight()), ord=2
-        ).square()
+        total = (
+            total
+            + torch.linalg.matrix_norm(
+                dense_matrix(operator, operator.effective_weight()), ord=2
+            ).square()
+        )
     return total
 
 
@@ -64,12 +68,17 @@ def test_value_and_gradient_are_those_of_the_dense_svd(net):
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
     for weight, gradient in zip(weights, gradients, strict=True):
         assert weight.grad.abs().max() > 0
-        torch.testing.assert_close(weight.grad, gradient, rtol=2e-2, atol=2e-3 * gradient.abs().max())
+        torch.testing.assert_close(
+            weight.grad, gradient, rtol=2e-2, atol=2e-3 * gradient.abs().max()
+        )
     assert net.head.weight.grad is None
 
 
 def test_scope_all_adds_the_head_and_nothing_else(net):
-    features, everything = make(net, power_iterations=300), make(net, scope="all", power_iterations=300)
+    features, everything = (
+        make(net, power_iterations=300),
+        make(net, scope="all", power_iterations=300),
+    )
     assert [layer.name for layer in features.layers] == ["stem", "depthwise", "proj"]
     assert [layer.name for layer in everything.layers] == ["stem", "depthwise", "proj", "head"]
     expected = exact_sum(net, ("stem", "depthwise", "proj", "head"))
@@ -116,7 +125,13 @@ def test_descending_the_penalty_lowers_the_exact_sum(net):
 
 def test_burn_in_and_cadence_count_calls(net):
     penalty = make(net, burn_in=3, every=2)
-    assert [penalty().item() > 0 for _ in range(8)] == [False] * 3 + [True, False, True, False, True]
+    assert [penalty().item() > 0 for _ in range(8)] == [False] * 3 + [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert penalty.step == 8
 
 

@@ -1,4 +1,7 @@
-"""Top singular values: the iterations against the exact references, and the references against each other."""
+"""Top singular values: the iterations against the exact references, and the references against
+each other."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_specreg.spectral.operators import Dense, linear_operators
+from hf_specreg.spectral.layers import linear_operators
+from hf_specreg.spectral.operators import Dense
 from hf_specreg.spectral.singular import (
     block_norms,
     dense_matrix,
@@ -91,12 +95,13 @@ def test_power_iteration_raises_sigma_towards_the_top_and_reaches_it():
     for _ in range(200):
         v = power_iteration(operator, weight, v)
         sigmas.append(block_norms(operator, operator.apply(weight, v)).item())
-    assert all(b >= a * (1 - 1e-6) for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(b >= a * (1 - 1e-6) for a, b in itertools.pairwise(sigmas))
     assert sigmas[-1] == pytest.approx(torch.linalg.matrix_norm(weight, ord=2).item(), rel=1e-4)
 
 
 def test_one_iteration_brings_a_stale_vector_back():
-    """The weights move a little, the vector is stale and its value low; one iteration takes most of that away."""
+    """The weights move a little, the vector is stale and its value low; one iteration takes most
+    of that away."""
     torch.manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(20, 20))
     right, _ = torch.linalg.qr(torch.randn(20, 20))
@@ -134,7 +139,8 @@ def test_sigma_of_a_projection_and_of_a_scaled_identity_are_known():
 
 
 def test_a_depthwise_vector_moves_to_the_channel_that_becomes_the_largest():
-    """With one unit vector for all channels, those that were not the largest would have died out to 0."""
+    """With one unit vector for all channels, those that were not the largest would have died out
+    to 0."""
     layer = nn.Conv2d(4, 4, 1, groups=4, bias=False)
     operator, weight = operator_of(layer, (4, 3, 3))
     weight = torch.tensor([4.0, 1.0, 0.5, 0.1]).reshape(4, 1, 1, 1)

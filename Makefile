@@ -1,0 +1,38 @@
+# make demo: set up, then train a baseline and a regularized encoder on the embedded digits and compare them.
+# make test: set up, then lint, the import contract and the test suite.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+BASE_PYTHON ?= python3
+
+.PHONY: demo test lint test-slow sweep bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(PYTHON) recipes/demo.py
+
+test: lint
+	$(PYTHON) -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+
+test-slow: $(VENV)/ready
+	$(PYTHON) -m pytest -m slow
+
+sweep: $(VENV)/ready
+	$(PYTHON) benchmarks/architectures.py
+
+bench: $(VENV)/ready
+	$(PYTHON) benchmarks/penalty_cost.py
+
+clean:
+	rm -rf $(VENV) runs
+
+# Installed again only when the dependencies change; a broken install leaves no mark, so the next run repeats it.
+$(VENV)/ready: pyproject.toml
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -e '.[dev]'
+	touch $@

@@ -1,0 +1,218 @@
+"""Saved models in the formats of timm and transformers, so that each library alone loads them.
+
+timm           config.json, model.safetensors
+transformers   config.json, model.safetensors, preprocessor_config.json
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from torch import nn
+
+WEIGHTS_FILE = "model.safetensors"
+RUN_FILE = "specreg.json"
+LOADED_FILES = ["config.json", "preprocessor_config.json", RUN_FILE, WEIGHTS_FILE]
+RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
+
+
+def download(name_or_folder: str | Path, *, revision: str | None, token: str | None) -> Path:
+    """Return the local folder; or download the few files of a Hub repository that are read.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository, or it has no safetensors weights.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                snapshot_download(
+                    str(name_or_folder),
+                    revision=revision,
+                    token=token,
+                    allow_patterns=LOADED_FILES,
+                )
+            )
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{name_or_folder} is neither a local folder nor a repository on the Hub: {error}"
+            ) from error
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name_or_folder} has no {WEIGHTS_FILE}; only safetensors weights are read"
+        )
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a saved model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is not a saved model")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, readable."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_timm(
+    network: nn.Module,
+    folder: Path,
+    *,
+    model_args: dict[str, Any],
+    label_names: Sequence[str] | None,
+    data: dict[str, Any],
+) -> None:
+    """Write a timm model as `timm.create_model("local-dir:...")` and AutoModel load it.
+
+    Args:
+        network: made by `timm.create_model`.
+        folder: an existing folder.
+        model_args: what `timm.create_model` was given.
+        label_names: of the classes.
+        data: input_size, mean, std, crop_pct, crop_mode and interpolation.
+    """
+    timm.models.save_for_hf(network, folder, model_args=model_args, safe_serialization=True)
+    config = read_json(folder / "config.json")
+    # With num_classes among them, transformers' TimmWrapper would be given it twice.
+    arguments = config.get("model_args", {})
+    config["model_args"] = {k: v for k, v in arguments.items() if k != "num_classes"}
+    config["pretrained_cfg"] |= {**data, "num_classes": network.num_classes}
+    config["pretrained_cfg"].pop("test_input_size", None)
+    config.pop("label_names", None)
+    if label_names:
+        config["label_names"] = list(label_names)
+    write_json(folder / "config.json", config)
+
+
+def load_transformers(
+    name_or_config: Any,
+    *,
+    num_classes: int | None,
+    label_names: Sequence[str] | None,
+    revision: str | None,
+    token: str | None,
+) -> tuple[nn.Module, Sequence[str] | None, dict[str, Any]]:
+    """Load a transformers model, or create one with random weights from a configuration.
+
+    Args:
+        name_or_config: a Hub id or a folder, or a `PretrainedConfig`.
+        num_classes: as for `SpecRegModel.from_transformers`.
+        label_names: of the classes.
+        revision: on the Hub.
+        token: for private repositories.
+
+    Returns:
+        The network, its label names, and what its image processor says of mean, std, interpolation
+        and crop_pct.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        PretrainedConfig,
+    )
+
+    if isinstance(name_or_config, PretrainedConfig):
+        config = name_or_config
+        config.architectures = config.architectures or []  # from_config iterates over them
+        if num_classes == 0:
+            return AutoModel.from_config(config), None, {}
+        if num_classes:
+            config.update(_class_entries(num_classes, label_names))
+        return AutoModelForImageClassification.from_config(config), label_names, {}
+
+    where = {"revision": revision, "token": token}
+    config = AutoConfig.from_pretrained(name_or_config, **where)
+    bare = not any("ForImageClassification" in a for a in config.architectures or [])
+    if num_classes == 0 or (num_classes is None and bare):
+        network, label_names = _load_headless(name_or_config, **where), None
+    else:
+        fresh = {}
+        if num_classes and (bare or num_classes != config.num_labels):
+            fresh = {**_class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
+        network = AutoModelForImageClassification.from_pretrained(
+            name_or_config, use_safetensors=True, **fresh, **where
+        )
+        if not fresh:
+            label_names = label_names or _stated_labels(config)
+    processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
+    return network, label_names, _processor_data(processor)
+
+
+def save_transformers(
+    network: nn.Module,
+    folder: Path,
+    *,
+    label_names: Sequence[str] | None,
+    data: dict[str, Any],
+) -> None:
+    """Write a transformers model and its image processor; arguments as for `save_timm`."""
+    from transformers import ViTImageProcessor
+
+    if label_names:
+        network.config.update(_class_entries(len(label_names), label_names))
+    network.save_pretrained(folder)
+    _, height, width = data["input_size"]
+    processor = ViTImageProcessor(
+        size={"height": height, "width": width},
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+        resample=RESAMPLING[data["interpolation"]],
+    )
+    processor.save_pretrained(folder)
+
+
+def _load_headless(name: Any, **where: Any) -> nn.Module:
+    """Load a transformers model without a head, nor a pooler that was saved without weights."""
+    from transformers import AutoModel
+
+    network, info = AutoModel.from_pretrained(
+        name, use_safetensors=True, output_loading_info=True, **where
+    )
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        network = AutoModel.from_pretrained(
+            name, use_safetensors=True, add_pooling_layer=False, **where
+        )
+    return network
+
+
+def _processor_data(processor: Any) -> dict[str, Any]:
+    names = {number: name for name, number in RESAMPLING.items()}
+    resample = getattr(processor, "resample", None)
+    data = {"interpolation": names.get(int(3 if resample is None else resample), "bicubic")}
+    for key in ("mean", "std"):
+        if getattr(processor, f"image_{key}", None):
+            data[key] = tuple(getattr(processor, f"image_{key}"))
+    size, crop = (dict(getattr(processor, k, None) or {}) for k in ("size", "crop_size"))
+    if getattr(processor, "do_center_crop", False) and "shortest_edge" in size:
+        data["crop_pct"] = crop["height"] / size["shortest_edge"]
+    return data
+
+
+def _class_entries(num_classes: int, label_names: Sequence[str] | None) -> dict[str, Any]:
+    """The entries of a transformers configuration that name the classes, and so count them."""
+    names = list(label_names or (f"LABEL_{i}" for i in range(num_classes)))
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def _stated_labels(config: Any) -> list[str] | None:
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names

@@ -1,0 +1,258 @@
+"""Image sets from every kind of source, and what is wrong with those that cannot be used."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_specreg.data.datasets import DataError, load_splits
+from hf_specreg.data.images import LabelledImages, StreamedImages, collate
+from hf_specreg.data.transforms import (
+    crop_and_flip,
+    evaluation_transform,
+    seeded,
+    to_channels,
+    training_transform,
+)
+
+SIZE = (3, 8, 8)
+
+
+def random_picture(seed, size=(8, 8)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for split, count in (("train", 12), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                random_picture(i).save(folder / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def labelled(splits, name="train", **kwargs):
+    rows = getattr(splits, name)
+    return LabelledImages(rows, input_size=SIZE, evaluate=evaluation_transform(SIZE), **kwargs)
+
+
+def table(labels, pictures=None, features=None):
+    pictures = pictures or [random_picture(i) for i in range(len(labels))]
+    columns = {"image": pictures, "label": labels}
+    features = features or {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def save_parquet(folder, **splits):
+    (folder / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        rows.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_digits_are_embedded_real_and_cut_the_same_way_every_time():
+    splits, again = load_splits("digits"), load_splits("digits")
+    assert sum(len(s) for s in (splits.train, splits.validation, splits.test)) == 1797
+    assert splits.label_names == [str(n) for n in range(10)]
+    assert splits.test["label"][:] == again.test["label"][:]
+    assert splits.fingerprints == again.fingerprints
+    counts = np.bincount(splits.test["label"][:])
+    assert counts.min() >= 17
+    images, _ = labelled(splits)[0]
+    assert images.shape == SIZE
+    assert images.dtype == torch.uint8
+    assert torch.equal(images[0], images[1])
+    assert images.max() == 255
+
+
+def test_class_folders_and_parquet_give_their_splits(class_folders, tmp_path):
+    splits = load_splits(str(class_folders), validation_fraction=0.25)
+    assert splits.label_names == ["cat", "dog"]
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [18, 6, 8]
+    folder = save_parquet(
+        tmp_path / "set", train=table([0, 1] * 8), validation=table([0, 1]), test=table([1, 0])
+    )
+    splits = load_splits(folder)
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [16, 2, 2]
+
+
+def test_columns_are_found_by_type_and_can_be_named(tmp_path):
+    rows = table([0, 1] * 8).rename_columns({"image": "img", "label": "fine_label"})
+    rows = rows.add_column("coarse", [0] * 16)
+    folder = save_parquet(tmp_path / "one", train=rows)
+    assert load_splits(folder, validation_fraction=0.2).train.column_names == ["image", "label"]
+    two = rows.cast_column("coarse", datasets.ClassLabel(names=["x"]))
+    folder = save_parquet(tmp_path / "two", train=two)
+    with pytest.raises(DataError, match=r"2 label columns .*name one as label_column"):
+        load_splits(folder)
+    assert load_splits(folder, label_column="fine_label", validation_fraction=0.2).label_names == [
+        "a",
+        "b",
+    ]
+
+
+def test_plain_integer_labels_become_classes(tmp_path):
+    plain = table(
+        [3, 5] * 8, features={"image": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    splits = load_splits(save_parquet(tmp_path / "set", train=plain), validation_fraction=0.2)
+    assert splits.label_names == ["3", "5"]
+    assert set(splits.train["label"]) == {0, 1}
+
+
+def test_what_cannot_be_used_is_an_error_that_says_why(tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    for folder, message in [
+        (str(tmp_path / "missing"), "there is no folder"),
+        (str(tmp_path / "empty"), "is empty"),
+        (save_parquet(tmp_path / "text", train=text), "no image columns"),
+        (save_parquet(tmp_path / "single", train=table([1] * 30)), "one class only, 'b'"),
+        (save_parquet(tmp_path / "few", train=table([0, 1, 0])), "cannot hold out 10%"),
+        (save_parquet(tmp_path / "none", test=table([0, 1])), "no training split"),
+        (
+            save_parquet(tmp_path / "range", train=table([0, -1, 1] * 20)),
+            "cannot be loaded|out of range|label",
+        ),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_splits(folder)
+    with pytest.raises(DataError, match="image_column 'photo' is no image column"):
+        load_splits("digits", image_column="photo")
+    with pytest.raises(DataError, match="label_column 'class' is no column"):
+        load_splits("digits", label_column="class")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_every_mode_become_grey_or_rgb(mode, channels):
+    if mode.startswith("I"):
+        pixels = (np.arange(64).reshape(8, 8) * 1024).astype(
+            np.uint16 if mode == "I;16" else np.int32
+        )
+        picture = Image.fromarray(pixels)
+        assert picture.mode == mode
+    else:
+        picture = random_picture(0).convert(mode)
+    converted = to_channels(picture, channels)
+    assert converted.mode == {1: "L", 3: "RGB"}[channels]
+    if mode.startswith("I"):
+        expected = np.arange(64).reshape(8, 8) * 4
+        assert np.array_equal(np.asarray(to_channels(picture, 1)), expected)
+
+
+def test_transparent_pixels_stand_on_white_and_floats_are_refused():
+    clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    assert to_channels(clear, 3).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="floating-point"):
+        to_channels(Image.new("F", (2, 2)), 3)
+
+
+def test_unreadable_images_are_counted_and_named_and_left_out_only_on_demand(tmp_path):
+    good = io.BytesIO()
+    random_picture(1).save(good, "PNG")
+    stored = [{"bytes": good.getvalue(), "path": f"{i}.png"} for i in range(20)]
+    stored[3] = {"bytes": good.getvalue()[:60], "path": "broken.png"}
+    stored[7] = {"bytes": b"no image", "path": "text.png"}
+    stored[9] = None
+    rows = datasets.Dataset.from_dict(
+        {"image": stored, "label": [0, 1] * 10},
+        features=datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+        ),
+    )
+    arguments = {"input_size": SIZE, "evaluate": evaluation_transform(SIZE)}
+    with pytest.raises(
+        DataError, match=r"3 of 20 images cannot be read: row 3 \(broken.png.*row 7 \(text"
+    ):
+        LabelledImages(rows, **arguments)
+    kept = LabelledImages(rows, **arguments, skip_unreadable=True)
+    assert len(kept) == 17
+    assert kept.skipped == [3, 7, 9]
+    assert kept.labels.tolist() == [
+        label for i, label in enumerate([0, 1] * 10) if i not in (3, 7, 9)
+    ]
+    lazy = LabelledImages(rows, **arguments, in_memory=False)
+    with pytest.raises(DataError, match=r"row 7 cannot be read: text\.png"):
+        lazy[7]
+    lazy = LabelledImages(rows, **arguments, in_memory=False, skip_unreadable=True)
+    images, labels = lazy.__getitems__([2, 3, 4])
+    assert (len(images), labels.tolist(), lazy.skipped) == (2, [0, 0], [3])
+    stream = StreamedImages(
+        rows.to_iterable_dataset(),
+        input_size=SIZE,
+        transform=evaluation_transform(SIZE),
+        skip_unreadable=True,
+    )
+    assert len(list(stream)) == 17
+    assert stream.skipped == [3, 7, 9]
+
+
+def test_images_in_memory_and_on_demand_are_the_same():
+    splits = load_splits("digits")
+    kept, lazy = labelled(splits, in_memory=True), labelled(splits, in_memory=False)
+    assert torch.equal(kept.__getitems__([5, 2])[0], lazy.__getitems__([5, 2])[0])
+    assert torch.equal(kept[5][0], kept.__getitems__([5, 2])[0][0])
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "timm"])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(augment):
+    splits = load_splits("digits")
+    transform = training_transform(SIZE, scale=(0.5, 1.0)) if augment == "timm" else augment
+    first, other = (
+        labelled(splits, augment=transform, seed=1),
+        labelled(splits, augment=transform, seed=1),
+    )
+    other.__getitems__([8, 9])
+    torch.manual_seed(5)
+    assert torch.equal(first[4][0], other.__getitems__([3, 4])[0][1])
+    other.set_epoch(1)
+    changed = [not torch.equal(first[i][0], other[i][0]) for i in range(10)]
+    assert sum(changed) >= 8
+
+
+def test_crop_and_flip_shifts_and_mirrors():
+    images = torch.arange(2 * 9).reshape(2, 1, 3, 3)
+    still = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.9]])
+    moved = crop_and_flip(images, still, padding=1)
+    assert torch.equal(moved[0], images[0])
+    assert torch.equal(moved[1], images[1].flip(2))
+    up = crop_and_flip(images[:1], torch.tensor([[0.99, 0.5, 0.0]]), padding=1)
+    assert torch.equal(up[0, 0, :2], images[0, 0, 1:])
+    assert up[0, 0, 2].sum() == 0
+
+
+def test_a_stream_is_read_in_order_and_stated_wrong_is_refused(class_folders):
+    splits = load_splits(str(class_folders), streaming=True)
+    assert splits.validation is splits.test
+    stream = StreamedImages(splits.train, input_size=SIZE, transform=evaluation_transform(SIZE))
+    images, labels = collate(list(stream))
+    assert images.shape == (24, *SIZE)
+    assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
+
+
+def test_seeded_puts_the_random_state_back():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with seeded(1, 2):
+        inner = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with seeded(1, 2):
+        assert torch.equal(torch.rand(3), inner)
+    with seeded(1, 3):
+        assert not torch.equal(torch.rand(3), inner)
+
+
+def test_random_erasing_is_refused():
+    with pytest.raises(ValueError, match="re_prob"):
+        training_transform(SIZE, re_prob=0.2)

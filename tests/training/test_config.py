@@ -1,0 +1,53 @@
+"""The run configuration and the objectives that read it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_specreg.training.config import (
+    AugmentConfig,
+    DataConfig,
+    PenaltyConfig,
+    RunConfig,
+    differences,
+)
+from hf_specreg.training.objectives import Supervised
+
+
+def test_burn_in_is_counted_in_epochs_or_steps():
+    assert PenaltyConfig(burn_in_epochs=1.5).burn_in(10) == 15
+    assert PenaltyConfig(burn_in_steps=7).burn_in(10) == 7
+    assert PenaltyConfig().burn_in(10) == 0
+    with pytest.raises(ValueError, match="not both"):
+        PenaltyConfig(burn_in_epochs=1, burn_in_steps=7)
+
+
+def test_values_out_of_range_are_named():
+    with pytest.raises(ValueError, match=r"penalty.strength \(-1\)"):
+        PenaltyConfig(strength=-1)
+    with pytest.raises(ValueError, match=r"epochs \(0\) must be at least 1"):
+        RunConfig(epochs=0)
+    with pytest.raises(ValueError, match="steps_per_epoch is needed for a stream"):
+        RunConfig(data=DataConfig(streaming=True))
+
+
+def test_differences_name_the_key_and_both_values():
+    a, b = RunConfig().as_dict(), RunConfig(penalty=PenaltyConfig(strength=0.5)).as_dict()
+    assert differences(a, b) == ["penalty.strength: 0.01 and 0.5"]
+    assert differences(a, a) == []
+
+
+def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    plain = Supervised(3, augment=AugmentConfig())
+    expected = F.cross_entropy(model(images), labels)
+    torch.testing.assert_close(plain(model, images, labels), expected)
+    mixed = Supervised(3, augment=AugmentConfig(mixup=1.0))
+    losses = []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)
+        losses.append(mixed(model, images.clone(), labels).item())
+    assert losses[0] == losses[1] != losses[2]

@@ -1,0 +1,205 @@
+"""The training loop on real digits: it learns, resumes exactly, stops with a reason."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.training import checkpoints
+from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
+from hf_specreg.training.checkpoints import CheckpointError
+from hf_specreg.training.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    RunConfig,
+)
+from hf_specreg.training.loop import TrainingLoop
+from hf_specreg.training.metrics import DivergedError
+from hf_specreg.training.objectives import Supervised
+
+
+def config(tmp_path, **kwargs):
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "epochs": 3,
+        "batch_size": 128,
+        "accumulation": 2,
+        "log_every": 3,
+        "data": DataConfig(train_samples=600),
+        "augment": AugmentConfig(kind="crop_flip", mixup=0.2, label_smoothing=0.1),
+        "model": ModelConfig(
+            name="resnet20_cifar",
+            input_size=(1, 8, 8),
+            args={"channels": [8, 8, 16], "drop_rate": 0.2},
+        ),
+        "penalty": PenaltyConfig(strength=0.01, burn_in_steps=3, every=2),
+        "optimizer": OptimizerConfig(lr=0.05, ema_decay=0.9, warmup_epochs=1, clip_grad=5.0),
+        "checkpoint": CheckpointConfig(every_steps=3, keep=3),
+    }
+    return RunConfig(**{**settings, **kwargs})
+
+
+class Interrupted(Exception):
+    pass
+
+
+def build(run, *, objective=None):
+    torch.manual_seed(run.seed)
+    splits = build_splits(run.data, seed=run.seed)
+    model = build_model(run.model, splits.label_names)
+    objective = objective or Supervised(model.num_classes, augment=run.augment)
+    images = build_images(splits, model, run)
+    return TrainingLoop(model, objective, **images, config=run, metadata=run_metadata(splits))
+
+
+def interrupted_at(call, run):
+    """An objective that fails at its n-th call, as a killed process would."""
+    objective = Supervised(10, augment=run.augment)
+    calls = 0
+
+    def fail(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Interrupted
+        return objective(*args, **kwargs)
+
+    return fail
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_lowers_loss_and_sigma_and_leaves_a_loadable_model(tmp_path):
+    run = config(
+        tmp_path,
+        epochs=8,
+        accumulation=1,
+        batch_size=64,
+        augment=AugmentConfig(),
+        data=DataConfig(),
+        penalty=PenaltyConfig(strength=0.01, burn_in_epochs=4),
+        optimizer=OptimizerConfig(lr=0.1),
+        checkpoint=CheckpointConfig(keep=1),
+    )
+    result = build(run).run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.3 * losses[0]
+    assert result.metrics["test_accuracy"] > 0.9
+    sums = {line["epoch"]: line["sum_sigma2"] for line in lines if "sum_sigma2" in line}
+    assert sums[8] < 0.7 * sums[4]
+    penalties = {line["epoch"]: line["penalty"] for line in lines if "penalty" in line}
+    assert penalties[1] == 0
+    assert penalties[7] == pytest.approx(0.01 * sums[8], rel=0.2)
+    model = SpecRegModel.from_pretrained(result.model_folder)
+    assert model.label_names == [str(n) for n in range(10)]
+    assert model.metadata["config"]["penalty"]["strength"] == 0.01
+    assert model.metadata["data"]["source"] == "digits"
+    assert [p.name for p in checkpoints.all_checkpoints(tmp_path / "run/checkpoints")] == [
+        "step_00000176"
+    ]
+    assert (tmp_path / "run/best/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("call", [7, 12, 21])
+def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(tmp_path, call):
+    """With augmentation, mixup, dropout, momentum, averaging, accumulation and a cadence."""
+    whole = config(tmp_path / "whole")
+    expected = weights(build(whole).run().model_folder)
+    broken = config(tmp_path / "broken")
+    with pytest.raises(Interrupted):
+        build(broken, objective=interrupted_at(call, broken)).run()
+    torch.manual_seed(99)
+    resumed = weights(build(broken).run(resume=True).model_folder)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    runs = [
+        config(tmp_path / name, epochs=1, seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    first, again, other = [weights(build(run).run().model_folder) for run in runs]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_it_used(tmp_path, caplog):
+    run = config(tmp_path)
+    with pytest.raises(Interrupted):
+        build(run, objective=interrupted_at(15, run)).run()
+    *_, before, latest = checkpoints.all_checkpoints(tmp_path / "run/checkpoints")
+    file = latest / "state/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert checkpoints.latest_checkpoint(tmp_path / "run/checkpoints") == before
+    assert f"{latest.name} is not whole (state/model.safetensors was cut short" in caplog.text
+    loop = build(run)
+    loop.run(resume=True)
+    assert loop.step == 12
+
+
+def test_nan_stops_the_run_with_step_batch_and_last_good_checkpoint(tmp_path):
+    run = config(tmp_path)
+    objective = Supervised(10, augment=run.augment)
+    calls = 0
+
+    def poisoned(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return objective(*args, **kwargs) * (torch.nan if calls == 10 else 1.0)
+
+    with pytest.raises(
+        DivergedError, match=r"loss is nan.*step 5 \(epoch 1, batch 1\).*step_00000004"
+    ):
+        build(run, objective=poisoned).run()
+    for checkpoint in checkpoints.all_checkpoints(tmp_path / "run/checkpoints"):
+        assert all(w.isfinite().all() for w in weights(checkpoint / "model").values())
+
+
+def test_another_run_is_neither_overwritten_nor_continued(tmp_path):
+    run = config(tmp_path, epochs=1)
+    build(run).run()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        build(run).run()
+    other = replace(run, batch_size=64)
+    with pytest.raises(CheckpointError, match=r"batch_size: 128 and 64"):
+        build(other).run(resume=True)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        build(config(tmp_path / "empty")).run(resume=True)
+
+
+def test_accumulation_gives_the_same_weights_as_one_large_batch(tmp_path):
+    plain = {"augment": AugmentConfig(), "epochs": 1, "optimizer": OptimizerConfig(lr=0.05)}
+    model = ModelConfig(
+        name="mlp_2000", input_size=(1, 8, 8), args={"img_size": 8, "hidden_features": 30}
+    )
+    penalty = PenaltyConfig(strength=0.1)
+    results = []
+    for accumulation in (1, 4):
+        run = config(
+            tmp_path / str(accumulation),
+            accumulation=accumulation,
+            model=model,
+            penalty=penalty,
+            **plain,
+        )
+        results.append(weights(build(run).run().model_folder))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size \(1024\) exceeds the 600 training images"):
+        build(config(tmp_path, batch_size=1024))
+    with pytest.raises(ValueError, match=r"batch_size \(127\) must be divisible"):
+        build(config(tmp_path, batch_size=127))
