@@ -8,7 +8,7 @@ BASE_PYTHON ?= python3
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	$(PYTHON) recipes/demo.py
+	$(PYTHON) -m recipes.demo
 
 test: lint
 	$(PYTHON) -m pytest -m "not slow" --cov --cov-report=term:skip-covered

@@ -105,10 +105,13 @@ def top_singular_value(
     count = blocks(operator)
     best = v.reshape(count, -1)
     for _ in range(max_restarts):
-        best, theta, residuals = _lanczos(operator, weight, best / _norm(best))
+        best, theta = _lanczos(operator, weight, best / _norm(best))
+        best = best / _norm(best)
         top = theta.max()
         if top <= 0:  # a weight of zeros: any v will do
             return TopSingularValue(top.new_zeros(()), v, residual=0.0, converged=True)
+        image = _gram(operator, weight, best)
+        residuals = torch.linalg.vector_norm(image - theta[:, None] * best, dim=1)
         contenders = theta + residuals >= top  # the other blocks cannot hold the largest
         residual = (torch.where(contenders, residuals, 0) / top).max().item()
         if residual <= tolerance:
@@ -116,26 +119,22 @@ def top_singular_value(
     return TopSingularValue(top.sqrt(), best.reshape(v.shape), residual, residual <= tolerance)
 
 
-def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Ritz vector [blocks, n], Ritz value [blocks] and residual norm [blocks] of W^T W,
-    from unit v.
-    """
+def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the top Ritz vector [blocks, n] and value [blocks] of W^T W, from unit v."""
     count, n = v.shape
     steps = min(LANCZOS_STEPS, n)
     basis = v.new_zeros(count, steps, n)
     diagonal, off_diagonal = [], []
     for j in range(steps):
         basis[:, j] = v
-        u = operator.apply(weight, v.reshape(1, *operator.input_shape))
-        z = operator.adjoint(weight, u).reshape(count, n)
+        z = _gram(operator, weight, v)
         diagonal.append((z * v).sum(1))
         for _ in range(2):  # twice is enough (Parlett)
             known = basis[:, : j + 1]
             z = z - torch.einsum("bjn,bj->bn", known, torch.einsum("bjn,bn->bj", known, z))
         norm = _norm(z)
-        spent = (
-            norm <= 1e-6 * diagonal[0].abs()[:, None]
-        )  # the Krylov space is invariant: nothing left but noise
+        # Where the Krylov space is invariant, nothing is left but noise.
+        spent = norm <= 1e-6 * diagonal[0].abs()[:, None]
         v = torch.where(spent, 0, z / norm)
         off_diagonal.append(torch.where(spent, 0, norm)[:, 0])
     inner = torch.stack(off_diagonal[:-1], 1) if steps > 1 else v.new_zeros(count, 0)
@@ -143,7 +142,13 @@ def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tenso
     tridiagonal = tridiagonal + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
     ritz = torch.einsum("bjn,bj->bn", basis, vectors[..., -1])
-    return ritz, values[:, -1], off_diagonal[-1] * vectors[:, -1, -1].abs()
+    return ritz, values[:, -1]
+
+
+def _gram(operator: LinearOperator, weight: Tensor, rows: Tensor) -> Tensor:
+    """W^T W v, with v and the result as one row a block, [blocks, n]."""
+    u = operator.apply(weight, rows.reshape(1, *operator.input_shape))
+    return operator.adjoint(weight, u).reshape(rows.shape)
 
 
 def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:

@@ -240,10 +240,10 @@ class TrainingLoop:
 
     @torch.no_grad()
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
-        """Return accuracy and mean cross-entropy, of the averaged weights if there are any."""
+        """Return accuracy, mean cross-entropy and how many images; of averaged weights, if any."""
         model = self.ema.module if self.ema else self.model
         model.eval()
-        right = total = loss = 0.0
+        right, total, loss = 0, 0, 0.0
         for images, labels in loader:
             with self.accelerator.autocast():
                 logits = model(images.float() / 255)
@@ -251,7 +251,7 @@ class TrainingLoop:
             right += (logits.argmax(1) == labels).sum().item()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             total += len(labels)
-        return {"accuracy": right / total, "loss": loss / total}
+        return {"accuracy": right / total, "loss": loss / total, "images": total}
 
     def _log_training(self, epoch: int) -> None:
         """Log the steps since the last time, having looked for a NaN among them."""

@@ -1,0 +1,89 @@
+"""Which timm architectures the penalty takes: the smallest member of every family.
+
+    make sweep
+
+Builds each model on the meta device (shapes, no weights), finds its head and its layers, and writes
+the table to benchmarks/architectures.md. Linear maps that are left out are those of coordinates, which
+the image does not pass through.
+"""
+
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import hf_specreg
+from hf_specreg import SpectralPenalty
+from hf_specreg.spectral.layers import UnsupportedLayerError
+
+TABLE = Path(__file__).with_suffix(".md")
+
+
+def smallest_members() -> dict[str, str]:
+    """Return the smallest model of each timm module that can be built."""
+    smallest = {}
+    for family in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=family):
+            model = build(name)
+            if model is not None:
+                sizes[name] = sum(p.numel() for p in model.parameters())
+        if sizes:
+            smallest[family] = min(sizes, key=sizes.get)
+    return smallest
+
+
+def build(name: str) -> nn.Module | None:
+    """Create a model without weights; None where timm cannot."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=10)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+def row(family: str, name: str) -> tuple[bool, str]:
+    """Return whether the penalty takes the model, and the table's row."""
+    model = build(name)
+    try:
+        penalty = SpectralPenalty(model)
+    except (UnsupportedLayerError, RuntimeError, ValueError) as error:
+        reason = str(error).split(";")[0].replace("|", "\\|")
+        return False, f"| {family} | {name} | no | | {reason} |"
+    names = {layer.name for layer in penalty.layers}
+    names |= {n.rpartition(".")[0] for n in names}
+    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    head = timm.models.get_pretrained_cfg_value(name, "classifier") or ()
+    head = (head,) if isinstance(head, str) else tuple(head)
+    out = sum(
+        isinstance(m, linear) and n not in names and n not in head for n, m in model.named_modules()
+    )
+    return True, f"| {family} | {name} | yes | {len(penalty.layers)} | {out or ''} |"
+
+
+def main() -> None:
+    """Try every family, write the table, print the summary."""
+    rows = []
+    for family, name in smallest_members().items():
+        rows.append(row(family, name))
+        print(rows[-1][1], file=sys.stderr, flush=True)
+    taken = sum(ok for ok, _ in rows)
+    summary = f"{taken} of {len(rows)} families work"
+    lines = [
+        "# timm architectures",
+        "",
+        f"The smallest member of each family of timm {timm.__version__}, with hf_specreg "
+        f"{hf_specreg.__version__} and torch {torch.__version__}: **{summary}**. Made by `make sweep`.",
+        "",
+        "| family | model | works | linear maps penalised | linear layers left out, or why not |",
+        "|---|---|---|---|---|",
+        *(line for _, line in rows),
+    ]
+    TABLE.write_text("\n".join(lines) + "\n")
+    print(f"{summary}; {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Train a baseline and a regularized encoder on the embedded digits, and compare them.
+
+    make demo
+
+Two runs of recipes/supervised.py with recipes/configs/digits.yaml, one with the penalty's strength
+set to 0; what they leave is in runs/demo/.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForImageClassification
+
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.penalty import SpectralPenalty
+from recipes.supervised import parse, train
+
+OUTPUT = Path("runs/demo")
+CONFIG = Path(__file__).parent / "configs/digits.yaml"
+RUNS = {"baseline": ["--penalty.strength", "0"], "rep-spectral": []}
+
+
+def main() -> None:
+    """Train, compare, and check that stock libraries load the result."""
+    console = Console(width=None if Console().is_terminal else 110)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    results, models, seconds = {}, {}, {}
+    for name, arguments in RUNS.items():
+        console.print(f"training {name} ...")
+        start = time.perf_counter()
+        config, _ = parse(["--config", str(CONFIG), "--output_dir", str(OUTPUT / name), *arguments])
+        results[name] = train(config)
+        seconds[name] = time.perf_counter() - start
+        models[name] = SpecRegModel.from_pretrained(results[name].model_folder).eval()
+    console.print(comparison(results, models, seconds))
+    folder = results["rep-spectral"].model_folder
+    check_stock_loading(folder, models["rep-spectral"])
+    console.print(
+        f"The regularized encoder is in {folder}. Stock timm and transformers load it, with the "
+        "same logits:\n"
+        f"  timm.create_model('local-dir:{folder}', pretrained=True)\n"
+        f"  AutoModelForImageClassification.from_pretrained('{folder}')\n"
+        f"Its layers: hf-specreg spectrum {folder}"
+    )
+
+
+def comparison(results: dict, models: dict, seconds: dict) -> Table:
+    """Return accuracy, sum of sigma^2 and the baseline's largest layers, side by side."""
+    metadata = models["baseline"].metadata
+    strength = models["rep-spectral"].metadata["config"]["penalty"]["strength"]
+    sigmas = {name: SpectralPenalty(model).sigmas() for name, model in models.items()}
+    table = Table(
+        "",
+        *results,
+        title=f"digits (8x8 handwritten), strength {strength}, 1 seed ({metadata['config']['seed']})",
+    )
+    accuracy = [f"{r.metrics['test_accuracy']:.2%}" for r in results.values()]
+    images = results["baseline"].metrics["test_images"]
+    table.add_row(f"test accuracy (n = {images})", *accuracy)
+    totals = [f"{sum(s**2 for s in values.values()):.2f}" for values in sigmas.values()]
+    table.add_row(f"sum of sigma^2, {len(sigmas['baseline'])} linear maps", *totals)
+    largest = sorted(sigmas["baseline"], key=sigmas["baseline"].get, reverse=True)[:5]
+    for layer in largest:
+        table.add_row(f"sigma of {layer}", *[f"{values[layer]:.3f}" for values in sigmas.values()])
+    table.add_row("seconds", *[f"{s:.0f}" for s in seconds.values()])
+    return table
+
+
+def check_stock_loading(folder: Path, model: SpecRegModel) -> None:
+    """Stop unless timm and transformers alone give the model's logits."""
+    images = torch.rand(4, *model.input_size, generator=torch.Generator().manual_seed(0))
+    inputs = model.normalize(images)
+    with torch.no_grad():
+        expected = model(images)
+        by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(inputs)
+        by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()(inputs)
+    torch.testing.assert_close(by_timm, expected)
+    torch.testing.assert_close(by_transformers.logits, expected)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""SpecRegModel: what it computes, and that stock libraries load what it saves, with the same logits."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+
+from hf_specreg import SpecRegModel, SpectralPenalty
+from hf_specreg.data.transforms import evaluation_transform
+
+LABELS = ["ant", "bee", "cat", "dog"]
+
+
+def make_timm(name="vit_tiny_patch16_224", **kwargs):
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 4, "depth": 2} if name.startswith("vit") else {}
+    arguments = {
+        "num_classes": 4,
+        "label_names": LABELS,
+        "input_size": (3, 32, 32),
+        **args,
+        **kwargs,
+    }
+    return SpecRegModel.from_timm(name, **arguments).eval()
+
+
+def make_transformers(**kwargs):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    arguments = {"num_classes": 4, "label_names": LABELS, **kwargs}
+    return SpecRegModel.from_transformers(config, **arguments).eval()
+
+
+MAKERS = {
+    "timm-vit": make_timm,
+    "timm-resnet": lambda: make_timm("resnet10t"),
+    "timm-registered": lambda: make_timm("resnet20_cifar"),
+    "transformers-vit": make_transformers,
+}
+
+
+@pytest.fixture
+def picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def images(picture):
+    return evaluation_transform((3, 32, 32))(picture)[None].float() / 255
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_stock_libraries_load_what_is_saved_with_the_same_logits(maker, tmp_path, picture, images):
+    model = maker()
+    expected = model(images)
+    model.save_pretrained(tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.suffix not in (".json", ".safetensors")]
+    again = SpecRegModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(images), expected)
+    assert again.label_names == LABELS
+    assert (again.input_size, again.mean, again.std) == (model.input_size, model.mean, model.std)
+    assert again.preprocessing == model.preprocessing
+    stock = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")
+    torch.testing.assert_close(stock(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert stock.config.id2label == dict(enumerate(LABELS))
+    classify = transformers.pipeline("image-classification", model=str(tmp_path))
+    best = classify(picture)[0]
+    assert best["label"] == LABELS[expected.argmax()]
+    assert best["score"] == pytest.approx(expected.softmax(1).max().item(), abs=1e-5)
+    if model.is_timm:
+        by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(by_timm(model.normalize(images)), expected)
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_fine_tuning_starts_from_the_encoder_with_a_fresh_head(maker, tmp_path, images):
+    model = maker()
+    model.save_pretrained(tmp_path)
+    tuned = SpecRegModel.from_pretrained(
+        tmp_path, num_classes=7, label_names=list("abcdefg")
+    ).eval()
+    assert tuned(images).shape == (1, 7)
+    assert tuned.label_names == list("abcdefg")
+    assert torch.equal(tuned.features(images), model.features(images))
+    headless = SpecRegModel.from_pretrained(tmp_path, num_classes=0).eval()
+    assert headless.num_classes == 0
+    assert torch.equal(headless(images), model.features(images))
+    headless.save_pretrained(tmp_path / "headless")
+    again = SpecRegModel.from_pretrained(tmp_path / "headless").eval()
+    assert torch.equal(again(images), model.features(images))
+    names = [layer.name for layer in SpectralPenalty(again).layers]
+    assert len(names) == len(SpectralPenalty(model).layers)
+
+
+def test_normalisation_is_inside_and_features_times_head_are_the_logits(images):
+    model = make_timm(pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.5, 0.6, 0.7))
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+    std = torch.tensor([0.5, 0.6, 0.7]).view(1, 3, 1, 1)
+    expected = model.network((images - mean) / std)
+    torch.testing.assert_close(model(images), expected)
+    assert torch.equal(model.network.head(model.features(images)), model(images))
+
+
+def test_grey_models_and_the_papers_network_keep_their_size(tmp_path):
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=4).eval()
+    assert (model.input_size, model.mean, model.std) == ((1, 28, 28), (0.0,), (1.0,))
+    images = torch.rand(2, 1, 28, 28)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(SpecRegModel.from_pretrained(tmp_path).eval()(images), model(images))
+    grey = SpecRegModel.from_timm("resnet10t", num_classes=4, input_size=(1, 64, 64))
+    assert len(grey.mean) == 1
+    assert grey.network.conv1[0].in_channels == 1
+    assert grey.preprocessing["crop_pct"] == 1.0
+
+
+def test_the_papers_network_is_made_as_in_the_paper():
+    torch.manual_seed(0)
+    network = timm.create_model("mlp_2000")
+    assert network.hidden.weight.std() == pytest.approx(0.01, rel=0.01)
+    assert network.head.bias.abs().max() > 0
+    images = torch.rand(2, 1, 28, 28)
+    hidden = torch.nn.functional.gelu(network.hidden(images.flatten(1)))
+    torch.testing.assert_close(network(images), network.head(hidden) / 2000**0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet18_cifar", 11_173_962), ("resnet20_cifar", 272_474)]
+)
+def test_cifar_resnets_have_the_published_sizes(name, parameters):
+    """ResNet-18 as in much CIFAR work: 11,173,962. ResNet-20: 269,722 with padded shortcuts; its two
+    1x1 convolutions with batch norm have 2,752 weights more.
+    """
+    network = timm.create_model(name)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert (
+        network.forward_features(torch.rand(1, 3, 32, 32)).shape[-1]
+        == {"18": 4, "20": 8}[name[6:8]]
+    )
+
+
+def test_metadata_goes_into_specreg_json(tmp_path):
+    model = make_timm()
+    model.metadata = {"penalty": {"strength": 0.1}}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "specreg.json").read_text()) == model.metadata
+    assert SpecRegModel.from_pretrained(tmp_path).metadata == model.metadata
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors; only safetensors"):
+        SpecRegModel.from_pretrained(tmp_path)
+    make_timm().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        SpecRegModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="neither 'architecture' .* nor 'model_type'"):
+        SpecRegModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        SpecRegModel.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a repository"):
+        SpecRegModel.from_pretrained(str(tmp_path / "a" / "b"))
+
+
+def test_wrong_labels_and_channels_are_errors():
+    with pytest.raises(ValueError, match="2 label_names for a head of 4 classes"):
+        make_timm(label_names=["a", "b"])
+    with pytest.raises(ValueError, match="one value for each of 3 channels"):
+        make_timm(pixel_mean=(0.5,))
+
+
+def test_importing_the_package_loads_neither_transformers_nor_datasets():
+    import subprocess
+
+    code = "import sys, hf_specreg; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "[]"

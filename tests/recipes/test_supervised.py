@@ -1,0 +1,131 @@
+"""The real scripts: train, resume and report on real digits; every configuration is valid."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_specreg.cli import main as cli
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.training.build import build_model
+from hf_specreg.training.checkpoints import all_checkpoints
+from recipes.supervised import main, parse
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
+TINY = [
+    *("--config", str(ROOT / "recipes/configs/digits.yaml")),
+    *(
+        "--epochs",
+        "2",
+        "--model.args",
+        '{"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}',
+    ),
+    *("--penalty.burn_in_epochs", "1", "--checkpoint.every_steps", "4", "--log_every", "4"),
+]
+
+
+def script(*arguments):
+    return [sys.executable, str(ROOT / "recipes/supervised.py"), *arguments]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_is_valid_and_its_model_can_be_built(path):
+    config, resume = parse(["--config", str(path)])
+    assert not resume
+    head = path.read_text().splitlines()[0]
+    assert head.startswith("# ")
+    with torch.device("meta"):
+        if not config.model.pretrained:
+            assert build_model(config.model, [str(n) for n in range(10)]).num_classes == 10
+
+
+def test_unknown_keys_and_wrong_values_are_errors_that_name_them(capsys):
+    for arguments, message in [
+        (["--penalty.strenght", "1"], "penalty.strenght"),
+        (["--penalty.scope", "head"], "scope"),
+        (["--epochs", "many"], "epochs"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_command_line_overrides_the_file():
+    config, _ = parse([*TINY, "--penalty.strength", "0.5", "--data.num_workers", "1"])
+    assert config.penalty.strength == 0.5
+    assert config.penalty.burn_in_epochs == 1
+    assert config.data.num_workers == 1
+    assert config.model.args["dims"] == [8, 8, 16, 16]
+    assert config.optimizer.opt == "adamw"
+
+
+def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    subprocess.run(script(*TINY, "--output_dir", whole), env=environment(), check=True)
+    run = subprocess.Popen(script(*TINY, "--output_dir", killed), env=environment())
+    deadline = time.monotonic() + 120
+    while not all_checkpoints(Path(killed) / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (Path(killed) / "model").exists()
+    resumed = script(*TINY, "--output_dir", killed, "--resume")
+    output = subprocess.run(resumed, env=environment(), check=True, capture_output=True, text=True)
+    assert "resuming from" in output.stderr
+    result = json.loads(output.stdout)
+    assert result["model"] == str(Path(killed) / "model")
+    expected, found = [load_file(Path(p) / "model/model.safetensors") for p in (whole, killed)]
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    steps = [
+        json.loads(x)["step"] for x in (Path(killed) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+
+
+def test_two_processes_train_through_accelerate(tmp_path):
+    """With batches of 64 over two processes, the penalty's weights stay the same on both."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_port", "29513", str(ROOT / "recipes/supervised.py"), *TINY, "--epochs", "1"),
+        *("--output_dir", str(tmp_path / "run")),
+    ]
+    settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr[-2000:]
+    model = SpecRegModel.from_pretrained(tmp_path / "run/model")
+    assert model.metadata["step"] == 17
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["test_images"] == 360
+
+
+def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):
+    main([*TINY, "--epochs", "1", "--output_dir", str(tmp_path / "run")])
+    result = json.loads(capsys.readouterr().out)
+    assert result["test_images"] == 360
+    assert 0 <= result["test_accuracy"] <= 1
+    cli(["spectrum", result["model"], "--scope", "all"])
+    output = capsys.readouterr().out
+    assert "head.fc" in output
+    total = float(output.rsplit(":", 1)[1])
+    cli(["spectrum", result["model"]])
+    features = float(capsys.readouterr().out.rsplit(":", 1)[1])
+    assert features == pytest.approx(result["sum_sigma2"], rel=1e-3)
+    assert features < total
+
+
+def test_spectrum_of_what_is_no_model_says_what_it_may_be():
+    with pytest.raises(SystemExit, match="neither a folder, a Hub id"):
+        cli(["spectrum", "nonsense"])
