@@ -3,8 +3,8 @@
     make sweep
 
 Builds each model on the meta device (shapes, no weights), finds its head and its layers, and writes
-the table to benchmarks/architectures.md. Linear maps that are left out are those of coordinates, which
-the image does not pass through.
+the table to benchmarks/architectures.md. Linear maps that are left out are those of coordinates,
+which the image does not pass through.
 """
 
 import sys
@@ -75,7 +75,8 @@ def main() -> None:
         "# timm architectures",
         "",
         f"The smallest member of each family of timm {timm.__version__}, with hf_specreg "
-        f"{hf_specreg.__version__} and torch {torch.__version__}: **{summary}**. Made by `make sweep`.",
+        f"{hf_specreg.__version__} and torch {torch.__version__}: **{summary}**. Made by `make "
+        "sweep`.",
         "",
         "| family | model | works | linear maps penalised | linear layers left out, or why not |",
         "|---|---|---|---|---|",

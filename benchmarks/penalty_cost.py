@@ -1,10 +1,12 @@
 """The cost of one use of the penalty against a training step, in one run on one machine.
 
     python benchmarks/penalty_cost.py            the CIFAR ResNet-18 at 32 px, batch 128
-    python benchmarks/penalty_cost.py --all      and ResNet-50, ViT-S/16 and ConvNeXt-T at 224 px, batch 32
+    python benchmarks/penalty_cost.py --all      and ResNet-50, ViT-S/16 and ConvNeXt-T at 224 px,
+    batch 32
 
-A step is forward, backward and SGD. A use of the penalty is its value and gradient with a warm vector,
-one power iteration a layer. Both are medians of repeats, with the fastest and the slowest beside them.
+A step is forward, backward and SGD. A use of the penalty is its value and gradient with a warm
+vector, one power iteration a layer. Both are medians of repeats, with the fastest and the slowest
+beside them.
 """
 
 import argparse

@@ -54,11 +54,9 @@ def comparison(results: dict, models: dict, seconds: dict) -> Table:
     metadata = models["baseline"].metadata
     strength = models["rep-spectral"].metadata["config"]["penalty"]["strength"]
     sigmas = {name: SpectralPenalty(model).sigmas() for name, model in models.items()}
-    table = Table(
-        "",
-        *results,
-        title=f"digits (8x8 handwritten), strength {strength}, 1 seed ({metadata['config']['seed']})",
-    )
+    seed = metadata["config"]["seed"]
+    title = f"digits (8x8 handwritten), strength {strength}, 1 seed ({seed})"
+    table = Table("", *results, title=title)
     accuracy = [f"{r.metrics['test_accuracy']:.2%}" for r in results.values()]
     images = results["baseline"].metrics["test_images"]
     table.add_row(f"test accuracy (n = {images})", *accuracy)

@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     settings = parser.parse_args(arguments)
     resume = settings.pop("resume")
     settings.pop("config")
-    return RunConfig(**vars(parser.instantiate_classes(settings))), resume
+    return RunConfig(**vars(parser.instantiate(settings))), resume
 
 
 def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:

@@ -110,15 +110,15 @@ def derived_seed(*key: int) -> int:
 
 @contextmanager
 def seeded(*key: int):
-    """Seed python's, numpy's and torch's random numbers by a key, and put them back afterwards."""
+    """Seed python's, numpy's and torch's CPU random numbers by a key, and put them back after."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     seed = derived_seed(*key)
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])

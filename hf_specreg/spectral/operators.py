@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# On maps with so few positions a product of two thin matrices beats the convolution's own gradient
+# (benchmarks/penalty_cost.py).
+FEW_POSITIONS = 64
+
 
 class LinearOperator(Protocol):
     """What singular values are computed from; v is [B, *input_shape], u is [B, *output_shape]."""
@@ -104,9 +108,14 @@ class Convolution:
 
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
         """The gradient of <u, W v> in the kernel."""
-        gradients = (nn.grad.conv1d_weight, nn.grad.conv2d_weight, nn.grad.conv3d_weight)
         shape = (u.shape[1], self.input_shape[0] // self.groups, *self.kernel_size)
-        return gradients[len(self.stride) - 1](self._pad(v), shape, u, *self._arguments)
+        stride, padding, dilation, groups = self._arguments
+        if len(stride) == 2 and groups == 1 and u.shape[2:].numel() <= FEW_POSITIONS:
+            patches = F.unfold(self._pad(v), self.kernel_size, dilation, padding, stride)
+            rows, columns = (t.transpose(0, 1).flatten(1) for t in (u.flatten(2), patches))
+            return (rows @ columns.T).reshape(shape)
+        gradients = (nn.grad.conv1d_weight, nn.grad.conv2d_weight, nn.grad.conv3d_weight)
+        return gradients[len(stride) - 1](self._pad(v), shape, u, *self._arguments)
 
     def _pad(self, v: Tensor) -> Tensor:
         if self._pads_itself:

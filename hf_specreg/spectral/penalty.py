@@ -26,7 +26,6 @@ from hf_specreg.spectral.layers import is_matrix, linear_operators
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.singular import (
     TopSingularValue,
-    block_norms,
     blocks,
     power_iteration,
     random_vector,
@@ -163,10 +162,10 @@ class SpectralPenalty:
             weight = _full_precision(layer.effective_weight())
             with torch.no_grad(), _no_autocast(weight):
                 v = self._vector(layer, weight, generator)
-                v = power_iteration(layer, weight, v, iterations=self.power_iterations)
+                sigma, u, v = power_iteration(layer, weight, v, iterations=self.power_iterations)
                 self._vectors[layer.name] = v
-            with _no_autocast(weight):
-                terms.append(_SquaredSigma.apply(weight, layer, v))
+                sigma, u = _leading(layer, sigma, u)
+            terms.append(_SquaredSigma.apply(weight, layer, sigma, u, v))
         device = terms[0].device
         return self.strength * torch.stack([t.to(device) for t in terms]).sum()
 
@@ -229,27 +228,29 @@ class SpectralPenalty:
 
 
 class _SquaredSigma(torch.autograd.Function):
-    """sigma^2 = ||W v||^2 at fixed unit v, of the leading block; its gradient is 2 (W v) v^T = 2
-    sigma u v^T.
-    """
+    """sigma^2 = (u^T W v)^2 at fixed unit u and v; its gradient is 2 sigma u v^T."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, operator: LinearOperator, v: Tensor) -> Tensor:
-        u = operator.apply(weight, v)
-        norms = block_norms(operator, u)
-        top = norms.argmax()
-        if ctx.needs_input_grad[0]:
-            if blocks(operator) > 1:
-                leading = torch.arange(len(norms), device=u.device) == top
-                u = (u.reshape(len(norms), -1) * leading[:, None]).reshape(u.shape)
-            ctx.save_for_backward(operator.weight_gradient(v, u))
-        return norms.max().square()
+    def forward(
+        ctx, weight: Tensor, operator: LinearOperator, sigma: Tensor, u: Tensor, v: Tensor
+    ) -> Tensor:
+        ctx.operator = operator
+        ctx.save_for_backward(sigma, u, v)
+        return sigma.square()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (weight_gradient,) = ctx.saved_tensors
-        return 2 * grad * weight_gradient, None, None
+        sigma, u, v = ctx.saved_tensors
+        return ctx.operator.weight_gradient(v, 2 * grad * sigma * u), None, None, None, None
+
+
+def _leading(operator: LinearOperator, sigma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest sigma, 0-d, and u with 0 in all other blocks."""
+    if blocks(operator) == 1:
+        return sigma[0], u
+    leading = torch.arange(len(sigma), device=u.device) == sigma.argmax()
+    return sigma.max(), (u.reshape(len(sigma), -1) * leading[:, None]).reshape(u.shape)
 
 
 class _SeenInput:

@@ -1,8 +1,8 @@
 """The top singular value of a linear operator: sigma = max ||W v|| over ||v|| = 1.
 
-While training, one power iteration a use follows the slowly moving weights:
+While training, one power iteration a use follows the slowly moving weights (`power_iteration`):
 
-    u = W v,   v <- W^T u / ||W^T u||,   sigma = ||W v||                  (`power_iteration`)
+    u = W v / ||W v||,   v <- W^T u / ||W^T u||,   sigma = u^T W v = ||W^T u||
 
 For a value to report, restarted Lanczos on W^T W goes on until the residual says that it has
 converged (`top_singular_value`). Two exact references need no iteration: the dense SVD of the
@@ -52,19 +52,29 @@ def random_vector(operator: LinearOperator, weight: Tensor, generator: torch.Gen
     The draw is made on the CPU, so that it is the same wherever the weight is.
     """
     v = torch.randn(1, *operator.input_shape, generator=generator)
-    return _normalized(v.to(weight), blocks(operator))
+    v = v.to(weight)
+    return _divided(v, block_norms(operator, v))
 
 
 def power_iteration(
     operator: LinearOperator, weight: Tensor, v: Tensor, *, iterations: int = 1
-) -> Tensor:
-    """Return v after some steps of v <- W^T W v / ||W^T W v||, block by block; v keeps its
-    shape [1, *input_shape].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sigma [blocks], u and v [1, *input_shape] after some steps from v, block by block.
+
+    u and v have unit norm in each block, and sigma = u^T W v. A block in which W v = 0 keeps its v,
+    with u and sigma 0, so that a layer that starts at zero is seen once it grows.
     """
+    count = blocks(operator)
     for _ in range(iterations):
-        next_v = operator.adjoint(weight, operator.apply(weight, v))
-        v = _normalized(next_v, blocks(operator), where_zero=v)
-    return v
+        u = operator.apply(weight, v)
+        u = _divided(u, block_norms(operator, u))
+        next_v = operator.adjoint(weight, u)
+        sigma = block_norms(operator, next_v)
+        moved = (sigma > 0)[:, None]
+        v = torch.where(
+            moved, _divided(next_v, sigma).reshape(count, -1), v.reshape(count, -1)
+        ).reshape(v.shape)
+    return sigma, u, v
 
 
 def block_norms(operator: LinearOperator, u: Tensor) -> Tensor:
@@ -202,12 +212,7 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
-def _normalized(v: Tensor, count: int, where_zero: Tensor | None = None) -> Tensor:
-    rows = v.reshape(count, -1)
-    norm = _norm(rows)
-    unit = rows / norm
-    if (
-        where_zero is not None
-    ):  # W v = 0: stay, so that a layer that starts at zero is seen once it grows
-        unit = torch.where(norm > 0, unit, where_zero.reshape(count, -1))
-    return unit.reshape(v.shape)
+def _divided(v: Tensor, norms: Tensor) -> Tensor:
+    """Divide each block by its norm; leave blocks of norm 0 as they are."""
+    rows = v.reshape(len(norms), -1)
+    return (rows / torch.where(norms > 0, norms, 1)[:, None]).reshape(v.shape)

@@ -1,4 +1,5 @@
-"""SpecRegModel: what it computes, and that stock libraries load what it saves, with the same logits."""
+"""SpecRegModel: what it computes, and that stock libraries load what it saves, with the same "
+"logits."""
 
 import json
 import sys
@@ -130,7 +131,7 @@ def test_grey_models_and_the_papers_network_keep_their_size(tmp_path):
 def test_the_papers_network_is_made_as_in_the_paper():
     torch.manual_seed(0)
     network = timm.create_model("mlp_2000")
-    assert network.hidden.weight.std() == pytest.approx(0.01, rel=0.01)
+    assert network.hidden.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert network.head.bias.abs().max() > 0
     images = torch.rand(2, 1, 28, 28)
     hidden = torch.nn.functional.gelu(network.hidden(images.flatten(1)))
@@ -141,8 +142,8 @@ def test_the_papers_network_is_made_as_in_the_paper():
     ("name", "parameters"), [("resnet18_cifar", 11_173_962), ("resnet20_cifar", 272_474)]
 )
 def test_cifar_resnets_have_the_published_sizes(name, parameters):
-    """ResNet-18 as in much CIFAR work: 11,173,962. ResNet-20: 269,722 with padded shortcuts; its two
-    1x1 convolutions with batch norm have 2,752 weights more.
+    """ResNet-18 as in much CIFAR work: 11,173,962. ResNet-20: 269,722 with padded shortcuts; its
+    two 1x1 convolutions with batch norm have 2,752 weights more.
     """
     network = timm.create_model(name)
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -168,7 +169,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         SpecRegModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="neither 'architecture' .* nor 'model_type'"):
+    with pytest.raises(ValueError, match=r"neither 'architecture' .* nor 'model_type'"):
         SpecRegModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
@@ -187,7 +188,8 @@ def test_wrong_labels_and_channels_are_errors():
 def test_importing_the_package_loads_neither_transformers_nor_datasets():
     import subprocess
 
-    code = "import sys, hf_specreg; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
+    heavy = ("transformers", "datasets")
+    code = f"import sys, hf_specreg; print([m for m in {heavy} if m in sys.modules])"
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
