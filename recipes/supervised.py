@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from jsonargparse import ArgumentParser
 
@@ -35,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
 def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     """Build what the configuration names, and train."""
     set_seed(config.seed)
-    splits = build_splits(config.data, seed=config.seed)
+    splits = build_splits(config.data)
     model = build_model(config.model, splits.label_names)
     objective = Supervised(model.num_classes, augment=config.augment)
     images = build_images(splits, model, config)
@@ -47,11 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
     result = train(config, resume=resume)
-    print(
-        json.dumps(
-            {"model": str(result.model_folder), "step": result.step, **result.metrics}, indent=2
-        )
-    )
+    if PartialState().is_main_process:
+        summary = {"model": str(result.model_folder), "step": result.step, **result.metrics}
+        print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ The columns are found by their feature type, Image and ClassLabel. A held-out sp
 is cut from the training split: stratified, and the same for the same seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """The splits of an image set, with columns "image" and "label".
+    """The splits of an image set, with columns "image", "label" and "row", the place in the source.
 
     Attributes:
         train: to learn from; a `datasets.Dataset`, or an `IterableDataset` when streaming.
@@ -59,6 +59,7 @@ def load_splits(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    ignore_splits: Sequence[str] = (),
     validation_fraction: float = 0.1,
     seed: int = 0,
     streaming: bool = False,
@@ -71,6 +72,7 @@ def load_splits(
         image_column: default: the one column with the Image feature.
         label_column: default: the one column with the ClassLabel feature, else "label", "labels" or
             "fine_label".
+        ignore_splits: splits of the source not to use, such as an unlabelled test split.
         validation_fraction: of the training split, held out where there is no validation split; and
             again for a test split where there is none.
         seed: of that cut.
@@ -84,6 +86,7 @@ def load_splits(
         found = DatasetDict(_digits())
     else:
         found = _load(source, revision, streaming)
+    found = {name: split for name, split in found.items() if name not in ignore_splits}
     splits = _named_splits(found, source)
     first = splits["train"]
     features = first.features
@@ -99,7 +102,8 @@ def load_splits(
     }
     if streaming:
         return _streamed_splits(splits, source)
-    splits = {name: _with_class_labels(split, source, name) for name, split in splits.items()}
+    splits = _with_class_labels(splits, source)
+    splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
     label_names = splits["train"].features["label"].names
     for name in ("test", "validation"):
         if name not in splits:
@@ -204,16 +208,28 @@ def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -
     return ImageSplits(**splits, label_names=label.names, source=source, fingerprints={})
 
 
-def _with_class_labels(split: Dataset, source: str, name: str) -> Dataset:
-    """Give a plain integer or string label column its classes."""
-    if isinstance(split.features["label"], ClassLabel):
-        return split
-    try:
-        return split.class_encode_column("label")
-    except (ValueError, TypeError) as error:
+def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
+    """Give plain integer or string labels the classes of the training split, the same in every split."""
+    if isinstance(splits["train"].features["label"], ClassLabel):
+        return splits
+    values = splits["train"].unique("label")
+    if not all(isinstance(v, int | str) for v in values):
         raise DataError(
-            f"the labels of split {name!r} of {source} are no classes: {error}"
-        ) from error
+            f"the labels of {source} must be integers or names, but are such as {values[:3]}"
+        )
+    values = sorted(values)
+    names = ClassLabel(names=[str(v) for v in values])
+    encoded = {}
+    for name, split in splits.items():
+        unknown = set(split.unique("label")) - set(values)
+        if unknown:
+            raise DataError(
+                f"split {name!r} of {source} has labels that the training split lacks: {sorted(unknown)[:3]}"
+            )
+        labels = [values.index(v) for v in split["label"][:]]
+        split = split.remove_columns("label").add_column("label", labels)
+        encoded[name] = split.cast_column("label", names)
+    return encoded
 
 
 def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
@@ -237,7 +253,8 @@ def _check(split: Dataset, name: str, label_names: list[str], source: str) -> No
         wrong = labels[(labels < 0) | (labels >= len(label_names))]
         raise DataError(
             f"split {name!r} of {source} has {len(wrong)} labels out of range 0 to "
-            f"{len(label_names) - 1}, such as {wrong[0]}"
+            f"{len(label_names) - 1}, such as {wrong[0]}; to do without that split, name it in "
+            "ignore_splits"
         )
     if name == "train" and len(np.unique(labels)) < 2:
         raise DataError(

@@ -1,14 +1,12 @@
-"""Labelled images for a data loader: decoded once and kept in memory where they are few, else
-decoded on demand.
-"""
+"""Labelled images for a data loader: few are decoded once and kept, many are decoded on demand."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -29,10 +27,11 @@ class LabelledImages(Dataset):
         augment: "none", "crop_flip", or a training transform, picture -> uint8 [C, H, W].
         seed: of what is random in `augment`, together with the epoch and the index.
         in_memory: decode once and keep; default: if it fits into 2 GiB.
-        skip_unreadable: leave out images that cannot be read, instead of stopping.
+        skip_unreadable: leave out images that cannot be read, instead of stopping; all are read
+            once at the start to find them.
 
     Attributes:
-        skipped: the rows left out.
+        skipped: what was left out, each with its row and its reason.
 
     Raises:
         DataError: images that cannot be read, with their rows.
@@ -52,18 +51,27 @@ class LabelledImages(Dataset):
         if isinstance(augment, str) and augment not in ("none", "crop_flip"):
             raise ValueError(f"augment ({augment!r}) must be 'none', 'crop_flip' or a transform")
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
-        self.labels = torch.as_tensor(rows["label"][:])
         self.input_size = tuple(input_size)
         self.evaluate = evaluate
         self.augment = augment
         self.seed = seed
         self.epoch = 0
+        self.skipped: list[str] = []
         self._drawn: tuple[int, Tensor] | None = None
-        self.skip_unreadable = skip_unreadable
-        self.skipped: list[int] = []
         if in_memory is None:
             in_memory = len(rows) * torch.Size(input_size).numel() <= MEMORY_BUDGET
-        self._memory = self._read_all() if in_memory else None
+        self._pictures: list[Image.Image] | None = None
+        self._pixels: Tensor | None = None
+        if in_memory or skip_unreadable:
+            pictures = self._readable_pictures(skip_unreadable)
+            if not in_memory:
+                for _ in pictures:
+                    pass
+            elif callable(augment):
+                self._pictures = list(pictures)
+            else:
+                self._pixels = torch.stack([evaluate(picture) for picture in pictures])
+        self.labels = torch.as_tensor(self.rows["label"][:])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of this epoch from now on."""
@@ -80,18 +88,11 @@ class LabelledImages(Dataset):
         """Return images [B, C, H, W], uint8, and labels [B], of several indices."""
         index = torch.as_tensor(indices)
         if callable(self.augment):
-            read = [self._augmented(i) for i in indices]
-            kept = [i for i, image in zip(indices, read, strict=True) if image is not None]
-            images = [image for image in read if image is not None]
-            return torch.stack(images), self.labels[kept]
-        if self._memory is None:
-            read = [self._evaluated(i) for i in indices]
-            index = torch.as_tensor(
-                [i for i, image in zip(indices, read, strict=True) if image is not None]
-            )
-            images = torch.stack([image for image in read if image is not None])
+            images = torch.stack([self._augmented(i) for i in indices])
+        elif self._pixels is not None:
+            images = self._pixels[index]
         else:
-            images = self._memory[index]
+            images = torch.stack([self.evaluate(self._picture(i)) for i in indices])
         if self.augment == "crop_flip":
             images = crop_and_flip(images, self._draws()[index])
         return images, self.labels[index]
@@ -103,56 +104,60 @@ class LabelledImages(Dataset):
             self._drawn = self.epoch, torch.rand(len(self), 3, generator=generator)
         return self._drawn[1]
 
-    def _augmented(self, index: int) -> Tensor | None:
+    def _augmented(self, index: int) -> Tensor:
         picture = self._picture(index)
-        if picture is None:
-            return None
         with seeded(self.seed, self.epoch, index):
             return self.augment(picture)
 
-    def _evaluated(self, index: int) -> Tensor | None:
-        picture = self._picture(index)
-        return None if picture is None else self.evaluate(picture)
-
-    def _picture(self, index: int) -> Image.Image | None:
-        """The decoded picture of a row; None if it is unreadable and may be skipped."""
+    def _picture(self, index: int) -> Image.Image:
+        if self._pictures is not None:
+            return self._pictures[index]
+        row = self.rows[int(index)]
         try:
-            return decode(self.rows[index]["image"], self.input_size[0])
+            return decode(row["image"], self.input_size[0])
         except UnreadableImageError as error:
-            if not self.skip_unreadable:
-                raise DataError(
-                    f"row {index} cannot be read: {error}; to leave it out, set skip_unreadable"
-                ) from error
-            self.skipped.append(index)
-            return None
+            raise DataError(
+                f"row {row.get('row', index)} cannot be read: {error}; to leave such images out, "
+                "set skip_unreadable"
+            ) from error
 
-    def _read_all(self) -> Tensor:
-        """Decode everything, and leave out, or stop at, what is unreadable."""
-        images, kept, unreadable = [], [], []
+    def _readable_pictures(self, skip_unreadable: bool) -> Iterator[Image.Image]:
+        """Yield every picture that can be read; leave out the other rows, or stop at the end."""
+        kept, total = [], len(self.rows)
         for i, row in enumerate(self.rows):
             try:
-                images.append(self.evaluate(decode(row["image"], self.input_size[0])))
-                kept.append(i)
+                picture = decode(row["image"], self.input_size[0])
             except UnreadableImageError as error:
-                unreadable.append((i, str(error)))
-        if unreadable and not (self.skip_unreadable and images):
-            named = "; ".join(f"row {i} ({why})" for i, why in unreadable[:5])
+                self.skipped.append(f"row {row.get('row', i)} ({error})")
+            else:
+                kept.append(i)
+                yield picture
+        if self.skipped and not (skip_unreadable and kept):
             raise DataError(
-                f"{len(unreadable)} of {len(self.rows)} images cannot be read: {named}"
-                f"{', ...' if len(unreadable) > 5 else ''}; to leave them out, set skip_unreadable"
+                f"{len(self.skipped)} of {total} images cannot be read: "
+                f"{'; '.join(self.skipped[:5])}{', ...' if len(self.skipped) > 5 else ''}; "
+                "to leave them out, set skip_unreadable"
             )
-        if unreadable:
-            self.skipped = [i for i, _ in unreadable]
+        if self.skipped:
             self.rows = self.rows.select(kept)
-            self.labels = self.labels[kept]
-        return torch.stack(images)
 
 
 class StreamedImages(IterableDataset):
     """Images [C, H, W], uint8, and labels of a stream, for what does not fit on the disk.
 
-    The arguments are those of `LabelledImages`; the order is that of the stream, shuffled in a
-    buffer.
+    The order is that of the stream, shuffled in a buffer. It is read by one process: what is random
+    depends on an image's place in the stream.
+
+    Args:
+        rows: a stream with columns "image" and "label".
+        input_size: (C, H, W) of the images.
+        transform: picture -> uint8 [C, H, W].
+        seed: of the order and of what is random in `transform`, with the epoch and the place.
+        shuffle_buffer: images to draw the next one from; 0: not shuffled.
+        skip_unreadable: leave out images that cannot be read, instead of stopping.
+
+    Attributes:
+        skipped: what was left out so far, each with its place and its reason.
     """
 
     def __init__(
@@ -172,26 +177,26 @@ class StreamedImages(IterableDataset):
         self.seed = seed
         self.epoch = 0
         self.skip_unreadable = skip_unreadable
-        self.skipped: list[int] = []
+        self.skipped: list[str] = []
 
     def set_epoch(self, epoch: int) -> None:
         """Draw order and augmentation of this epoch from now on."""
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
-    def __iter__(self):
-        for position, row in enumerate(self.rows):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place, row in enumerate(self.rows):
             try:
                 picture = decode(row["image"], self.input_size[0])
             except UnreadableImageError as error:
                 if not self.skip_unreadable:
                     raise DataError(
-                        f"image {position} of the stream cannot be read: {error}; to leave it out, "
+                        f"image {place} of the stream cannot be read: {error}; to leave it out, "
                         "set skip_unreadable"
                     ) from error
-                self.skipped.append(position)
+                self.skipped.append(f"image {place} ({error})")
                 continue
-            with seeded(self.seed, self.epoch, position):
+            with seeded(self.seed, self.epoch, place):
                 yield self.transform(picture), torch.tensor(row["label"])
 
 
@@ -200,7 +205,11 @@ class UnreadableImageError(ValueError):
 
 
 def decode(stored: dict[str, Any] | None, channels: int) -> Image.Image:
-    """Return the picture that a `datasets` image column stores as bytes or as a path, grey or RGB.
+    """Return the picture that a `datasets` image column stores as bytes or as a path, upright.
+
+    Args:
+        stored: {"bytes", "path"}.
+        channels: 1 for grey, 3 for RGB.
 
     Raises:
         UnreadableImageError: with the file's name where there is one.
@@ -211,7 +220,7 @@ def decode(stored: dict[str, Any] | None, channels: int) -> Image.Image:
     source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else name
     try:
         with Image.open(source) as picture:
-            return to_channels(picture, channels)
+            return to_channels(ImageOps.exif_transpose(picture), channels)
     except (
         OSError,
         UnidentifiedImageError,

@@ -16,12 +16,14 @@ HEAD_NAMES = re.compile(r"classifier|head|score|^fc$")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DistributedDataParallel, torch.compile and SpecRegModel."""
+    """Return the network inside DistributedDataParallel, torch.compile, peft and SpecRegModel."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
         elif isinstance(getattr(model, "network", None), nn.Module) and hasattr(
             model, "pixel_mean"
         ):
@@ -41,7 +43,14 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     if cfg is not None and hasattr(model, "get_classifier"):
         names = cfg.get("classifier") or ()
         names = (names,) if isinstance(names, str) else tuple(names)
-        return tuple(n for n in names if _has_weights(model, n))
+        head = tuple(n for n in names if _has_weights(model, n))
+        if not head and getattr(model, "num_classes", 0):
+            raise ValueError(
+                f"{type(model).__name__} has {model.num_classes} classes, but its classifier {names} "
+                f"is not there: pass head=<dotted name>; linear layers, last first: "
+                f"{_linear_names(model)}"
+            )
+        return head
     inner = getattr(model, "timm_model", None)
     if inner is not None:
         return tuple(f"timm_model.{n}" for n in find_head(inner))
@@ -148,7 +157,13 @@ def headless_output(output) -> Tensor:
     pooled = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled
-    return output.last_hidden_state[:, 0]
+    tokens = getattr(output, "last_hidden_state", None)
+    if tokens is None:
+        raise ValueError(
+            f"a {type(output).__name__} has neither pooler_output nor last_hidden_state, so its "
+            "features are not known: name the head of the model"
+        )
+    return tokens[:, 0]
 
 
 def _has_weights(model: nn.Module, name: str) -> bool:

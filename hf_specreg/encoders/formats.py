@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 
+from hf_specreg.encoders.features import find_head
+
 WEIGHTS_FILE = "model.safetensors"
 RUN_FILE = "specreg.json"
 LOADED_FILES = ["config.json", "preprocessor_config.json", RUN_FILE, WEIGHTS_FILE]
@@ -46,6 +48,14 @@ def download(name_or_folder: str | Path, *, revision: str | None, token: str | N
             f"{name_or_folder} has no {WEIGHTS_FILE}; only safetensors weights are read"
         )
     return folder
+
+
+def renew_head(network: nn.Module) -> None:
+    """Draw the head's weights anew."""
+    for name in find_head(network):
+        for module in network.get_submodule(name).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,7 +161,9 @@ def load_transformers(
         network = AutoModelForImageClassification.from_pretrained(
             name_or_config, use_safetensors=True, **fresh, **where
         )
-        if not fresh:
+        if num_classes:
+            renew_head(network)
+        else:
             label_names = label_names or _stated_labels(config)
     processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
     return network, label_names, _processor_data(processor)
@@ -165,14 +177,18 @@ def save_transformers(
     data: dict[str, Any],
 ) -> None:
     """Write a transformers model and its image processor; arguments as for `save_timm`."""
-    from transformers import ViTImageProcessor
+    from transformers import BitImageProcessor
 
     if label_names:
         network.config.update(_class_entries(len(label_names), label_names))
     network.save_pretrained(folder)
     _, height, width = data["input_size"]
-    processor = ViTImageProcessor(
-        size={"height": height, "width": width},
+    # As timm's evaluation transform: resize the shorter side, then cut the middle.
+    processor = BitImageProcessor(
+        size={"shortest_edge": int(min(height, width) / data["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        do_center_crop=True,
+        do_convert_rgb=data["input_size"][0] == 3,
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
         resample=RESAMPLING[data["interpolation"]],

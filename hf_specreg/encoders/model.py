@@ -26,6 +26,7 @@ from hf_specreg.encoders.formats import (
     download,
     load_transformers,
     read_json,
+    renew_head,
     save_timm,
     save_transformers,
     write_json,
@@ -260,7 +261,9 @@ class SpecRegModel(nn.Module):
     ) -> "SpecRegModel":
         head = {} if num_classes is None else {"num_classes": num_classes}
         network = timm.create_model(f"local-dir:{folder}", pretrained=True, **head)
-        if label_names is None and network.num_classes == config["num_classes"]:
+        if num_classes:
+            renew_head(network)
+        elif num_classes is None and label_names is None:
             label_names = config.get("label_names")
         cfg = config["pretrained_cfg"]
         kept = ("crop_pct", "crop_mode", "interpolation")

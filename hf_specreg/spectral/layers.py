@@ -26,6 +26,7 @@ from hf_specreg.spectral.operators import (
 INTERLEAVED_QKV = frozenset(
     {
         "timm.models.efficientformer.Attention",
+        "timm.models.gcvit.WindowAttentionGlobal",  # k and v only, in some blocks
         "timm.models.maxxvit.AttentionCl",
         "timm.models.tiny_vit.Attention",
     }
@@ -142,7 +143,7 @@ def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Ten
 
 def _stacks_qkv(name: str, module: nn.Linear, parent: str) -> bool:
     """Whether a linear layer's outputs are all queries, then all keys, then all values."""
-    named = name.rpartition(".")[2] == "qkv" and module.out_features == 3 * module.in_features
+    named = name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0
     return named and parent.startswith(("timm.", "transformers.")) and parent not in INTERLEAVED_QKV
 
 

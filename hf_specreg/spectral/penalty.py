@@ -242,7 +242,9 @@ class _SquaredSigma(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         sigma, u, v = ctx.saved_tensors
-        return ctx.operator.weight_gradient(v, 2 * grad * sigma * u), None, None, None, None
+        with _no_autocast(u):
+            gradient = ctx.operator.weight_gradient(v, 2 * grad * sigma * u)
+        return gradient, None, None, None, None
 
 
 def _leading(operator: LinearOperator, sigma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

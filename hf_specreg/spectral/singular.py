@@ -113,7 +113,10 @@ def top_singular_value(
     if not weight.isfinite().all():
         return TopSingularValue(weight.new_tensor(torch.nan), v, torch.nan, converged=False)
     count = blocks(operator)
-    best = v.reshape(count, -1)
+    # A warm vector may be orthogonal to what is the top now: the penalty's own step leaves it a singular
+    # vector, of a value that may no longer be the largest. Noise has a part in every direction.
+    noise = random_vector(operator, weight, torch.Generator().manual_seed(0))
+    best = (v + 0.1 * noise).reshape(count, -1)
     for _ in range(max_restarts):
         best, theta = _lanczos(operator, weight, best / _norm(best))
         best = best / _norm(best)
@@ -143,8 +146,9 @@ def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tenso
             known = basis[:, : j + 1]
             z = z - torch.einsum("bjn,bj->bn", known, torch.einsum("bjn,bn->bj", known, z))
         norm = _norm(z)
-        # Where the Krylov space is invariant, nothing is left but noise.
-        spent = norm <= 1e-6 * diagonal[0].abs()[:, None]
+        # Where the Krylov space is invariant, or the block is zero, nothing is left but noise.
+        floor = torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
+        spent = norm <= (1e-6 * diagonal[0].abs()[:, None]).clamp(min=floor)
         v = torch.where(spent, 0, z / norm)
         off_diagonal.append(torch.where(spent, 0, norm)[:, 0])
     inner = torch.stack(off_diagonal[:-1], 1) if steps > 1 else v.new_zeros(count, 0)
@@ -152,7 +156,8 @@ def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tenso
     tridiagonal = tridiagonal + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
     ritz = torch.einsum("bjn,bj->bn", basis, vectors[..., -1])
-    return ritz, values[:, -1]
+    zero = _norm(ritz) < 0.5  # of a block of zeros any vector is an eigenvector
+    return torch.where(zero, basis[:, 0], ritz), values[:, -1]
 
 
 def _gram(operator: LinearOperator, weight: Tensor, rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -19,7 +20,7 @@ from hf_specreg.training.config import DataConfig, ModelConfig, OptimizerConfig,
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
 
 
-def build_splits(config: DataConfig, *, seed: int) -> ImageSplits:
+def build_splits(config: DataConfig) -> ImageSplits:
     """Load the splits, the training split cut down to `train_samples`."""
     splits = load_splits(
         config.source,
@@ -27,7 +28,8 @@ def build_splits(config: DataConfig, *, seed: int) -> ImageSplits:
         image_column=config.image_column,
         label_column=config.label_column,
         validation_fraction=config.validation_fraction,
-        seed=seed,
+        seed=config.split_seed,
+        ignore_splits=config.ignore_splits,
         streaming=config.streaming,
     )
     if config.train_samples is None:
@@ -37,7 +39,10 @@ def build_splits(config: DataConfig, *, seed: int) -> ImageSplits:
             f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training "
             "images"
         )
-    train = splits.train.shuffle(seed=seed).take(config.train_samples)
+    train = splits.train
+    if not config.streaming:
+        train = train.shuffle(seed=config.split_seed)
+    train = train.take(config.train_samples)
     return ImageSplits(**{**vars(splits), "train": train})
 
 
@@ -107,6 +112,20 @@ def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) 
         input_size=model.input_size,
         seed=config.seed,
     )
+
+
+def freeze_unused(model: SpecRegModel) -> None:
+    """Freeze parameters that the output does not depend on, such as mask tokens.
+
+    They would get no gradient, and DistributedDataParallel waits for all of them.
+    """
+    model.eval()
+    images = torch.zeros(2, *model.input_size, device=model.pixel_mean.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(model(images).sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
 
 
 def build_optimizer(model: SpecRegModel, config: OptimizerConfig) -> Optimizer:

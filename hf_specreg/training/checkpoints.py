@@ -10,11 +10,12 @@ checkpoints/step_00000120/
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -40,27 +41,47 @@ def save_checkpoint(
         CheckpointError: the disk is full or read-only; the earlier checkpoints are untouched.
     """
     final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.partial"
+
+    def write_all(into: Path) -> None:
+        write(into)
+        (into / "progress.json").write_text(json.dumps(progress, indent=2))
+        files = sorted(p for p in into.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(into)): _fingerprint(p) for p in files}
+        (into / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        (partial / "progress.json").write_text(json.dumps(progress, indent=2))
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(partial)): _fingerprint(p) for p in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        latest = latest_checkpoint(folder)
+        replace_folder(final, write_all)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder}: {error}; "
-            f"the last good one is {latest or 'none'}. Free some space, then resume"
+            f"the last good one is {latest_checkpoint(folder) or 'none'}. Free some space, then resume"
         ) from error
-    for old in all_checkpoints(folder)[:-keep]:
+    others = [p for p in all_checkpoints(folder) if p != final]
+    later = [p for p in others if p.name > final.name]  # of a run that went on from an earlier one
+    earlier = [p for p in others if p.name < final.name]
+    for old in later + earlier[: len(earlier) - keep + 1]:
         shutil.rmtree(old)
     return final
+
+
+def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside, then put it in the place of the one that may be there.
+
+    A process that is killed leaves the old folder, or for a moment its copy `.NAME.old`.
+    """
+    partial, old = (final.parent / f".{final.name}.{word}" for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

@@ -20,7 +20,11 @@ class DataConfig:
         label_column: default: the one with the ClassLabel feature.
         validation_fraction: held out of the training split for each of validation and test that is
             missing.
-        train_samples: use that many of the (once shuffled) training images; default: all.
+        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are tested
+            on the same images.
+        ignore_splits: splits of the source not to use, such as an unlabelled test split.
+        train_samples: use that many of the (once shuffled) training images; the first ones of a
+            stream; default: all.
         streaming: read from the Hub while training instead of downloading first.
         in_memory: decode once and keep; default: if it fits into 2 GiB.
         skip_unreadable: leave out images that cannot be read, instead of stopping.
@@ -32,6 +36,8 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     validation_fraction: float = 0.1
+    split_seed: int = 0
+    ignore_splits: tuple[str, ...] = ()
     train_samples: int | None = None
     streaming: bool = False
     in_memory: bool | None = None
@@ -185,7 +191,7 @@ class RunConfig:
         accumulation: micro-batches an optimizer step.
         eval_batch_size: images a process and batch.
         seed: of weights, data order, augmentation and the penalty's vectors.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16" or "fp16"; default: what accelerate is configured to.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
         data: the images.
@@ -203,7 +209,7 @@ class RunConfig:
     accumulation: int = 1
     eval_batch_size: int = 500
     seed: int = 0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     log_every: int = 50
     log_with: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,9 +223,21 @@ class RunConfig:
         for name in ("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed ({self.seed}) must not be negative")
+        if self.optimizer.sched == "plateau":
+            raise ValueError("optimizer.sched 'plateau' needs a metric; schedules here go by steps")
         if self.data.streaming and not self.steps_per_epoch:
             raise ValueError(
                 "steps_per_epoch is needed for a stream, which does not know its length"
+            )
+        if self.steps_per_epoch and not self.data.streaming:
+            raise ValueError("steps_per_epoch is for streams; other data knows its length")
+        if self.data.streaming and self.data.num_workers:
+            raise ValueError("a stream is read by one process: data.num_workers must be 0")
+        if self.data.streaming and self.augment.kind == "crop_flip":
+            raise ValueError(
+                "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -25,12 +27,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hf_specreg.data.images import collate
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.training.build import build_optimizer, build_penalty, build_scheduler
+from hf_specreg.training.build import (
+    build_optimizer,
+    build_penalty,
+    build_scheduler,
+    freeze_unused,
+)
 from hf_specreg.training.checkpoints import (
     CheckpointError,
     all_checkpoints,
     latest_checkpoint,
     read_progress,
+    replace_folder,
     save_checkpoint,
 )
 from hf_specreg.training.config import RunConfig, differences
@@ -93,9 +101,9 @@ class TrainingLoop:
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation,
             dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed
+                use_seedable_sampler=True, data_seed=derived_seed(config.seed)
             ),
-            log_with=list(config.log_with) or None,
+            log_with=_available(config.log_with),
             project_dir=str(self.output),
         )
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
@@ -103,13 +111,19 @@ class TrainingLoop:
         loader = self._train_loader(train_images)
         self.steps_per_epoch = self._steps_per_epoch(loader)
         model.to(self.accelerator.device)
+        freeze_unused(model)
         self.penalty = build_penalty(model, config, self.steps_per_epoch)
         optimizer = build_optimizer(model, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.optimizer.ema_decay
         self.ema = ModelEmaV3(model, decay=decay) if decay else None
         held_out = [
-            DataLoader(images, config.eval_batch_size, collate_fn=collate)
+            DataLoader(
+                images,
+                config.eval_batch_size,
+                num_workers=config.data.num_workers,
+                collate_fn=collate,
+            )
             for images in (validation_images, test_images)
         ]
         self.model, self.optimizer, self.loader, self.validation, self.test = (
@@ -171,6 +185,7 @@ class TrainingLoop:
         if first_batch:
             loader.set_epoch(epoch)
         last = self.steps_per_epoch * self.config.accumulation
+        batch = first_batch - 1
         for batch, (images, labels) in enumerate(loader, first_batch):
             if batch >= last:
                 break
@@ -178,6 +193,11 @@ class TrainingLoop:
                 self._train_batch(epoch, batch, images, labels)
             if self.accelerator.sync_gradients:
                 self._end_step(epoch, batch)
+        if batch + 1 < last:
+            raise ValueError(
+                f"epoch {epoch} ended after {batch + 1} of {last} batches: the stream is shorter than "
+                f"steps_per_epoch ({self.steps_per_epoch}) says"
+            )
 
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
         set_seed(derived_seed(self.config.seed, epoch, batch, self.accelerator.process_index))
@@ -187,6 +207,7 @@ class TrainingLoop:
         if self.accelerator.sync_gradients and self.penalty.strength:
             with self.steps.penalty_time():
                 penalty = self.penalty()
+            self.steps.count_backward(penalty, loss)
         # accelerate divides what it is given by the micro-batches; the penalty enters once a step,
         # whole.
         self.accelerator.backward(loss + penalty * self.config.accumulation)
@@ -242,6 +263,9 @@ class TrainingLoop:
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
         """Return accuracy, mean cross-entropy and how many images; of averaged weights, if any."""
         model = self.ema.module if self.ema else self.model
+        if self.ema:  # averaged on each process, of statistics that differ
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer))
         model.eval()
         right, total, loss = 0, 0, 0.0
         for images, labels in loader:
@@ -258,7 +282,7 @@ class TrainingLoop:
         if not self.steps:
             return
         try:
-            summary = self.steps.summary()
+            summary = self.steps.summary(self.accelerator.gather)
         except DivergedError as error:
             raise DivergedError(
                 f"{error}; the last good checkpoint is "
@@ -321,10 +345,17 @@ class TrainingLoop:
 
     def _save_checkpoint(self, epoch: int, batch: int) -> None:
         self._log_training(epoch)  # a NaN must not get into a checkpoint
+        self._check_weights()
         self.accelerator.wait_for_everyone()
         folder = self.output / "checkpoints"
         state = folder / ".state"
-        self.accelerator.save_state(str(state))
+        try:
+            self.accelerator.save_state(str(state))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} could not be written to {folder}: {error}; the "
+                f"last good one is {latest_checkpoint(folder)}. Free some space, then resume"
+            ) from error
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
@@ -334,7 +365,7 @@ class TrainingLoop:
             save_file(self.penalty.state_dict()["vectors"], into / "penalty.safetensors")
             if self.ema is not None:
                 save_file(self.ema.module.state_dict(), into / "ema.safetensors")
-            self._save_model(into / "model")
+            self._write_model(into / "model")
 
         progress = {
             "step": self.step,
@@ -348,9 +379,22 @@ class TrainingLoop:
         save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
 
     def _save_model(self, folder: Path) -> None:
+        self._check_weights()
+        replace_folder(folder, self._write_model)
+
+    def _write_model(self, folder: Path) -> None:
         model = self.ema.module if self.ema else self.network
         model.metadata = {**self.metadata, "step": self.step, "metrics": self.metrics}
         model.save_pretrained(folder)
+
+    def _check_weights(self) -> None:
+        for name, tensor in self.network.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DivergedError(
+                    f"{name} is not finite after step {self.step}; the last good checkpoint is "
+                    f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
+                    "penalty.strength"
+                )
 
     def _train_loader(self, images: Dataset) -> DataLoader:
         config = self.config
@@ -359,6 +403,12 @@ class TrainingLoop:
             raise ValueError(
                 f"batch_size ({config.batch_size}) must be divisible by processes x accumulation "
                 f"({self.accelerator.num_processes} x {config.accumulation})"
+            )
+        mixes = config.augment.mixup or config.augment.cutmix
+        if mixes and config.batch_size // parts % 2:
+            raise ValueError(
+                f"mixup pairs the images of a micro-batch, so its size ({config.batch_size // parts}) "
+                "must be even: change batch_size or accumulation"
             )
         stream = isinstance(images, IterableDataset)
         if not stream and len(images) < config.batch_size:
@@ -378,3 +428,14 @@ class TrainingLoop:
         if self.config.steps_per_epoch:
             return self.config.steps_per_epoch
         return len(loader) // (self.accelerator.num_processes * self.config.accumulation)
+
+
+def _available(names: tuple[str, ...]) -> list[str] | None:
+    """The trackers, if all are installed; accelerate would leave the others out silently."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    missing = sorted(set(names) - set(installed))
+    if missing:
+        raise ValueError(
+            f"log_with names trackers that are not installed: {missing}; of those here: {installed}"
+        )
+    return list(names) or None

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ class StepLog:
         """Forget what was collected and start the clock."""
         self._batches: list[tuple[int, int, int, Tensor, Tensor]] = []
         self._images = 0
-        self._penalty_seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[Any] = []
         self._start = time.perf_counter()
 
     def add(
@@ -45,42 +44,57 @@ class StepLog:
     @contextmanager
     def penalty_time(self) -> Iterator[None]:
         """Count the time within as the penalty's."""
-        if self.device.type == "cuda":
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            yield
-            events[1].record()
-            self._events.append(events)
-        else:
-            start = time.perf_counter()
-            yield
-            self._penalty_seconds += time.perf_counter() - start
+        self._mark()
+        yield
+        self._mark()
 
-    def summary(self) -> dict[str, float]:
+    def count_backward(self, penalty: Tensor, loss: Tensor) -> None:
+        """Count the penalty's part of the backward pass of loss + penalty as its time.
+
+        Autograd works off the latest nodes first: between the gradient's arrival at the penalty and at
+        the loss that was computed before it, nothing runs but the penalty's backward.
+        """
+        if penalty.requires_grad and loss.requires_grad:
+            penalty.register_hook(lambda _: self._mark())
+            loss.register_hook(lambda _: self._mark())
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def _penalty_seconds(self) -> float:
+        spans = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return sum(start.elapsed_time(end) for start, end in spans) / 1000
+        return sum(end - start for start, end in spans)
+
+    def summary(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return mean loss, the last penalty that was not 0, speed and share of time; then restart.
 
+        Args:
+            gather: collects a tensor from all processes, along its first dimension.
+
         Raises:
-            DivergedError: a loss or a penalty is NaN or infinite; says where.
+            DivergedError: a loss or a penalty is NaN or infinite, on any process; says where.
         """
-        losses = torch.stack([loss for *_, loss, _ in self._batches]).tolist()
+        losses = gather(torch.stack([loss for *_, loss, _ in self._batches])[None])
         penalties = torch.stack([penalty for *_, penalty in self._batches]).tolist()
-        if self._events:
-            torch.cuda.synchronize()
-            self._penalty_seconds = sum(a.elapsed_time(b) for a, b in self._events) / 1000
-        for (step, epoch, batch, *_), loss, penalty in zip(
-            self._batches, losses, penalties, strict=True
-        ):
-            if not math.isfinite(loss + penalty):
+        for i, (step, epoch, batch, *_) in enumerate(self._batches):
+            if not losses[:, i].isfinite().all() or not math.isfinite(penalties[i]):
                 raise DivergedError(
-                    f"the loss is {loss} and the penalty {penalty} at step {step} "
-                    f"(epoch {epoch}, batch {batch})"
+                    f"the loss is {losses[:, i].tolist()} (by process) and the penalty {penalties[i]} "
+                    f"at step {step} (epoch {epoch}, batch {batch})"
                 )
         elapsed = time.perf_counter() - self._start
         summary = {
-            "loss": sum(losses) / len(losses),
+            "loss": losses.mean().item(),
             "penalty": next((p for p in reversed(penalties) if p), 0.0),
             "images_per_second": self._images / elapsed,
-            "penalty_share": self._penalty_seconds / elapsed,
+            "penalty_share": self._penalty_seconds() / elapsed,
         }
         self.restart()
         return summary

@@ -52,7 +52,7 @@ class Interrupted(Exception):
 
 def build(run, *, objective=None):
     torch.manual_seed(run.seed)
-    splits = build_splits(run.data, seed=run.seed)
+    splits = build_splits(run.data)
     model = build_model(run.model, splits.label_names)
     objective = objective or Supervised(model.num_classes, augment=run.augment)
     images = build_images(splits, model, run)
