@@ -105,11 +105,11 @@ def load_splits(
     splits = _with_class_labels(splits, source)
     splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
     label_names = splits["train"].features["label"].names
+    for name, split in splits.items():
+        _check(split, name, label_names, source)
     for name in ("test", "validation"):
         if name not in splits:
             splits["train"], splits[name] = _cut(splits["train"], validation_fraction, seed, source)
-    for name, split in splits.items():
-        _check(split, name, label_names, source)
     fingerprints = {name: split._fingerprint for name, split in splits.items()}
     return ImageSplits(**splits, label_names=label_names, source=source, fingerprints=fingerprints)
 
@@ -209,7 +209,7 @@ def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -
 
 
 def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
-    """Give plain integer or string labels the classes of the training split, the same in every split."""
+    """Give plain labels the classes of the training split, the same in every split."""
     if isinstance(splits["train"].features["label"], ClassLabel):
         return splits
     values = splits["train"].unique("label")
@@ -224,7 +224,8 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
         unknown = set(split.unique("label")) - set(values)
         if unknown:
             raise DataError(
-                f"split {name!r} of {source} has labels that the training split lacks: {sorted(unknown)[:3]}"
+                f"split {name!r} of {source} has labels that the training split lacks: "
+                f"{sorted(unknown)[:3]}"
             )
         labels = [values.index(v) for v in split["label"][:]]
         split = split.remove_columns("label").add_column("label", labels)

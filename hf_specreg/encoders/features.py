@@ -46,7 +46,8 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
         head = tuple(n for n in names if _has_weights(model, n))
         if not head and getattr(model, "num_classes", 0):
             raise ValueError(
-                f"{type(model).__name__} has {model.num_classes} classes, but its classifier {names} "
+                f"{type(model).__name__} has {model.num_classes} classes, but its classifier "
+                f"{names} "
                 f"is not there: pass head=<dotted name>; linear layers, last first: "
                 f"{_linear_names(model)}"
             )

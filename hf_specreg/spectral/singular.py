@@ -113,8 +113,9 @@ def top_singular_value(
     if not weight.isfinite().all():
         return TopSingularValue(weight.new_tensor(torch.nan), v, torch.nan, converged=False)
     count = blocks(operator)
-    # A warm vector may be orthogonal to what is the top now: the penalty's own step leaves it a singular
-    # vector, of a value that may no longer be the largest. Noise has a part in every direction.
+    # A warm vector may be orthogonal to what is the top now: the penalty's own step leaves it a
+    # singular vector, of a value that may no longer be the largest. Noise has a part in every
+    # direction.
     noise = random_vector(operator, weight, torch.Generator().manual_seed(0))
     best = (v + 0.1 * noise).reshape(count, -1)
     for _ in range(max_restarts):

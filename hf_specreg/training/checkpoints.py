@@ -54,7 +54,8 @@ def save_checkpoint(
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder}: {error}; "
-            f"the last good one is {latest_checkpoint(folder) or 'none'}. Free some space, then resume"
+            f"the last good one is {latest_checkpoint(folder) or 'none'}. Free some space, then "
+            "resume"
         ) from error
     others = [p for p in all_checkpoints(folder) if p != final]
     later = [p for p in others if p.name > final.name]  # of a run that went on from an earlier one

@@ -20,8 +20,8 @@ class DataConfig:
         label_column: default: the one with the ClassLabel feature.
         validation_fraction: held out of the training split for each of validation and test that is
             missing.
-        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are tested
-            on the same images.
+        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are
+            tested on the same images.
         ignore_splits: splits of the source not to use, such as an unlabelled test split.
         train_samples: use that many of the (once shuffled) training images; the first ones of a
             stream; default: all.

@@ -195,7 +195,8 @@ class TrainingLoop:
                 self._end_step(epoch, batch)
         if batch + 1 < last:
             raise ValueError(
-                f"epoch {epoch} ended after {batch + 1} of {last} batches: the stream is shorter than "
+                f"epoch {epoch} ended after {batch + 1} of {last} batches: the stream is shorter "
+                "than "
                 f"steps_per_epoch ({self.steps_per_epoch}) says"
             )
 
@@ -353,7 +354,8 @@ class TrainingLoop:
             self.accelerator.save_state(str(state))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(
-                f"the checkpoint of step {self.step} could not be written to {folder}: {error}; the "
+                f"the checkpoint of step {self.step} could not be written to {folder}: {error}; "
+                "the "
                 f"last good one is {latest_checkpoint(folder)}. Free some space, then resume"
             ) from error
         self.accelerator.wait_for_everyone()
@@ -407,7 +409,8 @@ class TrainingLoop:
         mixes = config.augment.mixup or config.augment.cutmix
         if mixes and config.batch_size // parts % 2:
             raise ValueError(
-                f"mixup pairs the images of a micro-batch, so its size ({config.batch_size // parts}) "
+                "mixup pairs the images of a micro-batch, so its size "
+                f"({config.batch_size // parts}) "
                 "must be even: change batch_size or accumulation"
             )
         stream = isinstance(images, IterableDataset)

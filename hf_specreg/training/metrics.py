@@ -51,8 +51,8 @@ class StepLog:
     def count_backward(self, penalty: Tensor, loss: Tensor) -> None:
         """Count the penalty's part of the backward pass of loss + penalty as its time.
 
-        Autograd works off the latest nodes first: between the gradient's arrival at the penalty and at
-        the loss that was computed before it, nothing runs but the penalty's backward.
+        Autograd works off the latest nodes first: between the gradient's arrival at the penalty and
+        at the loss that was computed before it, nothing runs but the penalty's backward.
         """
         if penalty.requires_grad and loss.requires_grad:
             penalty.register_hook(lambda _: self._mark())
@@ -86,7 +86,8 @@ class StepLog:
         for i, (step, epoch, batch, *_) in enumerate(self._batches):
             if not losses[:, i].isfinite().all() or not math.isfinite(penalties[i]):
                 raise DivergedError(
-                    f"the loss is {losses[:, i].tolist()} (by process) and the penalty {penalties[i]} "
+                    f"the loss is {losses[:, i].tolist()} (by process) and the penalty "
+                    f"{penalties[i]} "
                     f"at step {step} (epoch {epoch}, batch {batch})"
                 )
         elapsed = time.perf_counter() - self._start

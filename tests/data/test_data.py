@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hf_specreg.data.datasets import DataError, load_splits
-from hf_specreg.data.images import LabelledImages, StreamedImages, collate
+from hf_specreg.data.images import LabelledImages, StreamedImages, collate, decode
 from hf_specreg.data.transforms import (
     crop_and_flip,
     evaluation_transform,
@@ -113,6 +113,38 @@ def test_plain_integer_labels_become_classes(tmp_path):
     assert set(splits.train["label"]) == {0, 1}
 
 
+def test_plain_labels_have_the_same_classes_in_every_split(tmp_path):
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    train = table([0, 1, 2, 10] * 6, features=features)
+    folder = save_parquet(tmp_path / "some", train=train, test=table([10, 2, 2], features=features))
+    splits = load_splits(folder, validation_fraction=0.2)
+    assert splits.label_names == ["0", "1", "2", "10"]
+    assert splits.test["label"][:] == [3, 2, 2]
+    folder = save_parquet(tmp_path / "other", train=train, test=table([5, 2], features=features))
+    with pytest.raises(DataError, match=r"'test' .* labels that the training split lacks: \[5\]"):
+        load_splits(folder)
+
+
+def test_an_unlabelled_split_is_named_and_can_be_ignored(tmp_path):
+    folder = save_parquet(tmp_path / "set", train=table([0, 1] * 20), test=table([-1, -1]))
+    with pytest.raises(
+        DataError, match=r"2 labels out of range 0 to 1, such as -1; .*ignore_splits"
+    ):
+        load_splits(folder)
+    splits = load_splits(folder, ignore_splits=["test"])
+    assert len(splits.test) == 4
+
+
+def test_pictures_stand_upright():
+    rotated = random_picture(0, size=(4, 8))
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    rotated.save(file, "PNG", exif=exif)
+    assert rotated.size == (8, 4)
+    assert decode({"bytes": file.getvalue(), "path": None}, 3).size == (4, 8)
+
+
 def test_what_cannot_be_used_is_an_error_that_says_why(tmp_path):
     (tmp_path / "empty").mkdir()
     text = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
@@ -125,7 +157,7 @@ def test_what_cannot_be_used_is_an_error_that_says_why(tmp_path):
         (save_parquet(tmp_path / "none", test=table([0, 1])), "no training split"),
         (
             save_parquet(tmp_path / "range", train=table([0, -1, 1] * 20)),
-            "cannot be loaded|out of range|label",
+            "20 labels out of range 0 to 1, such as -1",
         ),
     ]:
         with pytest.raises(DataError, match=message):

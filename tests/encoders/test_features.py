@@ -288,6 +288,26 @@ def test_a_timm_model_inside_transformers_is_found():
     assert SpectralPenalty(model).layers[0].name == "timm_model.conv1.0"
 
 
+def test_the_head_of_a_peft_model_is_found_and_its_adapters_are_penalised():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["qkv"], r=2, modules_to_save=["head"])
+    model = peft.get_peft_model(timm_model("vit_tiny_patch16_224"), config)
+    names = [layer.name for layer in SpectralPenalty(model).layers]
+    assert "blocks.0.attn.qkv.q" in names
+    assert not [n for n in names if "head" in n or "lora" in n]
+    penalty = SpectralPenalty(model)
+    penalty().backward()
+    adapter = model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight
+    assert adapter.grad.abs().max() > 0
+
+
+def test_a_classifier_that_was_replaced_under_another_name_is_an_error():
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.fc = nn.Identity()
+    with pytest.raises(ValueError, match=r"3 classes, but its classifier .* pass head="):
+        find_head(model)
+
+
 def test_layers_come_in_the_order_of_the_forward_pass():
     class Backwards(nn.Module):
         def __init__(self):

@@ -107,6 +107,31 @@ def test_fine_tuning_starts_from_the_encoder_with_a_fresh_head(maker, tmp_path, 
     assert len(names) == len(SpectralPenalty(model).layers)
 
 
+@pytest.mark.parametrize("maker", [make_timm, make_transformers], ids=["timm", "transformers"])
+def test_pictures_of_another_shape_are_cut_alike_here_and_by_the_saved_processor(maker, tmp_path):
+    model = maker()
+    model.preprocessing["crop_pct"] = 0.8
+    model.save_pretrained(tmp_path)
+    ramp = np.linspace(0, 255, 80)[None, :, None] * np.ones((48, 1, 3))
+    picture = Image.fromarray(ramp.astype(np.uint8))
+    again = SpecRegModel.from_pretrained(tmp_path)
+    ours = evaluation_transform(again.input_size, **again.preprocessing)(picture) / 255
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    assert (again.normalize(ours[None]) - theirs).abs().max() < 0.05
+    assert again.preprocessing["crop_pct"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("maker", [make_timm, make_transformers], ids=["timm", "transformers"])
+def test_a_head_that_is_asked_for_is_fresh_also_for_as_many_classes(maker, tmp_path, images):
+    model = maker()
+    model.save_pretrained(tmp_path)
+    tuned = SpecRegModel.from_pretrained(tmp_path, num_classes=4, label_names=list("wxyz")).eval()
+    assert tuned.label_names == list("wxyz")
+    assert torch.equal(tuned.features(images), model.features(images))
+    assert not torch.allclose(tuned(images), model(images))
+
+
 def test_normalisation_is_inside_and_features_times_head_are_the_logits(images):
     model = make_timm(pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.5, 0.6, 0.7))
     mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)

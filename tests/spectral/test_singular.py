@@ -151,6 +151,36 @@ def test_a_depthwise_vector_moves_to_the_channel_that_becomes_the_largest():
     assert block_norms(operator, operator.apply(shrunk, v)).max() == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-23, 1e-30])
+def test_a_dead_group_does_not_spoil_the_others(scale):
+    torch.manual_seed(0)
+    operator, weight = operator_of(nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 6, 6))
+    expected = top_singular_value_dense(operator, weight[:3].repeat(2, 1, 1, 1)[:4])
+    weight[3] *= scale
+    found = top_singular_value(operator, weight, start(operator, weight))
+    assert found.converged
+    assert found.v.isfinite().all()
+    torch.testing.assert_close(found.sigma, expected, rtol=1e-3, atol=0)
+    sigma, u, v = power_iteration(operator, weight, found.v)
+    assert sigma.isfinite().all()
+    assert u.isfinite().all()
+    assert v.isfinite().all()
+
+
+def test_a_warm_vector_that_is_no_longer_the_top_one_is_not_taken_for_it():
+    """Halving the top singular value leaves the vector a singular one, of a value that is not the "
+    "top."""
+    torch.manual_seed(0)
+    weight = torch.randn(60, 60)
+    operator = matrix_operator(weight)
+    v = top_singular_value(operator, weight, start(operator, weight), tolerance=1e-6).v
+    left, values, right = torch.linalg.svd(weight)
+    values[0] /= 2
+    halved = left @ torch.diag(values) @ right
+    found = top_singular_value(operator, halved, v)
+    torch.testing.assert_close(found.sigma, values[1], rtol=1e-3, atol=0)
+
+
 def test_a_layer_that_starts_at_zero_is_seen_once_it_grows():
     torch.manual_seed(0)
     weight = torch.zeros(5, 7)

@@ -1,6 +1,7 @@
 """The training loop on real digits: it learns, resumes exactly, stops with a reason."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from hf_specreg.training.config import (
     RunConfig,
 )
 from hf_specreg.training.loop import TrainingLoop
-from hf_specreg.training.metrics import DivergedError
+from hf_specreg.training.metrics import DivergedError, StepLog
 from hf_specreg.training.objectives import Supervised
 
 
@@ -159,11 +160,41 @@ def test_nan_stops_the_run_with_step_batch_and_last_good_checkpoint(tmp_path):
         return objective(*args, **kwargs) * (torch.nan if calls == 10 else 1.0)
 
     with pytest.raises(
-        DivergedError, match=r"loss is nan.*step 5 \(epoch 1, batch 1\).*step_00000004"
+        DivergedError, match=r"loss is \[nan\].*step 5 \(epoch 1, batch 1\).*step_00000004"
     ):
         build(run, objective=poisoned).run()
     for checkpoint in checkpoints.all_checkpoints(tmp_path / "run/checkpoints"):
         assert all(w.isfinite().all() for w in weights(checkpoint / "model").values())
+
+
+def test_weights_that_are_not_finite_never_get_into_a_checkpoint(tmp_path):
+    """The loss of the step is finite; the step itself makes the weights infinite."""
+    run = config(tmp_path, optimizer=OptimizerConfig(lr=1e30), augment=AugmentConfig())
+    with pytest.raises(DivergedError, match=r"Lower optimizer\.lr"):
+        build(run).run()
+    assert checkpoints.all_checkpoints(tmp_path / "run/checkpoints") == []
+    assert not (tmp_path / "run/best").exists()
+
+
+def test_pruning_keeps_the_checkpoint_just_written_and_drops_those_of_a_rewound_run(tmp_path):
+    for step in (80, 120):
+        checkpoints.save_checkpoint(tmp_path, step, {}, lambda into: None, keep=2)
+    (tmp_path / "step_00000120/progress.json").write_text("{")
+    checkpoints.save_checkpoint(tmp_path, 100, {}, lambda into: None, keep=1)
+    assert [p.name for p in checkpoints.all_checkpoints(tmp_path)] == ["step_00000100"]
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step_00000100"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
+    checkpoints.save_checkpoint(tmp_path, 1, {}, lambda into: None, keep=1)
+
+    def full(into):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"No space left.*step_00000001.*Free some space"):
+        checkpoints.save_checkpoint(tmp_path, 2, {}, full, keep=1)
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step_00000001"
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_another_run_is_neither_overwritten_nor_continued(tmp_path):
@@ -196,6 +227,47 @@ def test_accumulation_gives_the_same_weights_as_one_large_batch(tmp_path):
         results.append(weights(build(run).run().model_folder))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_penaltys_share_of_the_time_counts_its_backward_pass():
+    steps = StepLog(torch.device("cpu"))
+    weight = torch.ones(3, requires_grad=True)
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.2)
+            return grad.expand(3)
+
+    loss = weight.square().sum()
+    with steps.penalty_time():
+        penalty = Slow.apply(weight)
+    steps.count_backward(penalty, loss)
+    (loss + penalty).backward()
+    steps.add(1, 0, 0, loss=loss, penalty=penalty, images=4)
+    assert steps.summary(lambda losses: losses)["penalty_share"] > 0.8
+
+
+def test_several_seeds_are_tested_on_the_same_images():
+    first, second = [build_splits(DataConfig()) for _ in range(2)]
+    assert first.test["row"][:] == second.test["row"][:]
+    other = build_splits(DataConfig(split_seed=1))
+    assert first.test["row"][:] != other.test["row"][:]
+    assert not set(first.test["row"]) & set(first.train["row"])
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="not installed: \\['wandb'\\]"):
+        build(config(tmp_path, log_with=("wandb",)))
+
+
+def test_mixup_needs_an_even_micro_batch(tmp_path):
+    with pytest.raises(ValueError, match="must be even"):
+        build(config(tmp_path, batch_size=126))
 
 
 def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):
