@@ -95,20 +95,48 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     assert steps == sorted(steps)
 
 
-def test_two_processes_train_through_accelerate(tmp_path):
-    """With batches of 64 over two processes, the penalty's weights stay the same on both."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", "29513", str(ROOT / "recipes/supervised.py"), *TINY, "--epochs", "1"),
-        *("--output_dir", str(tmp_path / "run")),
-    ]
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    """The same global batches, split over two processes; without batch norm, so nothing else "
+    "differs."""
     settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = [*TINY, "--epochs", "1", "--augment.kind", "none", "--optimizer.opt", "momentum"]
+    arguments += ["--penalty.burn_in_epochs", "0", "--optimizer.lr", "0.01", "--log_every", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", "29513", str(ROOT / "recipes/supervised.py")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for command, folder in ((script(), one), (launch, two)):
+        command = [*command, *arguments, "--output_dir", str(folder)]
+        output = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert output.returncode == 0, output.stderr[-2000:]
+        assert json.loads(output.stdout)["test_images"] == 360
+    expected, found = [load_file(p / "model/model.safetensors") for p in (one, two)]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    losses = []
+    for folder in (one, two):
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert SpecRegModel.from_pretrained(two / "model").metadata["step"] == 17
+
+
+def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
+    """DINOv2 has a mask token that classification does not touch."""
+    settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    network = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+    network["num_attention_heads"] = 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "29514", str(ROOT / "recipes/supervised.py")]
+    command += [
+        "--config",
+        str(ROOT / "recipes/configs/digits_transformers_vit.yaml"),
+        "--epochs",
+        "1",
+    ]
+    command += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
+    command += ["--optimizer.warmup_epochs", "0", "--output_dir", str(tmp_path / "run")]
     output = subprocess.run(command, env=settings, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr[-2000:]
-    model = SpecRegModel.from_pretrained(tmp_path / "run/model")
-    assert model.metadata["step"] == 17
-    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["test_images"] == 360
 
 
 def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):
