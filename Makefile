@@ -26,6 +26,7 @@ sweep: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(PYTHON) benchmarks/penalty_cost.py
+	$(PYTHON) benchmarks/tracking.py
 
 clean:
 	rm -rf $(VENV) runs
