@@ -1,4 +1,4 @@
-"""From a configuration to what it names: model, images, penalty, optimizer and schedule."""
+"""From a configuration to what it names: model, images, loaders, penalty, optimizer."""
 
 from importlib.metadata import version
 from typing import Any
@@ -8,10 +8,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoConfig
 
 from hf_specreg.data.datasets import DataError, ImageSplits, load_splits
-from hf_specreg.data.images import LabelledImages, StreamedImages
+from hf_specreg.data.images import LabelledImages, StreamedImages, collate
 from hf_specreg.data.transforms import evaluation_transform, training_transform
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -95,6 +96,39 @@ def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) ->
                 **common,
             )
     return images
+
+
+def build_loaders(
+    splits: tuple[Dataset, Dataset, Dataset], config: RunConfig, processes: int
+) -> tuple[list[DataLoader], int]:
+    """Return loaders of the train, validation and test images, and the steps of an epoch.
+
+    Raises:
+        ValueError: the batch size does not fit the processes, the data or mixup.
+    """
+    parts = processes * config.accumulation
+    micro_batch = config.batch_size // parts
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size ({config.batch_size}) must be divisible by processes x accumulation "
+            f"({processes} x {config.accumulation})"
+        )
+    if (config.augment.mixup or config.augment.cutmix) and micro_batch % 2:
+        raise ValueError(
+            f"mixup pairs the images of a micro-batch, so its size ({micro_batch}) must be even: "
+            "change batch_size or accumulation"
+        )
+    train, *held_out = splits
+    stream = isinstance(train, IterableDataset)
+    if not stream and len(train) < config.batch_size:
+        raise ValueError(
+            f"batch_size ({config.batch_size}) exceeds the {len(train)} training images"
+        )
+    shared = {"num_workers": config.data.num_workers, "collate_fn": collate}
+    order = {} if stream else {"shuffle": True}
+    loader = DataLoader(train, micro_batch, drop_last=True, **order, **shared)
+    steps = config.steps_per_epoch or len(loader) // parts
+    return [loader, *(DataLoader(i, config.eval_batch_size, **shared) for i in held_out)], steps
 
 
 def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) -> SpectralPenalty:

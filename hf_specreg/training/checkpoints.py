@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,26 @@ def save_checkpoint(
         manifest = {str(p.relative_to(into)): _fingerprint(p) for p in files}
         (into / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
-    try:
+    with naming_the_last_good(folder, step):
         replace_folder(final, write_all)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error}; "
-            f"the last good one is {latest_checkpoint(folder) or 'none'}. Free some space, then "
-            "resume"
-        ) from error
     others = [p for p in all_checkpoints(folder) if p != final]
     later = [p for p in others if p.name > final.name]  # of a run that went on from an earlier one
     earlier = [p for p in others if p.name < final.name]
     for old in later + earlier[: len(earlier) - keep + 1]:
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def naming_the_last_good(folder: Path, step: int) -> Iterator[None]:
+    """Turn a full or read-only disk into a CheckpointError that says what is left to go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; the last "
+            f"good one is {latest_checkpoint(folder) or 'none'}. Free some space, then resume"
+        ) from error
 
 
 def replace_folder(final: Path, write: Callable[[Path], None]) -> None:

@@ -5,8 +5,19 @@ A YAML file holds the same keys; the command line overrides them (`--penalty.str
 keys are errors.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+# What a run that is resumed may change: it has no part in the weights.
+MAY_CHANGE = (
+    "output_dir",
+    "log_every",
+    "log_with",
+    "eval_batch_size",
+    "checkpoint.",
+    "data.num_workers",
+)
 
 
 @dataclass(frozen=True)
@@ -243,6 +254,13 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return nested dictionaries, for JSON and trackers."""
         return asdict(self)
+
+
+def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """Return the settings that differ from those of a saved run, but for those that may."""
+    now = json.loads(json.dumps(config.as_dict()))
+    found = differences(before, now)
+    return [difference for difference in found if not difference.startswith(MAY_CHANGE)]
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -6,7 +6,6 @@ penalty's vectors are in the checkpoint. So a run that is resumed gives the weig
 uninterrupted one, on the CPU bit for bit.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
-from hf_specreg.data.images import collate
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.build import (
+    build_loaders,
     build_optimizer,
     build_penalty,
     build_scheduler,
@@ -37,22 +33,21 @@ from hf_specreg.training.checkpoints import (
     CheckpointError,
     all_checkpoints,
     latest_checkpoint,
+    naming_the_last_good,
     read_progress,
     replace_folder,
     save_checkpoint,
 )
-from hf_specreg.training.config import RunConfig, differences
-from hf_specreg.training.metrics import DivergedError, MetricsFile, StepLog, flat_settings
-from hf_specreg.training.objectives import Objective
-
-RESUMABLE_CHANGES = (
-    "output_dir",
-    "log_every",
-    "log_with",
-    "eval_batch_size",
-    "checkpoint.",
-    "data.num_workers",
+from hf_specreg.training.config import RunConfig, changes_of_the_run
+from hf_specreg.training.metrics import (
+    DivergedError,
+    MetricsFile,
+    StepLog,
+    flat_settings,
+    installed_trackers,
+    progress_bar,
 )
+from hf_specreg.training.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -103,13 +98,14 @@ class TrainingLoop:
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=derived_seed(config.seed)
             ),
-            log_with=_available(config.log_with),
+            log_with=installed_trackers(config.log_with),
             project_dir=str(self.output),
         )
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         self.train_images = train_images
-        loader = self._train_loader(train_images)
-        self.steps_per_epoch = self._steps_per_epoch(loader)
+        loaders, self.steps_per_epoch = build_loaders(
+            (train_images, validation_images, test_images), config, self.accelerator.num_processes
+        )
         model.to(self.accelerator.device)
         freeze_unused(model)
         self.penalty = build_penalty(model, config, self.steps_per_epoch)
@@ -117,17 +113,8 @@ class TrainingLoop:
         self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.optimizer.ema_decay
         self.ema = ModelEmaV3(model, decay=decay) if decay else None
-        held_out = [
-            DataLoader(
-                images,
-                config.eval_batch_size,
-                num_workers=config.data.num_workers,
-                collate_fn=collate,
-            )
-            for images in (validation_images, test_images)
-        ]
         self.model, self.optimizer, self.loader, self.validation, self.test = (
-            self.accelerator.prepare(model, optimizer, loader, *held_out)
+            self.accelerator.prepare(model, optimizer, *loaders)
         )
         self.metadata = {**(metadata or {}), "config": config.as_dict()}
         self.step = 0
@@ -152,15 +139,7 @@ class TrainingLoop:
         epoch, batch = self._resume() if resume else self._start()
         self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal
-        ) as self.progress:
+        with progress_bar(self.console) as self.progress:
             self.task = self.progress.add_task("training", total=total, completed=self.step)
             while epoch < self.config.epochs:
                 self._train_epoch(epoch, batch)
@@ -285,11 +264,7 @@ class TrainingLoop:
         try:
             summary = self.steps.summary(self.accelerator.gather)
         except DivergedError as error:
-            raise DivergedError(
-                f"{error}; the last good checkpoint is "
-                f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
-                "penalty.strength, or look at that batch"
-            ) from error
+            raise self._diverged(error) from error
         self._log({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **summary})
 
     def _log(self, values: dict[str, Any]) -> None:
@@ -317,11 +292,7 @@ class TrainingLoop:
                 f"{self.output / 'checkpoints'} has no whole checkpoint to resume from"
             )
         progress = read_progress(checkpoint)
-        changed = [
-            d
-            for d in differences(progress["config"], json.loads(json.dumps(self.config.as_dict())))
-            if not d.startswith(RESUMABLE_CHANGES)
-        ]
+        changed = changes_of_the_run(progress["config"], self.config)
         if changed:
             raise CheckpointError(
                 f"{checkpoint} is of a run with another configuration (there and here): "
@@ -350,14 +321,8 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         folder = self.output / "checkpoints"
         state = folder / ".state"
-        try:
+        with naming_the_last_good(folder, self.step):
             self.accelerator.save_state(str(state))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the checkpoint of step {self.step} could not be written to {folder}: {error}; "
-                "the "
-                f"last good one is {latest_checkpoint(folder)}. Free some space, then resume"
-            ) from error
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
@@ -392,53 +357,11 @@ class TrainingLoop:
     def _check_weights(self) -> None:
         for name, tensor in self.network.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DivergedError(
-                    f"{name} is not finite after step {self.step}; the last good checkpoint is "
-                    f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
-                    "penalty.strength"
-                )
+                raise self._diverged(f"{name} is not finite after step {self.step}")
 
-    def _train_loader(self, images: Dataset) -> DataLoader:
-        config = self.config
-        parts = self.accelerator.num_processes * config.accumulation
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size ({config.batch_size}) must be divisible by processes x accumulation "
-                f"({self.accelerator.num_processes} x {config.accumulation})"
-            )
-        mixes = config.augment.mixup or config.augment.cutmix
-        if mixes and config.batch_size // parts % 2:
-            raise ValueError(
-                "mixup pairs the images of a micro-batch, so its size "
-                f"({config.batch_size // parts}) "
-                "must be even: change batch_size or accumulation"
-            )
-        stream = isinstance(images, IterableDataset)
-        if not stream and len(images) < config.batch_size:
-            raise ValueError(
-                f"batch_size ({config.batch_size}) exceeds the {len(images)} training images"
-            )
-        return DataLoader(
-            images,
-            config.batch_size // parts,
-            shuffle=None if stream else True,
-            drop_last=True,
-            num_workers=config.data.num_workers,
-            collate_fn=collate,
+    def _diverged(self, what: object) -> DivergedError:
+        return DivergedError(
+            f"{what}; the last good checkpoint is "
+            f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
+            "penalty.strength, or look at that batch"
         )
-
-    def _steps_per_epoch(self, loader: DataLoader) -> int:
-        if self.config.steps_per_epoch:
-            return self.config.steps_per_epoch
-        return len(loader) // (self.accelerator.num_processes * self.config.accumulation)
-
-
-def _available(names: tuple[str, ...]) -> list[str] | None:
-    """The trackers, if all are installed; accelerate would leave the others out silently."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    missing = sorted(set(names) - set(installed))
-    if missing:
-        raise ValueError(
-            f"log_with names trackers that are not installed: {missing}; of those here: {installed}"
-        )
-    return list(names) or None

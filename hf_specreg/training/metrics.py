@@ -3,12 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 
@@ -125,6 +128,29 @@ class MetricsFile:
             except ValueError:
                 continue
         self.path.write_text("".join(kept))
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return a bar over steps; it shows on terminals only, so that it does not fill logs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+
+
+def installed_trackers(names: Sequence[str]) -> list[str] | None:
+    """Return the trackers, if all are installed; accelerate would leave the others out silently.
+
+    Raises:
+        ValueError: some are not.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    missing = sorted(set(names) - set(installed))
+    if missing:
+        raise ValueError(
+            f"log_with names trackers that are not installed: {missing}; of those here: {installed}"
+        )
+    return list(names) or None
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
