@@ -151,6 +151,7 @@ class TrainingLoop:
         folder = self.output / "model"
         if self.accelerator.is_main_process:
             self._save_model(folder)
+        self.accelerator.wait_for_everyone()  # a process that leaves early can keep the others
         self.accelerator.end_training()
         return TrainingResult(folder, self.metrics, self.step)
 
