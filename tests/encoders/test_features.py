@@ -54,7 +54,7 @@ TIMM = {
     "levit_128s": {},
     "lcnet_035": {},
     "mambaout_femto": {},
-    "test_coatnet": {},
+    "coatnet_nano_rw_224": {},
     "mixer_s32_224": {},
     "mobilenetv2_035": {},
     "mobilenetv3_small_050": {},
