@@ -40,7 +40,9 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     model = build_model(config.model, splits.label_names)
     objective = Supervised(model.num_classes, augment=config.augment)
     images = build_images(splits, model, config)
-    loop = TrainingLoop(model, objective, **images, config=config, metadata=run_metadata(splits))
+    loop = TrainingLoop(
+        model, objective, **images, config=config, metadata=run_metadata(splits, images)
+    )
     return loop.run(resume=resume)
 
 

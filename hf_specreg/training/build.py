@@ -1,5 +1,6 @@
 """From a configuration to what it names: model, images, loaders, penalty, optimizer."""
 
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
+logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
 
 
@@ -196,9 +198,18 @@ def build_scheduler(
     return scheduler
 
 
-def run_metadata(splits: ImageSplits) -> dict[str, Any]:
-    """Return what a trained model says of its data and libraries."""
+def run_metadata(splits: ImageSplits, images: dict[str, Any]) -> dict[str, Any]:
+    """Return what a trained model says of its data and libraries; name what was left out."""
+    skipped = {}
+    for name, split in images.items():
+        if split.skipped:
+            skipped[name] = len(split.skipped)
+            logger.warning("left out of %s: %s", name, "; ".join(split.skipped))
     return {
-        "data": {"source": splits.source, "fingerprints": splits.fingerprints},
+        "data": {
+            "source": splits.source,
+            "fingerprints": splits.fingerprints,
+            "unreadable": skipped,
+        },
         "versions": {name: version(name) for name in LIBRARIES},
     }

@@ -4,10 +4,12 @@ import json
 import time
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_specreg.data.datasets import DataError
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training import checkpoints
 from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
@@ -57,7 +59,9 @@ def build(run, *, objective=None):
     model = build_model(run.model, splits.label_names)
     objective = objective or Supervised(model.num_classes, augment=run.augment)
     images = build_images(splits, model, run)
-    return TrainingLoop(model, objective, **images, config=run, metadata=run_metadata(splits))
+    return TrainingLoop(
+        model, objective, **images, config=run, metadata=run_metadata(splits, images)
+    )
 
 
 def interrupted_at(call, run):
@@ -250,6 +254,27 @@ def test_the_penaltys_share_of_the_time_counts_its_backward_pass():
     (loss + penalty).backward()
     steps.add(1, 0, 0, loss=loss, penalty=penalty, images=4)
     assert steps.summary(lambda losses: losses)["penalty_share"] > 0.8
+
+
+def test_images_left_out_are_counted_and_named(tmp_path, caplog):
+    rows = build_splits(DataConfig(train_samples=40)).train.to_list()
+    rows[4]["image"]["bytes"] = b"no image"
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    columns = {key: [row[key] for row in rows] for key in ("image", "label")}
+    (tmp_path / "set/data").mkdir(parents=True)
+    for name in ("train", "validation", "test"):
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(tmp_path / f"set/data/{name}-00000-of-00001.parquet")
+    data = DataConfig(source=str(tmp_path / "set"), skip_unreadable=True)
+    loop = build(config(tmp_path, data=data, batch_size=16, augment=AugmentConfig()))
+    assert loop.metadata["data"]["unreadable"] == dict.fromkeys(
+        ("train_images", "validation_images", "test_images"), 1
+    )
+    assert "left out of train_images: row 4 (" in caplog.text
+    with pytest.raises(DataError, match="1 of 40 images cannot be read: row 4"):
+        build(config(tmp_path, data=replace(data, skip_unreadable=False), batch_size=16))
 
 
 def test_several_seeds_are_tested_on_the_same_images():
