@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser
 
 from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
 from hf_specreg.training.config import RunConfig
-from hf_specreg.training.loop import TrainingLoop, TrainingResult
+from hf_specreg.training.loop import TrainingLoop
+from hf_specreg.training.metrics import TrainingResult
 from hf_specreg.training.objectives import Supervised
 
 

@@ -6,7 +6,6 @@ penalty's vectors are in the checkpoint. So a run that is resumed gives the weig
 uninterrupted one, on the CPU bit for bit.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +42,12 @@ from hf_specreg.training.metrics import (
     DivergedError,
     MetricsFile,
     StepLog,
+    TrainingResult,
     flat_settings,
     installed_trackers,
     progress_bar,
 )
 from hf_specreg.training.objectives import Objective
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run left behind.
-
-    Attributes:
-        model_folder: the trained model; `SpecRegModel.from_pretrained` loads it.
-        metrics: at the end: "test_accuracy", "validation_accuracy", "sum_sigma2", ...
-        step: optimizer steps taken.
-    """
-
-    model_folder: Path
-    metrics: dict[str, float]
-    step: int
 
 
 class TrainingLoop:

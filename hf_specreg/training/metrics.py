@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ from torch import Tensor
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind.
+
+    Attributes:
+        model_folder: the trained model; `SpecRegModel.from_pretrained` loads it.
+        metrics: at the end: "test_accuracy", "validation_accuracy", "sum_sigma2", ...
+        step: optimizer steps taken.
+    """
+
+    model_folder: Path
+    metrics: dict[str, float]
+    step: int
 
 
 class StepLog:

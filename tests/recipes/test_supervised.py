@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,15 @@ TINY = [
 
 def script(*arguments):
     return [sys.executable, str(ROOT / "recipes/supervised.py"), *arguments]
+
+
+def launch():
+    """Two processes, meeting at a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*command, "--master_port", port, str(ROOT / "recipes/supervised.py")]
 
 
 def environment():
@@ -101,10 +111,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     arguments = [*TINY, "--epochs", "1", "--augment.kind", "none", "--optimizer.opt", "momentum"]
     arguments += ["--penalty.burn_in_epochs", "0", "--optimizer.lr", "0.01", "--log_every", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", "29513", str(ROOT / "recipes/supervised.py")]
     one, two = tmp_path / "one", tmp_path / "two"
-    for command, folder in ((script(), one), (launch, two)):
+    for command, folder in ((script(), one), (launch(), two)):
         command = [*command, *arguments, "--output_dir", str(folder)]
         output = subprocess.run(command, env=settings, capture_output=True, text=True)
         assert output.returncode == 0, output.stderr[-2000:]
@@ -125,8 +133,7 @@ def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     network = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
     network["num_attention_heads"] = 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29514", str(ROOT / "recipes/supervised.py")]
+    command = launch()
     command += [
         "--config",
         str(ROOT / "recipes/configs/digits_transformers_vit.yaml"),
