@@ -135,6 +135,7 @@ class SpectralPenalty:
         self._vectors: dict[str, Tensor] = {}
         self._seen.watch(owners)
 
+    @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
         """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
         cadences.
