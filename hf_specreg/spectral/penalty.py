@@ -160,7 +160,8 @@ class SpectralPenalty:
         generator = torch.Generator().manual_seed(self.seed)
         terms = []
         for layer in self.layers:
-            weight = _full_precision(layer.effective_weight())
+            with _no_autocast(next(self._network.parameters())):
+                weight = _full_precision(layer.effective_weight())
             with torch.no_grad(), _no_autocast(weight):
                 v = self._vector(layer, weight, generator)
                 sigma, u, v = power_iteration(layer, weight, v, iterations=self.power_iterations)

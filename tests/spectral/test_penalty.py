@@ -263,6 +263,19 @@ def test_half_precision_weights_and_autocast_are_computed_in_float32(net, dtype)
     assert net.proj.weight.grad.dtype == dtype
 
 
+def test_a_computed_weight_is_computed_in_float32_under_autocast():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2))
+    config = peft.LoraConfig(target_modules=["1"], r=2, init_lora_weights=False)
+    net = peft.inject_adapter_in_model(config, net)
+    arguments = {"head": "2", "input_size": (3, 2, 2), "power_iterations": 50}
+    expected = SpectralPenalty(net, **arguments)()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = SpectralPenalty(net, **arguments)()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_grad_scaler_scales_the_penalty_with_the_loss(net):
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(make(net)()).backward()
