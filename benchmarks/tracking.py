@@ -1,4 +1,4 @@
-"""How well one power iteration a step follows sigma while training with the penalty.
+"""How well one product a step follows sigma while training with the penalty.
 
     python benchmarks/tracking.py [--lr 0.1] [--strength 0.01] [--power-iterations 1]
 

@@ -25,8 +25,10 @@ from hf_specreg.encoders.trace import Layer, trace_layers
 from hf_specreg.spectral.layers import is_matrix, linear_operators
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.singular import (
+    Side,
     TopSingularValue,
     blocks,
+    other_side,
     power_iteration,
     random_vector,
     top_singular_value,
@@ -45,7 +47,8 @@ class SpectralPenalty:
     the division by their number where the loop divides its loss: `every` and `burn_in` count calls,
     hence optimizer steps.
 
-    Every layer's vector is warm: it is kept between calls, and moved by `power_iterations` a call.
+    Every layer's singular vectors are warm: they are kept between calls, and moved by
+    `power_iterations` a call, u by the layer and v by its adjoint in turn.
     The arithmetic is float32 also under autocast and for half-precision weights; frozen layers add
     their value and no gradient. A weight shared by several layers counts once, at the input size of
     its first use.
@@ -57,7 +60,7 @@ class SpectralPenalty:
         scope: "features", the layers up to what the head is fed, or "all", with the head.
         every: one call in `every` gives the penalty, the others 0.
         burn_in: the first `burn_in` calls give 0.
-        power_iterations: of each use, on each layer.
+        power_iterations: of each use, on each layer; one is a product with W or with W^T.
         input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own
             configuration.
         head: dotted name or names of the head, () for a model that is all encoder; default: found
@@ -133,6 +136,7 @@ class SpectralPenalty:
                 f"{self._head}"
             )
         self._vectors: dict[str, Tensor] = {}
+        self._side: Side = "input"  # where the vectors live: v, or u on the "output"
         self._seen.watch(owners)
 
     @torch.compiler.disable  # the count of steps must not be compiled in
@@ -157,17 +161,19 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        generator = torch.Generator().manual_seed(self.seed)
         terms = []
-        for layer in self.layers:
-            with _no_autocast(next(self._network.parameters())):
-                weight = _full_precision(layer.effective_weight())
-            with torch.no_grad(), _no_autocast(weight):
-                v = self._vector(layer, weight, generator)
-                sigma, u, v = power_iteration(layer, weight, v, iterations=self.power_iterations)
-                self._vectors[layer.name] = v
-                sigma, u = _leading(layer, sigma, u)
-            terms.append(_SquaredSigma.apply(weight, layer, sigma, u, v))
+        with _no_autocast(next(self._network.parameters())):
+            weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+            self._start_vectors(weights)
+            side, count = self._side, self.power_iterations
+            self._side = other_side(side) if count % 2 else side
+            for layer, weight in zip(self.layers, weights, strict=True):
+                with torch.no_grad():
+                    vector = self._vectors[layer.name].to(weight)
+                    sigma, u, v = power_iteration(layer, weight, vector, side, iterations=count)
+                    self._vectors[layer.name] = v if self._side == "input" else u
+                    sigma, u = _leading(layer, sigma, u)
+                terms.append(_SquaredSigma.apply(weight, layer, sigma, u, v))
         device = terms[0].device
         return self.strength * torch.stack([t.to(device) for t in terms]).sum()
 
@@ -177,12 +183,14 @@ class SpectralPenalty:
         Starts from the warm vectors and leaves them as they are, so that looking does not change
         the training.
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        values = {}
-        for layer in self.layers:
-            weight = _full_precision(layer.effective_weight().detach())
-            with torch.no_grad(), _no_autocast(weight):
-                v = self._vector(layer, weight, generator)
+        with torch.no_grad(), _no_autocast(next(self._network.parameters())):
+            weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+            self._start_vectors(weights)
+            values = {}
+            for layer, weight in zip(self.layers, weights, strict=True):
+                v = self._vectors[layer.name].to(weight)
+                if self._side == "output":
+                    _, _, v = power_iteration(layer, weight, v, "output")
                 values[layer.name] = top_singular_value(layer, weight, v, tolerance=tolerance)
         return values
 
@@ -203,7 +211,7 @@ class SpectralPenalty:
         """Return the step count and the warm vectors: with them, a resumed run goes on bit for
         bit.
         """
-        return {"step": self.step, "vectors": dict(self._vectors)}
+        return {"step": self.step, "side": self._side, "vectors": dict(self._vectors)}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a step count and warm vectors.
@@ -211,22 +219,29 @@ class SpectralPenalty:
         Raises:
             ValueError: the vectors are those of another model.
         """
-        shapes = {layer.name: (1, *layer.input_shape) for layer in self.layers}
-        for name, v in state["vectors"].items():
-            if tuple(v.shape) != shapes.get(name):
+        vectors, side = state["vectors"], state["side"]
+        unknown = vectors and set(vectors) ^ {layer.name for layer in self.layers}
+        if unknown:
+            raise ValueError(f"the layers {sorted(unknown)} are in one of state and model only")
+        for layer in self.layers if vectors else ():
+            shape, expected = tuple(vectors[layer.name].shape[1:]), _shape(layer, side)
+            if shape != expected:
                 raise ValueError(
-                    f"the vector of {name!r} is {tuple(v.shape)}, but here it is {shapes.get(name)}"
+                    f"the vector of {layer.name!r} is {shape}, but here it is {expected}"
                 )
         self.step = state["step"]
-        self._vectors = {name: v.clone() for name, v in state["vectors"].items()}
+        self._side = side
+        self._vectors = {name: vector.clone() for name, vector in vectors.items()}
 
-    def _vector(self, layer: LinearOperator, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """The layer's warm vector; on first use that of one Krylov space from a random one."""
-        v = self._vectors.get(layer.name)
-        if v is None:
+    @torch.no_grad()
+    def _start_vectors(self, weights: Sequence[Tensor]) -> None:
+        """On first use, take for v the best of one Krylov space from a random vector."""
+        if self._vectors:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        for layer, weight in zip(self.layers, weights, strict=True):
             v = random_vector(layer, weight, generator)
-            return top_singular_value(layer, weight, v, max_restarts=1).v
-        return v.to(weight)
+            self._vectors[layer.name] = top_singular_value(layer, weight, v, max_restarts=1).v
 
 
 class _SquaredSigma(torch.autograd.Function):
@@ -255,6 +270,15 @@ def _leading(operator: LinearOperator, sigma: Tensor, u: Tensor) -> tuple[Tensor
         return sigma[0], u
     leading = torch.arange(len(sigma), device=u.device) == sigma.argmax()
     return sigma.max(), (u.reshape(len(sigma), -1) * leading[:, None]).reshape(u.shape)
+
+
+def _shape(operator: LinearOperator, side: Side) -> tuple[int, ...]:
+    """The shape of v or of u, without spending compute."""
+    if side == "input":
+        return tuple(operator.input_shape)
+    weight = operator.effective_weight().to("meta")
+    v = torch.empty(1, *operator.input_shape, dtype=weight.dtype, device="meta")
+    return tuple(operator.apply(weight, v).shape[1:])
 
 
 class _SeenInput:

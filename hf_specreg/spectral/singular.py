@@ -1,8 +1,10 @@
 """The top singular value of a linear operator: sigma = max ||W v|| over ||v|| = 1.
 
-While training, one power iteration a use follows the slowly moving weights (`power_iteration`):
+While training, the power method follows the slowly moving weights (`power_iteration`), u and v in
+turn, one product a use:
 
-    u = W v / ||W v||,   v <- W^T u / ||W^T u||,   sigma = u^T W v = ||W^T u||
+    u = W v / ||W v||,   sigma = ||W v||        and the next time
+    v = W^T u / ||W^T u||,   sigma = ||W^T u||
 
 For a value to report, restarted Lanczos on W^T W goes on until the residual says that it has
 converged (`top_singular_value`). Two exact references need no iteration: the dense SVD of the
@@ -19,6 +21,7 @@ Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, 
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ from torch import Tensor
 from hf_specreg.spectral.operators import Convolution, LinearOperator
 
 LANCZOS_STEPS = 24
+
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -52,36 +57,43 @@ def random_vector(operator: LinearOperator, weight: Tensor, generator: torch.Gen
     The draw is made on the CPU, so that it is the same wherever the weight is.
     """
     v = torch.randn(1, *operator.input_shape, generator=generator)
-    v = v.to(weight)
-    return _divided(v, block_norms(operator, v))
+    rows = v.to(weight).reshape(blocks(operator), -1)
+    return (rows / _norm(rows)).reshape(v.shape)
 
 
 def power_iteration(
-    operator: LinearOperator, weight: Tensor, v: Tensor, *, iterations: int = 1
+    operator: LinearOperator, weight: Tensor, vector: Tensor, side: Side, *, iterations: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sigma [blocks], u and v [1, *input_shape] after some steps from v, block by block.
+    """Return sigma [blocks], u [1, *output_shape] and v [1, *input_shape] after some products.
 
-    u and v have unit norm in each block, and sigma = u^T W v. A block in which W v = 0 keeps its v,
-    with u and sigma 0, so that a layer that starts at zero is seen once it grows.
+    Args:
+        operator: the map.
+        weight: its effective weight.
+        vector: of unit norm in each block: v where `side` is "input", u where it is "output".
+        side: where `vector` lives. Every iteration is one product, with W or W^T, that ends on the
+            other side.
+        iterations: how many.
+
+    Returns:
+        sigma = u^T W v, and the last two vectors, of unit norm in each block. A block in which the
+        product is 0 gives sigma 0 and a constant vector, so that a layer that starts at zero is
+        seen once it grows.
     """
-    count = blocks(operator)
     for _ in range(iterations):
-        u = operator.apply(weight, v)
-        u = _divided(u, block_norms(operator, u))
-        next_v = operator.adjoint(weight, u)
-        sigma = block_norms(operator, next_v)
-        moved = (sigma > 0)[:, None]
-        v = torch.where(
-            moved, _divided(next_v, sigma).reshape(count, -1), v.reshape(count, -1)
-        ).reshape(v.shape)
-    return sigma, u, v
+        before = vector
+        product = operator.apply if side == "input" else operator.adjoint
+        image = product(weight, before)
+        rows = image.reshape(blocks(operator), -1)
+        sigma = _norm(rows)
+        vector = torch.where(sigma > 0, rows / sigma, rows.shape[1] ** -0.5).reshape(image.shape)
+        side = other_side(side)
+    u, v = (vector, before) if side == "output" else (before, vector)
+    return sigma[:, 0], u, v
 
 
-def block_norms(operator: LinearOperator, u: Tensor) -> Tensor:
-    """Return the norm of each block of u, [blocks]: the singular values, where u = W v with v
-    converged.
-    """
-    return torch.linalg.vector_norm(u.reshape(blocks(operator), -1), dim=1)
+def other_side(side: Side) -> Side:
+    """Return where a product with W or W^T leads from `side`."""
+    return "output" if side == "input" else "input"
 
 
 def blocks(operator: LinearOperator) -> int:
@@ -216,9 +228,3 @@ def top_singular_value_fft(operator: Convolution, weight: Tensor) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-
-
-def _divided(v: Tensor, norms: Tensor) -> Tensor:
-    """Divide each block by its norm; leave blocks of norm 0 as they are."""
-    rows = v.reshape(len(norms), -1)
-    return (rows / torch.where(norms > 0, norms, 1)[:, None]).reshape(v.shape)

@@ -108,7 +108,7 @@ class PenaltyConfig:
         burn_in_epochs: epochs without it at first; may be a fraction. Not together with
             `burn_in_steps`.
         burn_in_steps: optimizer steps without it at first.
-        power_iterations: a use.
+        power_iterations: of each use; one is a product with W or W^T, in turn.
         split_qkv: penalise stacked q, k and v each.
         skip: dotted names of modules to leave out.
     """

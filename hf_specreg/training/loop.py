@@ -286,7 +286,7 @@ class TrainingLoop:
             )
         self.accelerator.load_state(str(checkpoint / "state"))
         vectors = load_file(checkpoint / "penalty.safetensors")
-        self.penalty.load_state_dict({"step": progress["penalty_step"], "vectors": vectors})
+        self.penalty.load_state_dict({**progress["penalty"], "vectors": vectors})
         if self.ema is not None:
             self.ema.module.load_state_dict(load_file(checkpoint / "ema.safetensors"))
         self.step = progress["step"]
@@ -313,9 +313,12 @@ class TrainingLoop:
         if not self.accelerator.is_main_process:
             return
 
+        penalty = self.penalty.state_dict()
+        vectors = penalty.pop("vectors")
+
         def write(into: Path) -> None:
             state.rename(into / "state")
-            save_file(self.penalty.state_dict()["vectors"], into / "penalty.safetensors")
+            save_file(vectors, into / "penalty.safetensors")
             if self.ema is not None:
                 save_file(self.ema.module.state_dict(), into / "ema.safetensors")
             self._write_model(into / "model")
@@ -324,7 +327,7 @@ class TrainingLoop:
             "step": self.step,
             "epoch": epoch,
             "batch": batch,
-            "penalty_step": self.penalty.step,
+            "penalty": penalty,
             "best_accuracy": self.best_accuracy,
             "metrics": self.metrics,
             "config": self.config.as_dict(),

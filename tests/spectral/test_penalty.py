@@ -109,7 +109,7 @@ def test_gradcheck_in_float64_and_the_gradient_of_the_svd(layer, shape):
     def squared_sigma(w):
         """Converged at each w, so that differences of values are those of sigma^2 itself."""
         v = top_singular_value(operator, w.detach(), start, tolerance=1e-13).v
-        sigma, u, v = power_iteration(operator, w.detach(), v, iterations=3)
+        sigma, u, v = power_iteration(operator, w.detach(), v, "input", iterations=3)
         return _SquaredSigma.apply(w, operator, *_leading(operator, sigma, u), v)
 
     assert torch.autograd.gradcheck(squared_sigma, weight, atol=1e-4)
@@ -204,9 +204,10 @@ def test_finding_the_layers_touches_no_statistics_mode_or_random_state(net):
     assert not any(m._forward_hooks for m in net.modules())
 
 
-def test_state_resumes_to_the_same_bits(net):
+@pytest.mark.parametrize("calls", [1, 3], ids=["from u", "from v"])
+def test_state_resumes_to_the_same_bits(net, calls):
     penalty = make(net, every=2)
-    for _ in range(3):
+    for _ in range(calls):
         penalty()
     other = make(net, every=2)
     other.load_state_dict(copy.deepcopy(penalty.state_dict()))
@@ -221,6 +222,8 @@ def test_state_of_another_model_is_refused(net):
     state()
     with pytest.raises(ValueError, match="vector of 'stem'"):
         make(net, input_size=(3, 10, 10)).load_state_dict(state.state_dict())
+    with pytest.raises(ValueError, match=r"layers \['proj'\] are in one of"):
+        make(net, skip=["proj"]).load_state_dict(state.state_dict())
 
 
 def test_sigmas_are_converged_and_do_not_change_the_training(net):
