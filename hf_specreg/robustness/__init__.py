@@ -1,0 +1,1 @@
+"""How hard a classifier is to attack, in pixels: attacks, evaluation, report."""

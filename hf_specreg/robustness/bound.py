@@ -1,0 +1,127 @@
+"""A certified lower bound of the adversarial distance, for networks that are a chain of layers.
+
+If every layer is Lipschitz, so is the network, with the product of the constants; then no image
+within
+
+    min over k != y of (f_y(x) - f_k(x)) / (||w_y - w_k|| * Lip(Phi))
+
+of x is classified differently (L2; the form of Hein, Andriushchenko 2017, for a linear head on
+features Phi). Lip(Phi) is the product of the top singular values up to the features and of the
+activations' slopes. It holds for chains only: a residual sum, attention or a layer norm is no
+factor of such a product, and then there is no bound here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+# The steepest slope of each activation.
+SLOPES: dict[type[nn.Module], float] = {
+    nn.Identity: 1.0,
+    nn.ReLU: 1.0,
+    nn.ReLU6: 1.0,
+    nn.Tanh: 1.0,
+    nn.Sigmoid: 0.25,
+    nn.Softplus: 1.0,
+    nn.ELU: 1.0,
+    nn.GELU: 1.1290,
+    nn.SiLU: 1.0999,
+    nn.Flatten: 1.0,
+    nn.Dropout: 1.0,
+}
+_RESHAPES = {"flatten", "view", "reshape"}
+
+
+class NoBoundError(ValueError):
+    """The network is no chain of layers whose Lipschitz constants are known."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Attributes:
+    lipschitz: of the features, L2 to L2, in [0, 1] pixels.
+    factors: it is their product, by layer.
+    head: [K, D], what the features are multiplied with.
+    """
+
+    lipschitz: float
+    factors: dict[str, float]
+    head: Tensor
+
+    def distances(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the certified L2 distance of each image, [B]; 0 where it is misclassified."""
+        gaps = torch.cdist(self.head, self.head)[labels]
+        margins = logits.gather(1, labels[:, None]) - logits
+        others = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
+        ratios = torch.where(others & (gaps > 0), margins / gaps.clamp(min=1e-30), torch.inf)
+        return ratios.min(1).values.clamp(min=0) / self.lipschitz
+
+
+def lipschitz_bound(
+    network: nn.Module, head: tuple[str, ...], sigmas: dict[str, float], *, pixel_std: Tensor
+) -> Bound:
+    """Return the bound of a chain network.
+
+    Args:
+        network: the network, in evaluation mode.
+        head: its head's name; one linear layer.
+        sigmas: converged top singular values of the layers up to the features, by name.
+        pixel_std: what pixels are divided by before the network.
+
+    Raises:
+        NoBoundError: with the layer that is no factor of a product.
+    """
+    modules = dict(network.named_modules())
+    if len(head) != 1 or not isinstance(modules[head[0]], nn.Linear):
+        raise NoBoundError("the head is not one linear layer")
+    try:
+        graph = fx.symbolic_trace(network).graph
+    except Exception as error:  # tracing runs the model's own code
+        raise NoBoundError(f"the network cannot be traced: {error}") from error
+    factors = {"pixels": 1 / pixel_std.min().item()}
+    scale, past_head = 1.0, False
+    for node in graph.nodes:
+        if node.op == "placeholder" and list(graph.find_nodes(op="placeholder")).index(node):
+            continue
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if node.op != "output" and (len(inputs) > 1 or len(node.users) > 1):
+            raise NoBoundError(f"{node.name} joins or forks: the network is no chain")
+        if node.op == "call_module":
+            module = modules[node.target]
+            past_head |= node.target == head[0]
+            if past_head:
+                if node.target != head[0] and SLOPES.get(type(module)) != 1.0:
+                    raise NoBoundError(f"{node.target} comes after the head")
+            elif node.target in sigmas:
+                factors[node.target] = sigmas[node.target]
+            else:
+                factors[node.target] = _factor(node.target, module)
+        elif node.op == "call_function" and node.target.__name__ in ("truediv", "mul"):
+            if not past_head or not isinstance(node.args[1], int | float):
+                raise NoBoundError(f"{node.name} is not known")
+            number = node.args[1]
+            scale *= 1 / number if node.target.__name__ == "truediv" else number
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else node.target.__name__
+            if name not in _RESHAPES:
+                raise NoBoundError(f"{node.name} is not known")
+    factors = {name: f for name, f in factors.items() if f != 1}
+    weight = scale * modules[head[0]].weight.detach()
+    if len(weight) == 1:  # one logit z stands for the two (0, z)
+        weight = torch.cat([torch.zeros_like(weight), weight])
+    return Bound(math.prod(factors.values()), factors, weight)
+
+
+def _factor(name: str, module: nn.Module) -> float:
+    if type(module) in SLOPES:
+        return SLOPES[type(module)]
+    if isinstance(module, nn.LeakyReLU):
+        return max(1.0, abs(module.negative_slope))
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+        scale = (module.running_var + module.eps).rsqrt()
+        return (scale * (1 if module.weight is None else module.weight)).abs().max().item()
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and module.kernel_size == module.stride:
+        return 1.0  # windows that do not overlap
+    raise NoBoundError(f"{name} ({type(module).__name__}) has no known Lipschitz constant")

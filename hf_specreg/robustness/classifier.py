@@ -1,0 +1,167 @@
+"""Any model as what attacks query: [0, 1] images to finite logits of two or more classes.
+
+What goes wrong with other people's models is caught here: normalised or 8-bit pixels, a single
+logit, NaN, a model left in training mode.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Fewer rows take other kernels, whose last bits differ: a decision must not depend on the company.
+MIN_ROWS = 8
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ClassifierError(ValueError):
+    """A model that cannot be attacked as it is, with what is wrong and what to do."""
+
+
+class Classifier(nn.Module):
+    """A frozen classifier from images [B, C, H, W] in [0, 1] to logits [B, K], K >= 2, float32.
+
+    One logit z becomes the two logits (0, z). Logits that are not finite become 0, so that no
+    attack meets a NaN; `invalid` says which images have them.
+
+    Args:
+        model: from [0, 1] pixels to logits [B, K] or [B, 1] or [B].
+        device: where images go before they are classified; default: the model's own.
+
+    Attributes:
+        queries: how many images it was asked for.
+    """
+
+    def __init__(self, model: nn.Module, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.training = False
+        self.model = model
+        first = next(model.parameters(), None)
+        self.device = torch.device(device or (first.device if first is not None else "cpu"))
+        self.queries = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return finite logits, differentiable in the images."""
+        self.queries += len(images)
+        return self._raw(images).nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the predicted classes, [B]."""
+        return self(images).argmax(1)
+
+    @torch.no_grad()
+    def invalid(self, images: Tensor) -> Tensor:
+        """Return which images have logits that are not finite, [B]."""
+        return ~self._raw(images).isfinite().all(1)
+
+    def _raw(self, images: Tensor) -> Tensor:
+        count = len(images)
+        if count < MIN_ROWS:
+            images = torch.cat([images, images[-1:].expand(MIN_ROWS - count, *images.shape[1:])])
+        logits = self.model(images)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim > 2:
+            raise ClassifierError(
+                f"{type(self.model).__name__} must return floating-point logits [B, K], not "
+                f"{_described(logits)}; wrap it (SpecRegModel does that for transformers)"
+            )
+        logits = logits[:count].float().reshape(count, -1)
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        return logits
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model, without gradients of its parameters; put both back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def check_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
+    """See on a few images that the model takes [0, 1] pixels and knows these labels.
+
+    Args:
+        classifier: the model.
+        images: [N, C, H, W].
+        labels: [N].
+
+    Raises:
+        ClassifierError: the pixels are not in [0, 1], the labels are not the head's, or the model
+            classifies other pixels better: 8-bit ones, or normalised ones.
+    """
+    check_images(images)
+    with torch.no_grad():
+        try:
+            classes = classifier(images).shape[1]
+        except RuntimeError as error:
+            raise ClassifierError(
+                f"the model cannot be run on images {tuple(images.shape)}: {error}"
+            ) from error
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ClassifierError(
+            f"the labels go from {labels.min()} to {labels.max()}, but the model has {classes} "
+            "classes: is it of another data set, or is its head missing?"
+        )
+    accuracy = _accuracy(classifier, images, labels)
+    gray = images.mean(dim=(0, 2, 3), keepdim=True)
+    spread = images.std(dim=(0, 2, 3), keepdim=True) + 1e-6
+    others = {
+        "8-bit pixels in [0, 255]": 255 * images,
+        "pixels in [-1, 1]": 2 * images - 1,
+        "pixels normalised by their own mean and deviation": (images - gray) / spread,
+    }
+    if images.shape[1] == 3:
+        mean, std = (images.new_tensor(v).reshape(1, 3, 1, 1) for v in IMAGENET)
+        others["pixels normalised as for ImageNet"] = (images - mean) / std
+    for name, changed in others.items():
+        found = _accuracy(classifier, changed, labels)
+        # Three standard deviations of a difference of accuracies on so many images.
+        if found > accuracy + max(0.05, 3 * (0.5 / len(images)) ** 0.5):
+            raise ClassifierError(
+                f"the model classifies {accuracy:.0%} of {len(images)} images in [0, 1] right, but "
+                f"{found:.0%} with {name}: attacks work on [0, 1] pixels, so put the normalisation "
+                "inside the model (SpecRegModel has pixel_mean and pixel_std)"
+            )
+
+
+def check_images(images: Tensor) -> None:
+    """See that images are [N, C, H, W], floating-point, in [0, 1].
+
+    Raises:
+        ClassifierError: they are not.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ClassifierError(
+            f"images must be floating-point [N, C, H, W] in [0, 1], not {_described(images)}"
+            + ("; divide 8-bit pixels by 255" if images.dtype == torch.uint8 else "")
+        )
+    if not images.isfinite().all():
+        raise ClassifierError("the images have pixels that are NaN or infinite")
+    low, high = images.min().item(), images.max().item()
+    if low < 0 or high > 1:
+        raise ClassifierError(
+            f"the images' pixels go from {low:.3g} to {high:.3g}, not from 0 to 1: give them as "
+            "they are before any normalisation"
+        )
+
+
+def _accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    return (classifier.predict(images) == labels).float().mean().item()
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,310 @@
+"""TangentAttack: a decision-based attack that needs nothing but predicted classes, in L2.
+
+From a boundary point b at distance D of the image x, iteration t
+
+1. estimates the normal g of the boundary at b from the decisions at min(floor(100 sqrt(t)), 10^4)
+   random probes b + delta u, ||u|| = 1, delta = D / d in d dimensions (0.1 at first);
+2. goes to where the line from x touches the hemisphere of radius R around b on the side of g,
+
+       k = b + R (cos(a) e + sin(a) n),   e = (x - b) / D,   cos(a) = R / D,
+
+   with n the part of g across e, of unit length; R = D / sqrt(t), halved until k is adversarial;
+3. bisects between x and k for the next boundary point, which is nearer: ||k - x||^2 = D^2 - R^2.
+
+Sources: Ma, Guo, Chen, Yong, Wang, "Finding Optimal Tangent Points for Reducing Distortions of
+Hard-label Attacks", NeurIPS 2021 (arXiv:2111.07492); the normal's estimate is HopSkipJump's (Chen,
+Jordan, Wainwright, S&P 2020). It is the measure of arXiv:2405.17181, with T = 40.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_specreg.robustness.classifier import Classifier
+from hf_specreg.robustness.threat import AttackResult
+
+BLOCK = 64  # probes drawn at once: the stream of an image's numbers must not depend on its company
+MAX_HALVINGS = 30
+START_TRIES = 100
+
+
+@dataclass(frozen=True)
+class TangentAttack:
+    """The attack's settings; `run` attacks a batch.
+
+    Args:
+        iterations: T.
+        initial_probes: of the first iteration; iteration t has sqrt(t) times as many.
+        max_probes: of any iteration.
+        tolerance: of the bisection, as a fraction of the segment.
+        max_queries: per image; no query is made beyond it. None: no limit.
+        batch_size: probes classified at once, which bounds the memory.
+        authors_compatible: leave the probes Gaussian, of length about sqrt(d), as the code of
+            arXiv:2405.17181 does, instead of on the unit sphere as in the original.
+    """
+
+    iterations: int = 40
+    initial_probes: int = 100
+    max_probes: int = 10_000
+    tolerance: float = 1e-5
+    max_queries: int | None = None
+    batch_size: int = 1024
+    authors_compatible: bool = False
+
+    @torch.no_grad()
+    def run(
+        self,
+        classifier: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        seeds: Sequence[int],
+        targets: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> AttackResult:
+        """Attack images, each with random numbers of its own.
+
+        Args:
+            classifier: what is attacked.
+            images: [B, C, H, W] in [0, 1].
+            labels: [B]; any other class is adversarial.
+            seeds: one an image: the result for an image depends on its seed alone, not on the
+                images beside it.
+            targets: [B], the class to reach instead.
+            starts: [B, C, H, W], an adversarial image each to start from; needed with `targets`.
+                Default: uniform noise, then the negative, black and white.
+
+        Raises:
+            ValueError: targets without starts, or not one seed an image.
+        """
+        if targets is not None and starts is None:
+            raise ValueError(
+                "a targeted attack needs starts: for each image one that is classified as its "
+                "target"
+            )
+        if len(seeds) != len(images):
+            raise ValueError(f"{len(seeds)} seeds for {len(images)} images")
+        return _Run(self, classifier, images, labels, seeds, targets).run(starts)
+
+    def probes(self, iteration: int) -> int:
+        """How many probes iteration 1, 2, ... has."""
+        return min(int(self.initial_probes * iteration**0.5), self.max_probes)
+
+
+class _Run:
+    """One batch under attack; images are rows of d pixels here.
+
+    The geometry is done in float64, the queries in float32: the last bit of a row's sum depends on
+    how many rows there are.
+    """
+
+    def __init__(self, settings, classifier, images, labels, seeds, targets):
+        self.settings = settings
+        self.classifier = classifier
+        self.shape = images.shape[1:]
+        self.device = classifier.device
+        self.x = images.to(self.device).flatten(1).double()
+        self.wanted = (labels if targets is None else targets).to(self.device)
+        self.targeted = targets is not None
+        self.generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
+        self.queries = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        self.boundary = self.x.clone()
+        self.distances = torch.full((len(images),), torch.inf, device=self.device).double()
+
+    def run(self, starts: Tensor | None) -> AttackResult:
+        everyone = torch.arange(len(self.x), device=self.device)
+        done = self.adversarial(self.x, everyone)
+        self.distances[done] = 0
+        active = self.start(everyone[~done], starts)
+        steps = [self.snapshot()]
+        for t in range(1, self.settings.iterations + 1):
+            if len(active):
+                self.step(active, t)
+                active = active[self.affordable(active, self.settings.probes(t + 1) // 4)]
+            steps.append(self.snapshot())
+        return AttackResult(
+            self.boundary.float().reshape(-1, *self.shape),
+            self.distances.float(),
+            self.queries,
+            torch.stack(steps, dim=1).cpu(),
+        )
+
+    def snapshot(self) -> Tensor:
+        return torch.stack([self.queries.double(), self.distances], dim=1)
+
+    def adversarial(self, points: Tensor, index: Tensor) -> Tensor:
+        """Whether points [M, d] are adversarial for the images of `index` [M]; counts queries."""
+        self.queries.index_add_(0, index, torch.ones_like(index))
+        return self.decide(points, index)
+
+    def decide(self, points: Tensor, index: Tensor) -> Tensor:
+        found = torch.cat(
+            [
+                self.classifier.predict(part.float().reshape(-1, *self.shape))
+                for part in points.split(self.settings.batch_size)
+            ]
+            or [index]
+        )
+        same = found == self.wanted[index]
+        return same if self.targeted else ~same
+
+    def affordable(self, index: Tensor, count: int) -> Tensor:
+        """Whether each image of `index` may make so many queries more."""
+        if self.settings.max_queries is None:
+            return torch.ones_like(index, dtype=torch.bool)
+        return self.queries[index] + count <= self.settings.max_queries
+
+    def start(self, index: Tensor, starts: Tensor | None) -> Tensor:
+        """Bring images to the boundary; return those for which a start was found."""
+        missing = index
+        for candidates in self.start_candidates(starts):
+            missing = missing[self.affordable(missing, 1)]
+            if not len(missing):
+                break
+            points = candidates(missing)
+            found = self.adversarial(points, missing)
+            self.to_boundary(missing[found], points[found])
+            missing = missing[~found]
+        return index[self.distances[index].isfinite()]
+
+    def start_candidates(self, starts: Tensor | None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield functions from an index [M] to points [M, d] that may be adversarial."""
+        if starts is not None:
+            yield starts.to(self.x).flatten(1).__getitem__
+            return
+        for _ in range(START_TRIES):
+            yield self.uniform
+        yield from ((1 - self.x).__getitem__, lambda i: 0 * self.x[i], lambda i: 0 * self.x[i] + 1)
+
+    def uniform(self, index: Tensor) -> Tensor:
+        """Noise [M, d], drawn for these images only: the others' streams stay where they are."""
+        d = self.x.shape[1]
+        rows = [torch.rand(d, generator=self.generators[i], device=self.device) for i in index]
+        return torch.stack(rows).double()
+
+    def to_boundary(self, index: Tensor, points: Tensor) -> None:
+        """Bisect from the images to adversarial points [M, d], and keep what is nearer."""
+        x = self.x[index]
+        low = x.new_zeros(len(index), 1)
+        high = torch.ones_like(low)
+        while len(index) and (high - low).max() > self.settings.tolerance:
+            middle = (low + high) / 2
+            may = self.affordable(index, 1)
+            if not may.any():
+                break
+            found = torch.zeros_like(may)
+            found[may] = self.adversarial(torch.lerp(x, points, middle)[may], index[may])
+            high = torch.where(found[:, None], middle, high)
+            low = torch.where((may & ~found)[:, None], middle, low)
+        nearest = torch.where(high < 1, torch.lerp(x, points, high), points).float().double()
+        distances = torch.linalg.vector_norm(nearest - x, dim=1)
+        better = distances < self.distances[index]
+        self.distances[index] = torch.where(better, distances, self.distances[index])
+        self.boundary[index] = torch.where(better[:, None], nearest, self.boundary[index])
+
+    def step(self, index: Tensor, t: int) -> None:
+        normal = self.estimate_normal(index, t)
+        x, b, distance = self.x[index], self.boundary[index], self.distances[index][:, None]
+        towards = (x - b) / distance
+        across = normal - (normal * towards).sum(1, keepdim=True) * towards
+        across = across / torch.linalg.vector_norm(across, dim=1, keepdim=True).clamp(min=1e-12)
+        radius = distance / t**0.5
+        points, found = b.clone(), torch.zeros(len(index), dtype=torch.bool, device=self.device)
+        for _ in range(MAX_HALVINGS):
+            trying = (~found & self.affordable(index, 1)).nonzero()[:, 0]
+            if not len(trying):
+                break
+            tangent = tangent_points(
+                b[trying], towards[trying], across[trying], radius[trying], distance[trying]
+            )
+            adversarial = self.adversarial(tangent, index[trying])
+            points[trying[adversarial]] = tangent[adversarial]
+            found[trying[adversarial]] = True
+            radius[trying] = radius[trying] / 2
+        self.to_boundary(index[found], points[found])
+
+    def estimate_normal(self, index: Tensor, t: int) -> Tensor:
+        """The boundary's normal at each image's boundary point, [M, d], of unit length."""
+        settings, d = self.settings, self.x.shape[1]
+        counts = torch.full_like(index, settings.probes(t))
+        if settings.max_queries is not None:
+            counts = counts.minimum(settings.max_queries - self.queries[index])
+        self.queries[index] += counts
+        if t == 1:
+            deltas = [0.1] * len(index)
+        else:
+            deltas = (self.distances[index] / d).tolist()
+        counts = counts.tolist()
+        pieces = [
+            (i, min(BLOCK, count - first))
+            for i, count in enumerate(counts)
+            for first in range(0, count, BLOCK)
+        ]
+        sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
+        total = self.x.new_zeros(len(index))  # of the decisions
+        rows = max(settings.batch_size, BLOCK)
+        noise = torch.empty(rows, d, device=self.device)
+        probes = torch.empty_like(noise)
+        boundary = self.boundary[index].float()
+        while pieces:
+            spans, filled = [], 0
+            while pieces and filled + pieces[0][1] <= rows:
+                i, size = pieces.pop(0)
+                span = slice(filled, filled + size)
+                generator = self.generators[index[i]]
+                self.draw(noise[span], probes[span], boundary[i], deltas[i], generator)
+                spans.append((i, span))
+                filled = span.stop
+            owner = torch.cat([index[i].expand(span.stop - span.start) for i, span in spans])
+            decisions = (2 * self.decide(probes[:filled], owner) - 1).to(noise)
+            weights = torch.stack([decisions, torch.ones_like(decisions)])
+            for i, span in spans:  # block by block, so that the order of the sum is fixed too
+                sums[i] += weights[:, span] @ noise[span]
+                total[i] += decisions[span].sum()
+        signed, plain = sums.unbind(1)
+        mean = (total / self.x.new_tensor(counts).clamp(min=1))[:, None]
+        # Where all decisions are alike there is nothing to subtract.
+        normal = torch.where(mean.abs() == 1, mean * plain, signed - mean * plain)
+        return normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True).clamp(min=1e-12)
+
+    def draw(
+        self,
+        noise: Tensor,
+        probes: Tensor,
+        b: Tensor,
+        delta: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Fill noise [n, d] with steps of length delta, cut to the box, and probes with b + them.
+
+        The step is kept, not recovered from the probe, whose rounding is as large as the step.
+        """
+        noise.normal_(generator=generator)
+        if self.settings.authors_compatible:
+            noise.mul_(delta)
+        else:
+            noise.mul_(delta / torch.linalg.vector_norm(noise, dim=1, keepdim=True))
+        torch.clamp(noise, -b, 1 - b, out=noise)
+        torch.add(noise, b, out=probes).clamp_(0, 1)
+
+
+def tangent_points(
+    centre: Tensor, towards: Tensor, across: Tensor, radius: Tensor, distance: Tensor
+) -> Tensor:
+    """Return where the line from x touches the sphere around `centre`, on the side of `across`.
+
+    Args:
+        centre: b, [M, d], with x = centre + distance * towards.
+        towards: [M, d], unit.
+        across: [M, d], unit, orthogonal to `towards`.
+        radius: [M, 1], at most the distance.
+        distance: [M, 1].
+
+    Returns:
+        [M, d], cut to the box.
+    """
+    cosine = radius / distance
+    sine = (1 - cosine.square()).clamp(min=0).sqrt()
+    return (centre + radius * (cosine * towards + sine * across)).clamp(0, 1)
