@@ -1,27 +1,18 @@
 """The hf-specreg command."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import timm
-from jsonargparse import auto_cli
+import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.model import load_model
+from hf_specreg.robustness.evaluate import evaluate_robustness
+from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.spectral.penalty import SpectralPenalty
-
-
-def load_model(name: str) -> SpecRegModel:
-    """Load a local folder, a Hub id ("org/name"), or a timm architecture with random weights."""
-    if not Path(name).is_dir() and "/" not in name:
-        if name not in timm.list_models():
-            raise FileNotFoundError(
-                f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
-            )
-        return SpecRegModel.from_timm(name)
-    return SpecRegModel.from_pretrained(name)
 
 
 def spectrum(
@@ -59,9 +50,108 @@ def spectrum(
     console.print(f"sum of sigma^2 over {len(values)} linear maps: {total:.4f}")
 
 
+def evaluate(
+    model: str,
+    data: str,
+    split: str = "test",
+    revision: str | None = None,
+    attacks: list[str] | dict[str, dict[str, Any] | None] = ["tangent", "pgd-l2"],  # noqa: B006
+    eps: list[float] | dict[str, list[float]] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    corruptions: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+    output: str = "runs/evaluate",
+) -> None:
+    """Attack a model, and leave robustness.json, robustness.npz and report.html.
+
+    An interrupted evaluation goes on where it was by the same command. Several GPUs:
+    `accelerate launch recipes/evaluate.py` with the same arguments.
+
+    Args:
+        model: a local folder, a Hub id, or a timm architecture (then with random weights).
+        data: "digits", a local folder, or a Hub id.
+        split: train, validation or test.
+        revision: of the data on the Hub.
+        attacks: tangent, hopskipjump, deepfool-l2, cw-l2, pgd-l2, pgd-linf, autoattack-l2,
+            autoattack-linf; or from a name to its settings.
+        eps: where robust accuracy is stated, in [0, 1] pixels: a list, or {l2: [...], linf: [...]}.
+        samples: how many images, drawn by the seed; default: all.
+        seed: of everything random.
+        corruptions: also measure accuracy under common corruptions.
+        batch_size: images attacked at once.
+        device: default: a GPU if there is one.
+        output: the folder.
+    """
+    evaluate_into(
+        output,
+        model=model,
+        data=data,
+        split=split,
+        revision=revision,
+        attacks=attacks,
+        eps=eps,
+        samples=samples,
+        seed=seed,
+        corruptions=corruptions,
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+def evaluate_into(
+    output: str | Path,
+    *,
+    model: str,
+    data: str,
+    device: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+    barrier: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> RobustnessReport:
+    """Evaluate, as one of several processes or alone, and save; see `evaluate`."""
+    loaded = load_model(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report = evaluate_robustness(
+        loaded, data, name=model, output=output, shard=shard, barrier=barrier, **settings
+    )
+    if shard[0] == 0:
+        report.save(Path(output) / "robustness.json")
+        report.to_html(Path(output) / "report.html")
+        print(report.to_markdown())
+        print(f"{output}: robustness.json, robustness.npz, report.html")
+    return report
+
+
+def compare(reports: Sequence[str], output: str = "runs/compare.html") -> None:
+    """Compare reports of several models on the same images; the first is the reference.
+
+    Args:
+        reports: folders or robustness.json files.
+        output: the HTML page.
+    """
+    comparison = RobustnessReport.compare([RobustnessReport.load(path) for path in reports])
+    comparison.to_html(output)
+    print(comparison.to_markdown())
+    print(output)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    parser = ArgumentParser(prog="hf-specreg", description=__doc__)
+    commands = parser.add_subcommands()
+    for command in (spectrum, evaluate, compare):
+        summary = command.__doc__.split("\n\n")[0]
+        own = ArgumentParser(description=summary)
+        if command is compare:
+            own.add_argument("reports", nargs="+", help="folders or robustness.json files")
+            own.add_function_arguments(compare, skip={"reports"})
+        else:
+            own.add_function_arguments(command, as_positional=True)
+        commands.add_subcommand(command.__name__, own, help=summary)
+    settings = parser.parse_args(arguments).as_dict()
+    command = settings["subcommand"]
     try:
-        auto_cli({"spectrum": spectrum}, args=arguments, as_positional=True)
-    except (OSError, ValueError, TypeError) as error:
+        globals()[command](**settings[command])
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise SystemExit(f"hf-specreg: {error}") from error

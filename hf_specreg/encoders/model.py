@@ -303,3 +303,14 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """The values; or their mean for each channel, where the number of channels is another."""
     values = tuple(values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def load_model(name: str) -> SpecRegModel:
+    """Load a local folder, a Hub id ("org/name"), or a timm architecture with random weights."""
+    if not Path(name).is_dir() and "/" not in name:
+        if name not in timm.list_models():
+            raise FileNotFoundError(
+                f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
+            )
+        return SpecRegModel.from_timm(name)
+    return SpecRegModel.from_pretrained(name)

@@ -23,6 +23,7 @@ from hf_specreg.robustness.tangent import TangentAttack
 from hf_specreg.robustness.threat import ROUNDING, AttackResult, Norm, distance, in_box
 
 PULL_BACK_STEPS = 12
+SQUARE_MIN_HEIGHT = 5  # its first stripes are a fifth of the image
 
 
 class Attack(Protocol):
@@ -178,7 +179,7 @@ class PGD:
     Args:
         norm: "l2" or "linf".
         steps: a restart.
-        relative_stepsize: of eps; default: 2.5 / steps.
+        relative_stepsize: of eps.
         restarts: each from a random point within eps, on the images that still stand.
     """
 
@@ -187,7 +188,7 @@ class PGD:
 
     norm: Norm = "l2"
     steps: int = 50
-    relative_stepsize: float | None = None
+    relative_stepsize: float = 0.1
     restarts: int = 1
 
     def run(self, classifier, images, labels, *, seeds, eps) -> AttackResult:
@@ -195,9 +196,8 @@ class PGD:
         import foolbox
 
         names = {"l2": "L2ProjectedGradientDescentAttack", "linf": "LinfPGD"}
-        stepsize = self.relative_stepsize or 2.5 / self.steps
         attack = getattr(foolbox.attacks, names[self.norm])(
-            steps=self.steps, rel_stepsize=stepsize, random_start=True
+            steps=self.steps, rel_stepsize=self.relative_stepsize, random_start=True
         )
 
         def at(images: Tensor, labels: Tensor, e: float) -> Tensor:
@@ -220,7 +220,8 @@ class AutoAttack:
         norm: "l2" or "linf".
         attacks: of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"; default: the standard
             version's apgd-ce, apgd-t, fab-t and square. Those with the targeted DLR loss need four
-            classes: with three, apgd-dlr and fab take their place, with two, fab alone.
+            classes: with three, apgd-dlr and fab take their place, with two, fab alone. Images
+            under 5 pixels high have no square.
         batch_size: images at once.
     """
 
@@ -236,8 +237,11 @@ class AutoAttack:
         import pyautoattack
 
         classes = classifier(images[:1].to(classifier.device)).shape[1]
-        attacks = list(self.attacks or self._standard(classes))
-        if classes < 4 and {"apgd-t", "apgd-dlr"} & set(attacks) - set(self._standard(classes)):
+        possible = self._standard(classes)
+        if images.shape[-2] < SQUARE_MIN_HEIGHT:
+            possible = tuple(name for name in possible if name != "square")
+        attacks = list(self.attacks or possible)
+        if classes < 4 and {"apgd-t", "apgd-dlr"} & set(attacks) - set(possible):
             raise ValueError(f"{attacks} have a DLR loss, which needs more than {classes} classes")
 
         def at(images: Tensor, labels: Tensor, e: float) -> Tensor:
@@ -292,7 +296,7 @@ def make_attacks(names: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict
         ValueError: an unknown name or setting.
         MissingPackageError: the attack's library is not installed.
     """
-    wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, {})
+    wanted = names if isinstance(names, Mapping) else {name: {} for name in names}
     attacks = {}
     for name, settings in wanted.items():
         if name not in ATTACKS:

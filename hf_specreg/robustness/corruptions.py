@@ -47,8 +47,9 @@ def corrupt(images: Tensor, name: str, severity: int, *, seeds: Sequence[int]) -
 
 
 def _noise(images: Tensor, amount: float, seeds: Sequence[int]) -> Tensor:
-    noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return images + amount * torch.stack(noise)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
+    return images + amount * noise
 
 
 def _blur(images: Tensor, amount: float, seeds: Sequence[int]) -> Tensor:

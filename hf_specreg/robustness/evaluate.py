@@ -31,9 +31,11 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import derived_seed, evaluation_transform
 from hf_specreg.encoders.features import find_input_size, unwrap
+from hf_specreg.encoders.model import load_model
 from hf_specreg.robustness.attacks import PGD, Attack, describe, make_attacks
 from hf_specreg.robustness.bound import NoBoundError, lipschitz_bound
 from hf_specreg.robustness.classifier import Classifier, check_classifier, frozen
@@ -56,9 +58,11 @@ class EvaluationError(ValueError):
 
 
 def evaluate_robustness(
-    model: nn.Module,
-    dataset: datasets.Dataset | Dataset | tuple[Tensor, Tensor],
+    model: nn.Module | str,
+    dataset: datasets.Dataset | Dataset | tuple[Tensor, Tensor] | str,
     *,
+    split: str = "test",
+    revision: str | None = None,
     attacks: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("tangent",),
     eps: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     samples: int | None = None,
@@ -80,9 +84,12 @@ def evaluate_robustness(
 
     Args:
         model: from images [B, C, H, W] in [0, 1] to logits [B, K]; it is evaluated in evaluation
-            mode and left as it was.
+            mode and left as it was. Or a folder, a Hub id or a timm name.
         dataset: a `datasets.Dataset` with columns "image" and "label", a torch dataset of (image
-            [C, H, W] in [0, 1], label), or images [N, C, H, W] in [0, 1] with labels [N].
+            [C, H, W] in [0, 1], label), images [N, C, H, W] in [0, 1] with labels [N], or the name
+            of an image set (see `hf_specreg.data.datasets`).
+        split: train, validation or test, of an image set given by name.
+        revision: of an image set on the Hub.
         attacks: names (see `hf_specreg.robustness.attacks.ATTACKS`), or a mapping from a name to
             settings that differ from its default.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list for attacks of one norm, or
@@ -113,6 +120,11 @@ def evaluate_robustness(
     """
     chosen = make_attacks(attacks)
     grid = _eps_grid(eps, chosen)
+    if isinstance(model, str):
+        name, model = name or model, load_model(model)
+    if isinstance(dataset, str):
+        data = {"id": dataset, "revision": revision, "split": split, **(data or {})}
+        dataset = _split(dataset, split, revision)
     images = _Images(dataset, model)
     if not len(images):
         raise EvaluationError("the data set has no images")
@@ -176,6 +188,13 @@ def evaluate_robustness(
         "wall_seconds": time.perf_counter() - start,
     }
     return RobustnessReport(content, _per_image(results, rows, chosen), _twins(results))
+
+
+def _split(source: str, split: str, revision: str | None) -> datasets.Dataset:
+    splits = load_splits(source, revision=revision)
+    if split not in ("train", "validation", "test"):
+        raise EvaluationError(f"split ({split!r}) must be train, validation or test")
+    return getattr(splits, split)
 
 
 class _Images:
@@ -282,7 +301,7 @@ def _stages(
         return {"hits": hits}
 
     def masking(images, labels, seeds, places):
-        """On the first images: does PGD gain by steps, does it win unbounded, are there gradients?"""
+        """On the first images: do steps help PGD, does it win unbounded, are there gradients?"""
         count = len(images)
         known = torch.from_numpy(clean(images, labels, seeds, places)["correct"])
         known &= torch.from_numpy(places < MASKING_IMAGES)
@@ -495,7 +514,7 @@ def _layers_and_bound(
     """The top singular values up to the features, and the certified distances or why not."""
     try:
         penalty = SpectralPenalty(model, head=head, input_size=size)
-    except (ValueError, UnsupportedLayerError) as error:
+    except (ValueError, RuntimeError, UnsupportedLayerError) as error:
         return [], {"unavailable": f"no singular values: {error}"}
     values = penalty.top_singular_values()
     layers = [

@@ -269,9 +269,7 @@ class Comparison:
             ]
             lines += [_table(header, rows), ""]
         points = [(p["norm"], p["eps"]) for p in first["worst_case"]]
-        curves = [
-            {(p["norm"], p["eps"]): p for p in r.content["worst_case"]} for r in self.reports
-        ]
+        curves = [{(p["norm"], p["eps"]): p for p in r.content["worst_case"]} for r in self.reports]
         rows = [
             [norm_name(norm), f"{eps:.4g}", *(percent(curve[norm, eps]) for curve in curves)]
             for norm, eps in points

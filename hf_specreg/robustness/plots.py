@@ -1,0 +1,299 @@
+"""The report as pictures, and the HTML page that holds them.
+
+Colours are those of Okabe and Ito, which the colour-blind tell apart; markers and line styles
+say the same in print. One colour a model, one line style an attack.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from hf_specreg.robustness.report import Comparison, RobustnessReport, norm_name, number, percent
+from hf_specreg.robustness.statistics import LEVEL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH, HEIGHT = 6.4, 4.0  # inches
+CURVE_POINTS = 80
+BAND_DRAWS = 1000
+TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+
+
+def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> str:
+    """Return a self-contained HTML page about one model, or several that are compared."""
+    figures = [
+        {"caption": caption, "svg": _svg(figure)}
+        for draw in (robust_accuracy, distances, distance_by_queries, sigmas)
+        for figure, caption in _drawn(draw, reports, comparison)
+    ]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "number": number, "norm": norm_name}
+    template = files("hf_specreg.robustness").joinpath("report.html.jinja").read_text()
+    return environment.from_string(template).render(
+        reports=reports,
+        names=_names(reports, comparison),
+        comparison=comparison,
+        figures=figures,
+        twins=[_twin_rows(report) for report in reports],
+    )
+
+
+def robust_accuracy(
+    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+) -> tuple["Figure", str] | None:
+    """Draw robust accuracy over eps in one norm, with 95 % bands; fixed-eps attacks as points."""
+    attacks = _attacks(reports, norm)
+    if not attacks:
+        return None
+    figure, axes = _axes()
+    largest = max(p["eps"] for r in reports for p in r.content["worst_case"] if p["norm"] == norm)
+    grid = np.linspace(0, 1.25 * largest, CURVE_POINTS)
+    rng = np.random.default_rng(0)
+    for (i, report), (j, name) in product(enumerate(reports), enumerate(attacks)):
+        attack = report.content["attacks"].get(name)
+        if attack is None:
+            continue
+        label = _label(names[i], name, len(reports), len(attacks))
+        look = {"color": _colour(i, j, len(reports)), "label": label}
+        if "distance" in attack and report.images:
+            found = report.images[f"{name}/distances"][:, None] > grid
+            curve = (report.images["correct"][:, None] & found).mean(0)
+            n = len(found)
+            low, high = np.quantile(rng.binomial(n, curve, (BAND_DRAWS, len(grid))) / n, TAILS, 0)
+            axes.fill_between(grid, 100 * low, 100 * high, color=look["color"], alpha=0.15, lw=0)
+            axes.plot(grid, 100 * curve, linestyle=STYLES[j % len(STYLES)], **look)
+        else:
+            points = attack["robust_accuracy"]
+            value = 100 * np.array([p["value"] for p in points])
+            ends = 100 * np.array([p["ci"] for p in points]).T
+            error = np.abs(ends - value)
+            style = {"marker": MARKERS[j % len(MARKERS)], "linestyle": "none", "capsize": 3}
+            axes.errorbar([p["eps"] for p in points], value, error, **style, **look)
+    axes.set(
+        xlabel=f"eps ({norm_name(norm)}, [0, 1] pixels)",
+        ylabel="robust accuracy (% of all images)",
+        xlim=(0, 1.25 * largest),
+        ylim=(0, 100),
+    )
+    axes.legend()
+    caption = (
+        f"Robust accuracy over eps in {norm_name(norm)}: how many of all images are classified "
+        "correctly and withstand the attack within eps. Lines: attacks of minimum distance. "
+        "Points: attacks run at that eps. Bands and bars: 95 %."
+    )
+    return figure, caption
+
+
+def distances(
+    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+) -> tuple["Figure", str] | None:
+    """Draw how far the nearest adversarial images are, one box a model and attack."""
+    attacks = [
+        name
+        for name in _attacks(reports, norm)
+        if all("distance" in r.content["attacks"].get(name, {}) and r.images for r in reports)
+    ]
+    correct = np.all([r.images["correct"] for r in reports], axis=0) if attacks else np.zeros(1)
+    if not correct.any():
+        return None
+    boxes, labels, colours = [], [], []
+    for (j, attack), (i, report) in product(enumerate(attacks), enumerate(reports)):
+        values = report.images[f"{attack}/distances"][correct]
+        boxes.append(values[np.isfinite(values)])
+        labels.append(_label(names[i], attack, len(reports), len(attacks)))
+        colours.append(_colour(i, j, len(reports)))
+    figure, axes = _axes(height=1.2 + 0.55 * len(boxes))
+    drawn = axes.boxplot(
+        boxes,
+        orientation="horizontal",
+        tick_labels=labels,
+        widths=0.6,
+        showmeans=True,
+        patch_artist=True,
+        flierprops={"markersize": 2},
+        medianprops={"color": "black"},
+        meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black"},
+    )
+    for box, colour in zip(drawn["boxes"], colours, strict=True):
+        box.set(facecolor=colour, alpha=0.5)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"distance to the nearest adversarial image ({norm_name(norm)}, [0, 1] pixels)")
+    caption = (
+        f"Distances on the {int(correct.sum())} images that "
+        f"{'all models classify' if len(reports) > 1 else 'the model classifies'} correctly: box, "
+        "quartiles and median; diamond, mean; whiskers, 1.5 box lengths."
+    )
+    return figure, caption
+
+
+def distance_by_queries(
+    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+) -> tuple["Figure", str] | None:
+    """Draw the best distance so far against the queries made."""
+    attacks = [
+        n for n in _attacks(reports, norm) if any(f"{n}/trajectory" in r.images for r in reports)
+    ]
+    if not attacks:
+        return None
+    figure, axes = _axes()
+    for (i, report), (j, attack) in product(enumerate(reports), enumerate(attacks)):
+        steps = report.images.get(f"{attack}/trajectory")
+        if steps is None:
+            continue
+        steps = steps[report.images["correct"]]
+        found = np.isfinite(steps[:, -1, 1])
+        if not found.any():
+            continue
+        queries = np.median(steps[found, :, 0], axis=0)
+        low, middle, high = np.quantile(steps[found, :, 1], (0.25, 0.5, 0.75), axis=0)
+        look = {"color": _colour(i, j, len(reports)), "linestyle": STYLES[i % len(STYLES)]}
+        axes.fill_between(queries, low, high, color=look["color"], alpha=0.15, lw=0)
+        axes.plot(
+            queries, middle, label=_label(names[i], attack, len(reports), len(attacks)), **look
+        )
+    axes.set(
+        xlabel="queries an image",
+        ylabel=f"best distance ({norm_name(norm)}, [0, 1] pixels)",
+        xscale="log",
+        yscale="log",
+    )
+    axes.legend()
+    return figure, "Best distance so far against queries: median over images, band of quartiles."
+
+
+def sigmas(
+    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+) -> tuple["Figure", str] | None:
+    """Draw every layer's top singular value, in forward order."""
+    if norm != "l2" or not any(r.content["layers"] for r in reports):
+        return None
+    layers = list(dict.fromkeys(la["name"] for r in reports for la in r.content["layers"]))
+    figure, axes = _axes(height=min(1.4 + 0.2 * len(layers), 14))
+    for i, report in enumerate(reports):
+        for key, fill in (("sigma", True), ("sigma_folded", False)):
+            known = [la for la in report.content["layers"] if key in la]
+            if not known:
+                continue
+            colour = _colour(i, 0, len(reports))
+            axes.plot(
+                [la[key] for la in known],
+                [layers.index(la["name"]) for la in known],
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markerfacecolor=colour if fill else "white",
+                linestyle="none",
+                markersize=5,
+                label=names[i] + ("" if fill else ", norm folded"),
+            )
+    axes.set_yticks(range(len(layers)), layers, fontsize=7 if len(layers) > 12 else 9)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("top singular value of the layer")
+    axes.legend()
+    return figure, "Top singular value of every linear map up to the features, in forward order."
+
+
+def twin_figure(report: RobustnessReport) -> "Figure":
+    """Draw a few images, their adversarial twins, and the difference magnified."""
+    import matplotlib.pyplot as plt
+
+    shown, twins = report.twins["shown"], report.twins["twins"]
+    figure, grid = plt.subplots(
+        3, len(shown), figsize=(1.3 * len(shown), 4), squeeze=False, layout="constrained"
+    )
+    difference = twins - shown
+    scale = 0.5 / max(np.abs(difference).max(), 1e-12)
+    rows = (shown, twins, 0.5 + scale * difference)
+    titles = ("image", "adversarial", f"difference x {scale:.0f}")
+    for axes, images, title in zip(grid, rows, titles, strict=True):
+        axes[0].set_ylabel(title)
+        for ax, image in zip(axes, images, strict=True):
+            picture = np.moveaxis(image, 0, -1).clip(0, 1)
+            ax.imshow(picture[..., 0] if len(image) == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+    sizes = np.linalg.norm(difference.reshape(len(difference), -1), axis=1)
+    for ax, size in zip(grid[0], sizes, strict=True):
+        ax.set_title(f"L2 {size:.2f}", fontsize=9)
+    return figure
+
+
+def _drawn(
+    draw: Callable, reports: Sequence[RobustnessReport], comparison: Comparison | None
+) -> Iterator[tuple["Figure", str]]:
+    for norm in ("l2", "linf"):
+        made = draw(reports, _names(reports, comparison), norm)
+        if made is not None:
+            yield made
+
+
+def _names(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> list[str]:
+    return comparison.names if comparison else [r.name for r in reports]
+
+
+def _attacks(reports: Sequence[RobustnessReport], norm: str) -> list[str]:
+    names = {
+        name: None
+        for report in reports
+        for name, attack in report.content["attacks"].items()
+        if attack["norm"] == norm
+    }
+    return list(names)
+
+
+def _label(model: str, attack: str, models: int, attacks: int) -> str:
+    if models == 1:
+        return attack
+    return model if attacks == 1 else f"{model}, {attack}"
+
+
+def _colour(model: int, attack: int, models: int) -> str:
+    return COLOURS[(model if models > 1 else attack) % len(COLOURS)]
+
+
+def _axes(height: float = HEIGHT) -> tuple["Figure", Any]:
+    import matplotlib
+
+    matplotlib.use("agg", force=False)
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: "Figure") -> str:
+    """The figure as an SVG element, the same bytes for the same figure."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hf_specreg", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _twin_rows(report: RobustnessReport) -> str | None:
+    """The picture of the twins as a PNG for an <img>, or None."""
+    if not report.twins:
+        return None
+    import matplotlib.pyplot as plt
+
+    figure = twin_figure(report)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

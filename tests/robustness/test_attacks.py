@@ -1,0 +1,159 @@
+import pytest
+import torch
+from torch import nn
+
+from hf_specreg.robustness.attacks import ATTACKS, MissingPackageError, make_attacks
+from hf_specreg.robustness.classifier import Classifier
+from hf_specreg.robustness.threat import distance, in_box
+
+SHAPE = (1, 4, 4)
+QUICK = {"autoattack-l2": {"attacks": ("apgd-ce", "fab")}, "autoattack-linf": {}}
+
+
+class Linear:
+    """A linear classifier whose distances to the boundary are known."""
+
+    def __init__(self, classes, *, count=12, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        layer = nn.Linear(16, classes)
+        layer.weight.data = torch.randn(classes, 16, generator=generator)
+        layer.bias.data = torch.zeros(classes)
+        layer.bias.data -= layer.weight.data @ torch.full((16,), 0.5)
+        self.net = nn.Sequential(nn.Flatten(), layer)
+        self.images = 0.4 + 0.2 * torch.rand(count, *SHAPE, generator=generator)
+        with torch.no_grad():
+            logits = self.net(self.images)
+        self.labels = logits.argmax(1)
+        self.classifier = Classifier(self.net)
+        gaps = layer.weight.data[self.labels][:, None] - layer.weight.data
+        margins = logits.gather(1, self.labels[:, None]) - logits
+        others = torch.arange(classes) != self.labels[:, None]
+        self.truth = {
+            norm: torch.where(others, margins / gaps.norm(dim=2, p=dual), torch.inf).min(1).values
+            for norm, dual in (("l2", 2), ("linf", 1))
+        }
+
+    def attack(self, name, *, eps=(), **settings):
+        attack = make_attacks({name: settings})[name]
+        seeds = list(range(len(self.images)))
+        return attack.run(self.classifier, self.images, self.labels, seeds=seeds, eps=eps)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return Linear(4)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_attack_beats_the_truth_leaves_the_box_or_claims_what_is_not_adversarial(linear, name):
+    attack = ATTACKS[name]
+    truth = linear.truth[attack.norm]
+    grid = [truth.median().item() * f for f in (0.5, 1.0, 2.0, 4.0)]
+    result = linear.attack(name, eps=grid, **QUICK.get(name, {}))
+    found = result.distances.isfinite()
+    assert found.any()
+    assert (result.distances >= truth * (1 - 1e-3)).all()
+    assert in_box(result.adversarials).all()
+    predicted = linear.classifier.predict(result.adversarials)
+    assert ((predicted != linear.labels) == found).all()
+    measured = distance(linear.images, result.adversarials, attack.norm)
+    assert (measured[found] <= result.distances[found] * (1 + 1e-3)).all()
+    assert (result.queries > 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n, a in ATTACKS.items() if a.minimum_distance])
+def test_attacks_of_minimum_distance_come_within_two_percent(name):
+    """Of two classes: among several, a search may stay at the boundary where it started."""
+    linear = Linear(2, count=24)
+    ratio = linear.attack(name).distances / linear.truth["l2"]
+    assert ratio.mean() < 1.02
+
+
+@pytest.mark.parametrize("name", ["pgd-l2", "pgd-linf", "autoattack-l2", "autoattack-linf"])
+def test_robust_accuracy_at_fixed_eps_is_the_closed_form(name):
+    linear = Linear(2, count=40)
+    truth = linear.truth[ATTACKS[name].norm]
+    # Between the truths of neighbouring images, so that rounding does not decide.
+    ordered = truth.sort().values
+    grid = [(ordered[i] + ordered[i + 1]).item() / 2 for i in (5, 15, 25, 35)]
+    found = linear.attack(name, eps=grid).distances
+    for e in grid:
+        assert ((found > e) == (truth > e)).all()
+
+
+def test_pgd_with_restarts_keeps_what_an_earlier_one_found(linear):
+    grid = [linear.truth["l2"].median().item()]
+    once = linear.attack("pgd-l2", eps=grid).distances
+    thrice = linear.attack("pgd-l2", eps=grid, restarts=3).distances
+    assert (thrice.isfinite() | once.isinf()).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_autoattack_works_with_few_classes(classes):
+    linear = Linear(classes, count=4)
+    eps = 2 * linear.truth["l2"].max().item()
+    assert linear.attack("autoattack-l2", eps=[eps]).distances.isfinite().all()
+
+
+def test_autoattack_names_an_attack_that_needs_more_classes():
+    with pytest.raises(ValueError, match="DLR loss, which needs more than 2"):
+        Linear(2).attack("autoattack-l2", eps=[0.1], attacks=("apgd-ce", "apgd-t"))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_single_logit_is_a_binary_classifier(name):
+    linear = Linear(2, count=4)
+    layer = nn.Linear(16, 1)
+    weight, bias = linear.net[1].weight.data, linear.net[1].bias.data
+    layer.weight.data, layer.bias.data = (weight[1] - weight[0])[None], (bias[1] - bias[0])[None]
+    linear.classifier = Classifier(nn.Sequential(nn.Flatten(), layer))
+    truth = linear.truth[ATTACKS[name].norm]
+    found = linear.attack(name, eps=[2 * truth.max().item()], **QUICK.get(name, {}))
+    assert found.distances.isfinite().all()
+
+
+class Constant(nn.Module):
+    """Always the same class, or NaN."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.value = value
+
+    def forward(self, images):
+        zero = 0 * images.flatten(1).sum(1, keepdim=True)
+        return torch.cat([zero + self.value, zero, zero, zero], dim=1)
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan], ids=["constant", "nan"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_unbreakable_model_ends_every_attack_with_nothing_found(name, value):
+    linear = Linear(4, count=3)
+    linear.classifier = Classifier(Constant(value))
+    linear.labels = torch.zeros(3, dtype=torch.long)
+    result = linear.attack(name, eps=[0.1], **QUICK.get(name, {}))
+    assert result.distances.isinf().all()
+    assert torch.equal(result.adversarials, linear.images)
+
+
+@pytest.mark.parametrize("name", ["pgd-l2", "hopskipjump", "autoattack-l2"])
+def test_attacks_do_not_move_the_global_random_numbers_and_repeat(linear, name):
+    before = torch.get_rng_state()
+    settings = {"hopskipjump": {"iterations": 3}, **QUICK}.get(name, {})
+    results = [linear.attack(name, eps=[0.05, 0.1], **settings).distances for _ in range(2)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(*results)
+
+
+def test_unknown_attacks_and_settings_are_named():
+    with pytest.raises(ValueError, match=r"no attack 'fgsm'; there are tangent, "):
+        make_attacks(["fgsm"])
+    with pytest.raises(ValueError, match=r"pgd-l2 has no settings \['step'\]; it has .*steps"):
+        make_attacks({"pgd-l2": {"step": 3}})
+    with pytest.raises(ValueError, match=r"no settings \['norm'\]"):
+        make_attacks({"pgd-l2": {"norm": "linf"}})
+
+
+def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "foolbox", None)
+    with pytest.raises(MissingPackageError, match=r"pgd-l2 needs foolbox: pip install"):
+        make_attacks(["pgd-l2"])

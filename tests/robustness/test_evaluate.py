@@ -1,0 +1,320 @@
+import json
+import multiprocessing
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hf_specreg import SpecRegModel, evaluate_robustness
+from hf_specreg.robustness.classifier import ClassifierError
+from hf_specreg.robustness.evaluate import EvaluationError
+
+QUICK = {"tangent": {"iterations": 4}}
+
+
+def evaluate(net, images, labels, **arguments):
+    arguments = {"attacks": QUICK, "head": "3", "progress": False, **arguments}
+    return evaluate_robustness(net, (images, labels), **arguments)
+
+
+def without_times(content):
+    text = json.loads(json.dumps(content))
+    text.pop("wall_seconds")
+    for attack in text["attacks"].values():
+        attack.pop("wall_seconds")
+    return text
+
+
+def test_the_numbers_are_those_of_the_per_image_results(trained):
+    report = evaluate(*trained, attacks={**QUICK, "pgd-l2": {"steps": 10}}, eps=[0.1, 0.3, 0.6])
+    content, images = report.content, report.images
+    net, pixels, labels = trained
+    correct = (net(pixels).argmax(1) == labels).numpy()
+    assert content["clean"]["accuracy"]["value"] == pytest.approx(correct.mean())
+    assert np.array_equal(images["correct"], correct)
+    tangent = content["attacks"]["tangent"]
+    distances = images["tangent/distances"]
+    assert tangent["distance"]["mean"]["value"] == pytest.approx(distances[correct].mean())
+    assert tangent["distance"]["n"] == correct.sum()
+    assert (distances[~correct] == 0).all()
+    assert tangent["queries"] == images["tangent/queries"].sum()
+    worst = np.minimum(distances, images["pgd-l2/distances"])
+    for point in content["worst_case"]:
+        assert point["value"] == pytest.approx((correct & (worst > point["eps"])).mean())
+        low, high = point["ci"]
+        assert low <= point["value"] <= high
+    assert content["lower_bound"]["mean"]["value"] < tangent["distance"]["mean"]["value"]
+    assert (images["certified"] <= distances + 1e-6).all()
+    assert [layer["name"] for layer in content["layers"]] == ["1"]
+
+
+def test_the_model_is_left_as_it_was(trained):
+    net, images, labels = trained
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    evaluate(net, images[:20], labels[:20], attacks={"pgd-l2": {"steps": 3}})
+    assert net.training
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_report(trained, tmp_path):
+    arguments = {"batch_size": 16, "attacks": {**QUICK, "pgd-l2": {"steps": 5}}}
+    whole = evaluate(*trained, output=tmp_path / "whole", **arguments)
+    again = evaluate(*trained, output=tmp_path / "cut", **arguments)
+    chunks = sorted((tmp_path / "cut/chunks").glob("*.npz"))
+    kept = chunks[0].read_bytes(), chunks[0].stat().st_mtime_ns
+    for chunk in chunks[3::2]:
+        chunk.unlink()
+    resumed = evaluate(*trained, output=tmp_path / "cut", **arguments)
+    assert (chunks[0].read_bytes(), chunks[0].stat().st_mtime_ns) == kept
+    expected = without_times(whole.content)
+    assert without_times(again.content) == without_times(resumed.content) == expected
+    for key, values in whole.images.items():
+        assert np.array_equal(values, resumed.images[key]), key
+
+
+def _evaluate_slowly(trained, output):
+    torch.set_num_threads(1)
+    evaluate(*trained, output=output, batch_size=5, attacks={"tangent": {"iterations": 20}})
+
+
+def test_a_killed_evaluation_leaves_whole_chunks(trained, tmp_path):
+    """SIGKILL at some moment; the chunks that are there are used, and the report is the same."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_evaluate_slowly, args=(trained, tmp_path / "killed")
+    )
+    process.start()
+    folder = tmp_path / "killed/chunks"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("tangent*.npz"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    arguments = {"batch_size": 5, "attacks": {"tangent": {"iterations": 20}}}
+    resumed = evaluate(*trained, output=tmp_path / "killed", **arguments)
+    whole = evaluate(*trained, **arguments)
+    assert without_times(resumed.content) == without_times(whole.content)
+
+
+def test_two_processes_share_the_images_out(trained, tmp_path):
+    arguments = {"batch_size": 16, "output": tmp_path}
+    done = []
+    with pytest.raises(EvaluationError, match="cannot be read"):  # the other one has not worked
+        evaluate(*trained, shard=(0, 2), **arguments)
+    first = {p.name for p in (tmp_path / "chunks").glob("*.npz")}
+    second = evaluate(*trained, shard=(1, 2), barrier=lambda: done.append(1), **arguments)
+    both = {p.name for p in (tmp_path / "chunks").glob("*.npz")}
+    assert len(first) == 2 * 4  # of 7 chunks, in two stages
+    assert len(both) == 2 * 7
+    assert done
+    assert without_times(second.content) == without_times(evaluate(*trained, batch_size=16).content)
+
+
+def test_another_evaluations_folder_is_refused(trained, tmp_path):
+    net, images, labels = trained
+    evaluate(net, images[:10], labels[:10], output=tmp_path)
+    with pytest.raises(EvaluationError, match=r"with other seed: take another output"):
+        evaluate(net, images[:10], labels[:10], output=tmp_path, seed=1)
+    with pytest.raises(EvaluationError, match="with other rows_sha256"):
+        evaluate(net, images[:9], labels[:9], output=tmp_path)
+
+
+def test_a_broken_chunk_is_named(trained, tmp_path):
+    net, images, labels = trained
+    evaluate(net, images[:10], labels[:10], output=tmp_path)
+    (tmp_path / "chunks/tangent-0000000.npz").write_bytes(b"PK")
+    with pytest.raises(EvaluationError, match=r"tangent-0000000.npz cannot be read.*delete it"):
+        evaluate(net, images[:10], labels[:10], output=tmp_path)
+
+
+def test_samples_are_drawn_by_the_seed(trained):
+    first, again, other = (evaluate(*trained, samples=10, seed=s) for s in (1, 1, 2))
+    assert np.array_equal(first.images["row"], again.images["row"])
+    assert not np.array_equal(first.images["row"], other.images["row"])
+    assert without_times(first.content) == without_times(again.content)
+
+
+class Brightness(nn.Module):
+    """Tells four levels of brightness apart, once its pixels are turned back into [0, 1]."""
+
+    def __init__(self, undo):
+        super().__init__()
+        self.undo = undo
+
+    def forward(self, images):
+        levels = torch.tensor([0.2, 0.4, 0.6, 0.8])
+        return -100 * (self.undo(images).mean((1, 2, 3))[:, None] - levels).square()
+
+
+@pytest.fixture
+def levels():
+    labels = torch.arange(100) % 4
+    noise = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return 0.2 + 0.2 * labels[:, None, None, None] + 0.1 * (noise - 0.5), labels
+
+
+@pytest.mark.parametrize(
+    ("undo", "name"),
+    [
+        (lambda x: x / 255, r"8-bit pixels in \[0, 255\]"),
+        (lambda x: (x + 1) / 2, r"pixels in \[-1, 1\]"),
+        (lambda x: 0.22 * x + 0.5, "normalised by their own mean"),
+    ],
+    ids=["8-bit", "signed", "normalised"],
+)
+def test_a_model_that_expects_other_pixels_is_caught(levels, undo, name):
+    with pytest.raises(ClassifierError, match=f"{name}.*put the normalisation inside"):
+        evaluate(Brightness(undo), *levels)
+    report = evaluate(Brightness(undo), *levels, samples=20, check_inputs=False)
+    assert report.content["layers"] == []
+    assert "no singular values" in report.content["lower_bound"]["unavailable"]
+
+
+def test_a_model_that_takes_unit_pixels_passes_the_check(levels):
+    assert evaluate(Brightness(lambda x: x), *levels).content["clean"]["correct"] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (255 * x, y), r"pixels go from .* not from 0 to 1"),
+        (lambda x, y: (x - 0.5, y), "pixels go from -"),
+        (lambda x, y: (x.index_fill(0, torch.tensor([3]), torch.nan), y), "NaN"),
+        (lambda x, y: (x, y + 1), "labels go from 1 to 4, but the model has 4"),
+        (lambda x, y: (x[:, :, :7], y), "cannot be run on images"),
+        (lambda x, y: (x[:0], y[:0]), "no images"),
+    ],
+    ids=["8-bit", "shifted", "nan", "labels", "size", "empty"],
+)
+def test_images_and_labels_that_do_not_fit_are_named(trained, change, message):
+    net, images, labels = trained
+    with pytest.raises((ClassifierError, EvaluationError), match=message):
+        evaluate(net, *change(images, labels))
+
+
+def test_eight_bit_pixels_of_a_torch_dataset_are_scaled(trained):
+    net, images, labels = trained
+    pixels = (255 * images).round().to(torch.uint8)
+    rows = [(image, int(label)) for image, label in zip(pixels, labels, strict=True)]
+    report = evaluate_robustness(net, rows, attacks=QUICK, progress=False)
+    assert report.content["clean"]["accuracy"]["value"] > 0.9
+
+
+def test_eps_must_fit_the_attacks(trained):
+    net, images, labels = trained
+    both = ["pgd-l2", "pgd-linf"]
+    with pytest.raises(EvaluationError, match="of several norms"):
+        evaluate(net, images, labels, attacks=both, eps=[0.1])
+    with pytest.raises(EvaluationError, match="must be positive"):
+        evaluate(net, images, labels, eps=[0.0])
+    with pytest.raises(EvaluationError, match="known are l2, linf"):
+        evaluate(net, images, labels, eps={"l1": [0.1]})
+    report = evaluate(
+        net, images[:10], labels[:10], attacks=both, eps={"l2": [0.2], "linf": [0.02]}
+    )
+    assert [(p["norm"], p["eps"]) for p in report.content["worst_case"]] == [
+        ("l2", 0.2),
+        ("linf", 0.02),
+    ]
+
+
+class NaNOnSome(nn.Module):
+    def __init__(self, net, threshold):
+        super().__init__()
+        self.net, self.threshold = net, threshold
+
+    def forward(self, images):
+        bad = images[:, 0, 0, 0] > self.threshold
+        return torch.where(bad[:, None], torch.nan, self.net(images))
+
+
+def test_nan_is_counted_as_wrong_and_does_not_spread(trained):
+    net, images, labels = trained
+    threshold = images[:, 0, 0, 0].sort().values[-5].item()  # 4 images lie above
+    report = evaluate(NaNOnSome(net, threshold), images, labels, head=())
+    assert report.content["clean"]["invalid"] == 4
+    assert not report.images["correct"][images[:, 0, 0, 0] > threshold].any()
+    assert any(flag.startswith("4 images have logits") for flag in report.content["flags"])
+    assert np.isfinite(report.images["tangent/distances"][report.images["correct"]]).all()
+
+
+def test_a_model_that_is_always_wrong_is_reported_not_attacked(trained):
+    net, images, _ = trained
+    wrong = (net(images).argmax(1) + 1) % 4
+    report = evaluate(net, images, wrong, attacks={**QUICK, "pgd-l2": {}}, check_inputs=False)
+    assert report.content["clean"]["accuracy"]["value"] == 0
+    assert report.content["attacks"]["tangent"]["distance"]["mean"]["value"] is None
+    assert report.content["flags"] == ["no image is classified correctly: nothing was attacked"]
+
+
+class Stairs(nn.Module):
+    """The same decisions, with no gradient to follow."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return self.net((64 * images).round() / 64)
+
+
+def test_masked_gradients_are_flagged_and_honest_ones_are_not(trained):
+    net, images, labels = trained
+    attacks = {"tangent": {"iterations": 10}, "pgd-l2": {}}
+    eps = [0.3, 1.0, 2.0]
+    honest = evaluate(net, images, labels, attacks=attacks, eps=eps)
+    assert honest.content["flags"] == []
+    masked = evaluate(Stairs(net), images, labels, attacks=attacks, eps=eps, head=())
+    flags = " ".join(masked.content["flags"])
+    assert "black-box attacks break" in flags
+    assert "gradient of exactly zero" in flags
+    assert "withstand PGD of unbounded eps" in flags
+
+
+def test_accuracy_under_corruptions_is_reported(trained):
+    report = evaluate(*trained, samples=40, corruptions=True)
+    found = report.content["corruptions"]
+    assert len(found["by_kind"]) == 6
+    values = [p["value"] for points in found["by_kind"].values() for p in points]
+    assert len(values) == 30
+    assert found["mean"]["value"] == pytest.approx(np.mean(values))
+
+
+def test_an_image_set_with_pictures_is_read_by_the_models_preprocessing():
+    model = SpecRegModel.from_timm("resnet20_cifar", num_classes=2, input_size=(3, 16, 16))
+    pictures = [Image.new("RGB", (20, 24), (10 * i, 60, 90)) for i in range(12)]
+    rows = {"image": pictures, "label": [0, 1] * 6}
+    arguments = {"attacks": {"tangent": {"iterations": 1}}, "progress": False}
+    report = evaluate_robustness(
+        model, datasets.Dataset.from_dict(rows), check_inputs=False, **arguments
+    )
+    assert report.content["model"]["input_size"] == [3, 16, 16]
+    assert report.content["n"] == 12
+    assert len(report.content["layers"]) == 21
+    assert "unavailable" in report.content["lower_bound"]
+    missing = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 6})
+    with pytest.raises(EvaluationError, match=r"not \['image'\]: rename_columns"):
+        evaluate_robustness(model, missing, **arguments)
+
+
+def test_models_and_data_are_found_by_name():
+    arguments = {"attacks": {"tangent": {"iterations": 1}}, "samples": 8, "progress": False}
+    four_channels = torch.rand(8, 4, 8, 8), torch.arange(8)
+    with pytest.raises(ClassifierError, match="cannot be run on images"):
+        evaluate_robustness("resnet20_cifar", four_channels, **arguments)
+    with pytest.raises(FileNotFoundError, match="neither a folder, a Hub id"):
+        evaluate_robustness("no_such_network", "digits", **arguments)
+    with pytest.raises(EvaluationError, match="must be train, validation or test"):
+        evaluate_robustness("resnet20_cifar", "digits", split="dev", **arguments)
+    report = evaluate_robustness("resnet20_cifar", "digits", check_inputs=False, **arguments)
+    assert report.content["data"]["id"] == "digits"
+    assert report.content["data"]["split"] == "test"
+    assert report.content["model"]["id"] == "resnet20_cifar"

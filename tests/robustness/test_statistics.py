@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from hf_specreg.robustness.statistics import mean, proportion, quantile
+
+
+def test_the_interval_of_a_mean_is_that_of_normal_theory():
+    values = np.random.default_rng(0).normal(3, 2, 1000)
+    estimate = mean(values, seed=0)
+    assert estimate["value"] == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 1000**0.5
+    assert estimate["ci"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.01)
+
+
+def test_the_interval_of_a_mean_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        low, high = mean(rng.exponential(1, 80), seed=trial)["ci"]
+        covered += low <= 1 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_unanimous_images_do_not_claim_certainty():
+    none, every = (proportion(np.full(100, v), seed=0) for v in (False, True))
+    assert none["value"] == 0
+    assert none["ci"] == pytest.approx([0, 0.0362], abs=1e-4)  # exact binomial
+    assert every["ci"] == pytest.approx([0.9638, 1], abs=1e-4)
+
+
+def test_infinite_distances_count_in_quantiles():
+    values = np.array([1.0, 2.0, np.inf, np.inf, np.inf])
+    assert quantile(values, 0.25, seed=0)["value"] == 2
+    assert quantile(values, 0.5, seed=0)["value"] is None
+
+
+def test_nothing_to_average():
+    assert mean(np.array([]), seed=0) == {"value": None, "ci": [None, None]}
+    assert proportion(np.array([], bool), seed=0)["value"] is None

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+
+from hf_specreg.robustness.classifier import Classifier
+from hf_specreg.robustness.tangent import TangentAttack, _Run, tangent_points
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A small network with curved boundaries, images that it classifies, and its classes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(288, 5))
+    images = torch.rand(24, 1, 8, 8)
+    classifier = Classifier(net)
+    return classifier, images, classifier.predict(images)
+
+
+def test_the_result_for_an_image_does_not_depend_on_its_company(case):
+    classifier, images, labels = case
+    attack, seeds = TangentAttack(iterations=12), list(range(24))
+    together = attack.run(classifier, images, labels, seeds=seeds)
+    small = TangentAttack(iterations=12, batch_size=100)
+    for i in range(0, 24, 6):
+        part = slice(i, i + 1)
+        alone = small.run(classifier, images[part], labels[part], seeds=seeds[part])
+        torch.testing.assert_close(alone.distances, together.distances[part], rtol=1e-5, atol=0)
+        assert torch.equal(alone.queries, together.queries[part])
+
+
+def test_the_distance_falls_with_every_query_and_is_that_of_the_image_returned(case):
+    classifier, images, labels = case
+    result = TangentAttack(iterations=15).run(classifier, images, labels, seeds=range(24))
+    queries, distances = result.trajectory.unbind(2)
+    assert (queries.diff(dim=1) > 0).all()
+    assert (distances.diff(dim=1) <= 0).all()
+    assert torch.equal(queries[:, -1].long(), result.queries)
+    measured = (result.adversarials - images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(measured, result.distances)
+    assert (classifier.predict(result.adversarials) != labels).all()
+
+
+@pytest.mark.parametrize("budget", [1, 10, 30, 500])
+def test_no_query_is_made_beyond_the_budget(case, budget):
+    classifier, images, labels = case
+    classifier.queries = 0
+    attack = TangentAttack(max_queries=budget)
+    result = attack.run(classifier, images, labels, seeds=range(24))
+    assert result.queries.max() <= budget
+    assert classifier.queries == result.queries.sum()
+
+
+def test_the_number_of_probes_is_the_papers():
+    attack = TangentAttack()
+    assert [attack.probes(t) for t in (1, 2, 40)] == [100, 141, 632]
+    assert TangentAttack(max_probes=200).probes(40) == 200
+
+
+def test_a_misclassified_image_costs_one_query(case):
+    classifier, images, labels = case
+    wrong = (labels + 1) % 5
+    result = TangentAttack(iterations=2).run(classifier, images, wrong, seeds=range(24))
+    assert (result.distances == 0).all()
+    assert (result.queries == 1).all()
+
+
+def test_a_targeted_attack_reaches_the_target(case):
+    classifier, images, labels = case
+    target = labels[0]
+    others = labels != target
+    starts = images[labels == target][:1].expand(int(others.sum()), -1, -1, -1)
+    arguments = classifier, images[others], labels[others]
+    seeds = range(int(others.sum()))
+    targets = target.expand(int(others.sum()))
+    attack = TangentAttack(iterations=8)
+    result = attack.run(*arguments, seeds=seeds, targets=targets, starts=starts)
+    assert (classifier.predict(result.adversarials) == target).all()
+    untargeted = attack.run(*arguments, seeds=seeds)
+    assert result.distances.mean() >= untargeted.distances.mean()
+    with pytest.raises(ValueError, match="needs starts"):
+        attack.run(*arguments, seeds=seeds, targets=targets)
+
+
+def test_the_tangent_point_is_on_the_sphere_and_its_line_touches_it():
+    generator = torch.Generator().manual_seed(0)
+    x, centre = 0.5 + 0.1 * torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+    offset = x - centre
+    length = offset.norm(dim=1, keepdim=True)
+    towards = offset / length
+    across = torch.randn(5, 30, generator=generator, dtype=torch.float64)
+    across -= (across * towards).sum(1, keepdim=True) * towards
+    across /= across.norm(dim=1, keepdim=True)
+    radius = 0.3 * length
+    point = tangent_points(centre, towards, across, radius, length)
+    torch.testing.assert_close((point - centre).norm(dim=1, keepdim=True), radius)
+    assert ((point - centre) * (point - x)).sum(1).abs().max() < 1e-12
+    assert (((point - centre) * across).sum(1) > 0).all()
+
+
+def test_probes_are_unit_steps_and_the_authors_are_longer(case):
+    classifier, images, labels = case
+    for compatible, expected in ((False, 0.01), (True, 0.01 * 8)):
+        settings = TangentAttack(authors_compatible=compatible)
+        run = _Run(settings, classifier, 0 * images + 0.5, labels, range(24), None)
+        noise, probes = torch.empty(2, 64, 64)
+        run.draw(noise, probes, run.boundary[0].float(), 0.01, run.generators[0])
+        lengths = noise.norm(dim=1)
+        torch.testing.assert_close(lengths.mean().item(), expected, rtol=0.03, atol=0)
+        assert (lengths.std() < 1e-6) != compatible
+        torch.testing.assert_close(probes, 0.5 + noise)
+
+
+def test_one_seed_an_image_is_needed(case):
+    classifier, images, labels = case
+    with pytest.raises(ValueError, match="3 seeds for 24 images"):
+        TangentAttack().run(classifier, images, labels, seeds=[1, 2, 3])
