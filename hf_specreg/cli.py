@@ -60,6 +60,7 @@ def evaluate(
     samples: int | None = None,
     seed: int = 0,
     corruptions: bool = False,
+    fold_norm: bool = False,
     batch_size: int = 64,
     device: str | None = None,
     output: str = "runs/evaluate",
@@ -80,6 +81,7 @@ def evaluate(
         samples: how many images, drawn by the seed; default: all.
         seed: of everything random.
         corruptions: also measure accuracy under common corruptions.
+        fold_norm: also report singular values with batch norms folded in.
         batch_size: images attacked at once.
         device: default: a GPU if there is one.
         output: the folder.
@@ -95,6 +97,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         corruptions=corruptions,
+        fold_norm=fold_norm,
         batch_size=batch_size,
         device=device,
     )

@@ -69,6 +69,7 @@ def evaluate_robustness(
     seed: int = 0,
     corruptions: bool = False,
     masking_check: bool | None = None,
+    fold_norm: bool = False,
     head: str | Sequence[str] | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -99,6 +100,7 @@ def evaluate_robustness(
         corruptions: also measure accuracy under common corruptions.
         masking_check: look for masked gradients by PGD; default: where a white-box attack is
             among the attacks.
+        fold_norm: also report the singular values with the batch norms that follow folded in.
         head: the head's dotted name, where it cannot be found; () for none.
         batch_size: images attacked at once. Attacks of libraries draw random numbers by batch, so
             it is one of the settings.
@@ -157,7 +159,7 @@ def evaluate_robustness(
         _work(stages, classifier, images, rows, folder, batch_size, shard, progress)
         barrier()
         results = {stage: _gather(folder, stage, len(rows), batch_size) for stage in stages}
-        layers, bound = _layers_and_bound(model, head, results["clean"], images.size)
+        layers, bound = _layers_and_bound(model, head, results["clean"], images.size, fold_norm)
     content = _aggregate(results, chosen, grid, seed, bound)
     content = {
         "schema": SCHEMA_VERSION,
@@ -510,6 +512,7 @@ def _layers_and_bound(
     head: str | Sequence[str] | None,
     clean: Mapping[str, np.ndarray],
     size: tuple[int, int, int],
+    fold_norm: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | np.ndarray]:
     """The top singular values up to the features, and the certified distances or why not."""
     try:
@@ -521,6 +524,11 @@ def _layers_and_bound(
         {"name": k, "sigma": v.sigma.item(), "residual": v.residual, "converged": v.converged}
         for k, v in values.items()
     ]
+    if fold_norm:
+        with_norms = penalty.top_singular_values(fold_norm=True)
+        for layer in layers:
+            if layer["name"] in with_norms:
+                layer["sigma_folded"] = with_norms[layer["name"]].sigma.item()
     network = unwrap(model)
     std = getattr(model, "pixel_std", torch.ones(1))
     names = getattr(model, "head", None) or (head if head else ())

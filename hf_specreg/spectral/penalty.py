@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.trace import Layer, trace_layers
+from hf_specreg.spectral.folding import folded, following_norms
 from hf_specreg.spectral.layers import is_matrix, linear_operators
-from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.operators import LinearOperator, TransposedConvolution
 from hf_specreg.spectral.singular import (
     Side,
     TopSingularValue,
@@ -177,17 +178,29 @@ class SpectralPenalty:
         device = terms[0].device
         return self.strength * torch.stack([t.to(device) for t in terms]).sum()
 
-    def top_singular_values(self, *, tolerance: float = 1e-3) -> dict[str, TopSingularValue]:
+    def top_singular_values(
+        self, *, tolerance: float = 1e-3, fold_norm: bool = False
+    ) -> dict[str, TopSingularValue]:
         """Return every layer's top singular value with its residual, iterated until converged.
 
         Starts from the warm vectors and leaves them as they are, so that looking does not change
         the training.
+
+        Args:
+            tolerance: of the relative residual.
+            fold_norm: only the layers that a batch norm follows, with its scale folded in: what
+                acts at evaluation.
         """
+        norms = following_norms(self._network, self.input_size) if fold_norm else {}
         with torch.no_grad(), _no_autocast(next(self._network.parameters())):
             weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
             self._start_vectors(weights)
             values = {}
             for layer, weight in zip(self.layers, weights, strict=True):
+                if fold_norm:
+                    if layer.name not in norms or isinstance(layer, TransposedConvolution):
+                        continue
+                    weight = folded(weight, norms[layer.name])
                 v = self._vectors[layer.name].to(weight)
                 if self._side == "output":
                     _, _, v = power_iteration(layer, weight, v, "output")

@@ -294,11 +294,12 @@ def test_an_image_set_with_pictures_is_read_by_the_models_preprocessing():
     rows = {"image": pictures, "label": [0, 1] * 6}
     arguments = {"attacks": {"tangent": {"iterations": 1}}, "progress": False}
     report = evaluate_robustness(
-        model, datasets.Dataset.from_dict(rows), check_inputs=False, **arguments
+        model, datasets.Dataset.from_dict(rows), check_inputs=False, fold_norm=True, **arguments
     )
     assert report.content["model"]["input_size"] == [3, 16, 16]
     assert report.content["n"] == 12
     assert len(report.content["layers"]) == 21
+    assert sum("sigma_folded" in layer for layer in report.content["layers"]) == 21
     assert "unavailable" in report.content["lower_bound"]
     missing = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 6})
     with pytest.raises(EvaluationError, match=r"not \['image'\]: rename_columns"):
