@@ -1,4 +1,4 @@
-# make demo: set up, then train a baseline and a regularized encoder on the embedded digits and compare them.
+# make demo: set up, then train a baseline and a regularized encoder on the embedded digits, attack and compare them.
 # make test: set up, then lint, the import contract and the test suite.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -27,6 +27,7 @@ sweep: $(VENV)/ready
 bench: $(VENV)/ready
 	$(PYTHON) benchmarks/penalty_cost.py
 	$(PYTHON) benchmarks/tracking.py
+	$(PYTHON) benchmarks/attack_cost.py
 
 clean:
 	rm -rf $(VENV) runs

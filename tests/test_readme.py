@@ -9,6 +9,9 @@ import transformers
 from torch import nn
 
 from hf_specreg import SpecRegModel
+from hf_specreg.data.datasets import load_splits
+from hf_specreg.data.images import LabelledImages
+from hf_specreg.data.transforms import evaluation_transform
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -38,7 +41,7 @@ def test_what_is_saved_loads_as_shown(tmp_path):
     saved.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 64, 64)
     names = {"images": images, "timm": timm, "transformers": transformers}
-    for snippet in snippets()[1:]:
+    for snippet in snippets()[1:3]:
         exec(snippet.replace("runs/digits/model", str(tmp_path)), names)
     assert names["model"].num_classes == 3
     assert names["tuned"].num_classes == 5
@@ -46,3 +49,25 @@ def test_what_is_saved_loads_as_shown(tmp_path):
     names["model"].eval()
     features = names["model"].features(images)
     torch.testing.assert_close(head(features), names["model"](images))
+
+
+def test_the_evaluation_runs_as_shown(tmp_path):
+    torch.manual_seed(0)
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=10, input_size=(1, 8, 8))
+    rows = load_splits("digits").train
+    size = (1, 8, 8)
+    digits = LabelledImages(rows, input_size=size, evaluate=evaluation_transform(size))
+    images, labels = digits.__getitems__(list(range(len(digits))))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images / 255), labels).backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "model")
+    (snippet,) = [s for s in snippets() if "evaluate_robustness" in s]
+    names = {}
+    exec(snippet.replace("runs/digits", str(tmp_path)), names)
+    assert names["report"].content["clean"]["accuracy"]["value"] > 0.9
+    assert names["report"].content["n"] == 50
+    assert (tmp_path / "robustness.json").exists()
+    assert "How robust is" in (tmp_path / "report.html").read_text()

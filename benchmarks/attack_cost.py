@@ -1,0 +1,85 @@
+"""The wall time of TangentAttack against the bare forward time of its queries, in one run.
+
+    python benchmarks/attack_cost.py [--rounds 5] [--images 16]
+
+T = 40, the paper's setting, on the paper's MNIST network (random weights, larger than at its
+initialisation so that it has classes to leave) and on a small CNN. Attack and forward take turns;
+printed are the medians over rounds. The forward is that of the same number of images, 1,024 at a
+time.
+"""
+
+import argparse
+import statistics
+import time
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import hf_specreg.encoders.small  # noqa: F401  registers mlp_2000
+from hf_specreg.robustness.classifier import Classifier, frozen
+from hf_specreg.robustness.tangent import TangentAttack
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[int, int, int]]]:
+    """Return the networks with the sizes of their images."""
+    torch.manual_seed(0)
+    mlp = timm.create_model("mlp_2000", num_classes=10)
+    for parameter in mlp.parameters():
+        parameter.data *= 3
+    cnn = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(4096, 10)),
+    )
+    return {"784-2000-10, 28 px": (mlp, (1, 28, 28)), "2-layer CNN, 32 px": (cnn, (3, 32, 32))}
+
+
+@torch.no_grad()
+def forward_seconds(net: nn.Module, queries: int, batch: torch.Tensor) -> float:
+    """Return how long the network takes for so many images."""
+    start = time.perf_counter()
+    for _ in range(queries // len(batch)):
+        net(batch)
+    net(batch[: queries % len(batch)])
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16)
+    arguments = parser.parse_args()
+    title = f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads, float32"
+    columns = ("network", "queries an image", "attack, s an image", "forward, s an image", "ratio")
+    table = Table(*columns, title=title)
+    for name, (net, size) in networks().items():
+        images = torch.rand(arguments.images, *size)
+        batch = torch.rand(1024, *size)
+        classifier = Classifier(net)
+        attacks, forwards = [], []
+        with frozen(classifier):
+            labels = classifier.predict(images)
+            for _ in range(arguments.rounds):
+                start = time.perf_counter()
+                result = TangentAttack().run(
+                    classifier, images, labels, seeds=range(arguments.images)
+                )
+                attacks.append(time.perf_counter() - start)
+                forwards.append(forward_seconds(net, int(result.queries.sum()), batch))
+        ratios = [a / f for a, f in zip(attacks, forwards, strict=True)]
+        shown = [statistics.median(t) / arguments.images for t in (attacks, forwards)]
+        table.add_row(
+            name,
+            f"{result.queries.float().mean():,.0f}",
+            *(f"{t:.3f}" for t in shown),
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
