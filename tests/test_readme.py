@@ -53,7 +53,7 @@ def test_what_is_saved_loads_as_shown(tmp_path):
 
 def test_the_evaluation_runs_as_shown(tmp_path):
     torch.manual_seed(0)
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=10, input_size=(1, 8, 8))
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8)
     rows = load_splits("digits").train
     size = (1, 8, 8)
     digits = LabelledImages(rows, input_size=size, evaluate=evaluation_transform(size))
