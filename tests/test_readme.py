@@ -53,13 +53,13 @@ def test_what_is_saved_loads_as_shown(tmp_path):
 
 def test_the_evaluation_runs_as_shown(tmp_path):
     torch.manual_seed(0)
-    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8)
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=64)
     rows = load_splits("digits").train
     size = (1, 8, 8)
     digits = LabelledImages(rows, input_size=size, evaluate=evaluation_transform(size))
     images, labels = digits.__getitems__(list(range(len(digits))))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(60):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images / 255), labels).backward()
         optimizer.step()
