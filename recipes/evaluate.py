@@ -10,7 +10,7 @@ share the images out; a run that was stopped goes on by the same command.
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
+from accelerate import Accelerator
 from jsonargparse import ArgumentParser
 
 from hf_specreg.cli import evaluate, evaluate_into
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
     parser.add_function_arguments(evaluate)
     settings = parser.parse_args(arguments).as_dict()
     del settings["config"]
-    state = PartialState()
+    state = Accelerator()
     return evaluate_into(
         **{**settings, "device": settings["device"] or str(state.device)},
         shard=(state.process_index, state.num_processes),

@@ -32,6 +32,7 @@ SLOPES: dict[type[nn.Module], float] = {
     nn.Dropout: 1.0,
 }
 _RESHAPES = {"flatten", "view", "reshape"}
+_KEEPS_LOGITS = (nn.Identity, nn.Dropout)
 
 
 class NoBoundError(ValueError):
@@ -92,7 +93,7 @@ def lipschitz_bound(
             module = modules[node.target]
             past_head |= node.target == head[0]
             if past_head:
-                if node.target != head[0] and SLOPES.get(type(module)) != 1.0:
+                if node.target != head[0] and not isinstance(module, _KEEPS_LOGITS):
                     raise NoBoundError(f"{node.target} comes after the head")
             elif node.target in sigmas:
                 factors[node.target] = sigmas[node.target]
@@ -123,5 +124,6 @@ def _factor(name: str, module: nn.Module) -> float:
         scale = (module.running_var + module.eps).rsqrt()
         return (scale * (1 if module.weight is None else module.weight)).abs().max().item()
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and module.kernel_size == module.stride:
-        return 1.0  # windows that do not overlap
+        if getattr(module, "dilation", 1) == 1:
+            return 1.0  # windows that do not overlap
     raise NoBoundError(f"{name} ({type(module).__name__}) has no known Lipschitz constant")

@@ -39,6 +39,8 @@ class Classifier(nn.Module):
         self.model = model
         first = next(model.parameters(), None)
         self.device = torch.device(device or (first.device if first is not None else "cpu"))
+        floating = first is not None and first.is_floating_point()
+        self.dtype = first.dtype if floating else torch.float32
         self.queries = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
         if count < MIN_ROWS:
             filler = images.new_zeros(MIN_ROWS - count, *images.shape[1:])
             images = torch.cat([images, filler])
-        logits = self.model(images)
+        logits = self.model(images.to(self.dtype))
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim > 2:
             raise ClassifierError(
                 f"{type(self.model).__name__} must return floating-point logits [B, K], not "

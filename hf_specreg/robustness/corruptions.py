@@ -2,7 +2,7 @@
 
 Six of the fifteen of Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
 Corruptions and Perturbations", ICLR 2019, with that paper's severities: those of CIFAR-10-C up to
-64 pixels, those of ImageNet-C above.
+64 pixels, those of ImageNet-C above. Brightness is added to every channel, not to the value of HSV.
 """
 
 from collections.abc import Callable, Sequence

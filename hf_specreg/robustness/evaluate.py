@@ -533,7 +533,8 @@ def _layers_and_bound(
     std = getattr(model, "pixel_std", torch.ones(1))
     names = getattr(model, "head", None) or (head if head else ())
     names = (names,) if isinstance(names, str) else tuple(names)
-    sigmas = {layer["name"]: layer["sigma"] for layer in layers}
+    # What Lanczos finds is a little below the top: by the residual at most, once converged.
+    sigmas = {layer["name"]: layer["sigma"] * (1 + layer["residual"]) for layer in layers}
     try:
         bound = lipschitz_bound(network, names, sigmas, pixel_std=std)
     except NoBoundError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from hf_specreg.robustness.statistics import Estimate, mean, quantile
+from hf_specreg.robustness.statistics import Estimate, mean, proportion, quantile
 
 SCHEMA_VERSION = 1
 
@@ -184,6 +184,8 @@ class Comparison:
         rows: for every attack of minimum distance that all have and every model: "attack",
             "model", "mean", "median", and "difference" of the mean from the first model's (None for
             the first), each with its interval.
+        robust_accuracy: for every norm and eps that all have: "norm", "eps", and "models", the
+            robust accuracy of each under the worst of the attacks that all have.
 
     Raises:
         ReportError: fewer than two reports, other images or attack settings, or no per-image
@@ -218,6 +220,7 @@ class Comparison:
         self.correct = np.all([r.images["correct"] for r in reports], axis=0)
         self.paired = int(self.correct.sum())
         self.rows = [row for name in self.attacks for row in self._rows(name)]
+        self.robust_accuracy = self._robust_accuracy()
 
     def _rows(self, attack: str) -> list[dict[str, Any]]:
         first = self.reports[0]
@@ -239,6 +242,23 @@ class Comparison:
                 }
             )
         return rows
+
+    def _robust_accuracy(self) -> list[dict[str, Any]]:
+        first = self.reports[0].content
+        points = []
+        for point in first["worst_case"]:
+            norm, eps = point["norm"], point["eps"]
+            known = [{(p["norm"], p["eps"]) for p in r.content["worst_case"]} for r in self.reports]
+            attacks = [n for n in self.attacks if first["attacks"][n]["norm"] == norm]
+            if not attacks or not all((norm, eps) in k for k in known):
+                continue
+            estimates = []
+            for report in self.reports:
+                worst = np.min([report.images[f"{name}/distances"] for name in attacks], axis=0)
+                hits = report.images["correct"] & (worst > eps)
+                estimates.append(proportion(hits, seed=first["seed"]))
+            points.append({"norm": norm, "eps": eps, "models": estimates})
+        return points
 
     def to_markdown(self) -> str:
         """Return the paired tables."""
@@ -268,12 +288,9 @@ class Comparison:
                 for row in self.rows
             ]
             lines += [_table(header, rows), ""]
-        points = [(p["norm"], p["eps"]) for p in first["worst_case"]]
-        curves = [{(p["norm"], p["eps"]): p for p in r.content["worst_case"]} for r in self.reports]
         rows = [
-            [norm_name(norm), f"{eps:.4g}", *(percent(curve[norm, eps]) for curve in curves)]
-            for norm, eps in points
-            if all((norm, eps) in curve for curve in curves)
+            [norm_name(p["norm"]), f"{p['eps']:.4g}", *map(percent, p["models"])]
+            for p in self.robust_accuracy
         ]
         if rows:
             header = ["norm", "eps", *(f"robust accuracy, {name}" for name in self.names)]

@@ -97,6 +97,19 @@ def test_reports_of_other_images_or_settings_are_not_compared(reports):
         RobustnessReport.compare([reports[0], bare])
 
 
+def test_robust_accuracy_is_compared_under_the_attacks_that_all_models_faced(reports):
+    strong, weak = copy.deepcopy(reports)
+    eps = strong.content["worst_case"][0]["eps"]
+    del weak.content["attacks"]["tangent"]
+    points = RobustnessReport.compare([strong, weak]).robust_accuracy
+    assert [(p["norm"], p["eps"]) for p in points] == [
+        (p["norm"], p["eps"]) for p in strong.content["worst_case"]
+    ]
+    images = strong.images
+    stands = images["correct"] & (images["pgd-l2/distances"] > eps)
+    assert points[0]["models"][0]["value"] == pytest.approx(stands.mean())
+
+
 def test_models_of_the_same_name_are_told_apart(reports):
     comparison = RobustnessReport.compare([reports[0], reports[0]])
     assert comparison.names == ["plain (1)", "plain (2)"]
