@@ -12,6 +12,7 @@ from rich.table import Table
 from hf_specreg.encoders.model import load_model
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 
@@ -61,6 +62,8 @@ def evaluate(
     seed: int = 0,
     corruptions: bool = False,
     fold_norm: bool = False,
+    check_inputs: bool = True,
+    name: str | None = None,
     batch_size: int = 64,
     device: str | None = None,
     output: str = "runs/evaluate",
@@ -82,6 +85,8 @@ def evaluate(
         seed: of everything random.
         corruptions: also measure accuracy under common corruptions.
         fold_norm: also report singular values with batch norms folded in.
+        check_inputs: stop if the model classifies other pixels (normalised, 8-bit) better.
+        name: of the model in the report; default: as it is given.
         batch_size: images attacked at once.
         device: default: a GPU if there is one.
         output: the folder.
@@ -98,6 +103,8 @@ def evaluate(
         seed=seed,
         corruptions=corruptions,
         fold_norm=fold_norm,
+        check_inputs=check_inputs,
+        name=name,
         batch_size=batch_size,
         device=device,
     )
@@ -114,9 +121,14 @@ def evaluate_into(
     **settings: Any,
 ) -> RobustnessReport:
     """Evaluate, as one of several processes or alone, and save; see `evaluate`."""
-    loaded = load_model(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = evaluate_robustness(
-        loaded, data, name=model, output=output, shard=shard, barrier=barrier, **settings
+        model,
+        data,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        output=output,
+        shard=shard,
+        barrier=barrier,
+        **settings,
     )
     if shard[0] == 0:
         report.save(Path(output) / "robustness.json")
@@ -156,5 +168,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = settings["subcommand"]
     try:
         globals()[command](**settings[command])
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, ImportError, UnsupportedLayerError) as error:
         raise SystemExit(f"hf-specreg: {error}") from error

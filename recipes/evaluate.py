@@ -9,8 +9,9 @@ share the images out; a run that was stopped goes on by the same command.
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from jsonargparse import ArgumentParser
 
 from hf_specreg.cli import evaluate, evaluate_into
@@ -24,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
     parser.add_function_arguments(evaluate)
     settings = parser.parse_args(arguments).as_dict()
     del settings["config"]
-    state = Accelerator()
+    # The fast wait for the slow, for as long as it takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    state = Accelerator(kwargs_handlers=[patience])
     return evaluate_into(
         **{**settings, "device": settings["device"] or str(state.device)},
         shard=(state.process_index, state.num_processes),

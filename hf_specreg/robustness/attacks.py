@@ -11,7 +11,7 @@ TangentAttack is this package's; PGD, DeepFool, Carlini-Wagner and HopSkipJump a
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
@@ -94,16 +94,19 @@ class HopSkipJump:
         class PerImage(foolbox.attacks.HopSkipJumpAttack):
             def approximate_gradients(self, is_adversarial, x_advs, steps, delta):
                 center = x_advs.raw
-                noise = torch.randn(steps, *center.shape, device=center.device)
-                norms = torch.linalg.vector_norm(noise.flatten(2), dim=2)
-                noise = noise * (delta.raw / norms).reshape(steps, -1, 1, 1, 1)
-                probes = (center + noise).clamp(0, 1)
-                noise = probes - center
-                signs = torch.stack([is_adversarial(eagerpy.astensor(p)).raw for p in probes])
-                signs = 2.0 * signs - 1
-                mean = signs.mean(0, keepdim=True)
-                weights = torch.where(mean.abs() == 1, signs, signs - mean)
-                normal = torch.einsum("sb,sbchw->bchw", weights, noise)
+                signed, plain = torch.zeros_like(center), torch.zeros_like(center)
+                total = torch.zeros_like(delta.raw)
+                for _ in range(steps):
+                    noise = torch.randn_like(center)
+                    norms = torch.linalg.vector_norm(noise.flatten(1), dim=1)
+                    noise = noise * (delta.raw / norms).reshape(-1, 1, 1, 1)
+                    probes = (center + noise).clamp(0, 1)
+                    signs = 2.0 * is_adversarial(eagerpy.astensor(probes)).raw - 1
+                    signed += signs.reshape(-1, 1, 1, 1) * (probes - center)
+                    plain += probes - center
+                    total += signs
+                mean = (total / steps).reshape(-1, 1, 1, 1)
+                normal = torch.where(mean.abs() == 1, signed, signed - mean * plain)
                 size = torch.linalg.vector_norm(normal.flatten(1), dim=1).clamp(min=1e-12)
                 return eagerpy.astensor(normal / size.reshape(-1, 1, 1, 1))
 
@@ -118,13 +121,24 @@ class HopSkipJump:
                 max_gradient_eval_steps=self.max_probes,
             )
             before = classifier.queries
-            with _seeded(seeds):
-                adversarials[started] = attack.run(
-                    foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device),
-                    images[started],
-                    foolbox.criteria.Misclassification(labels[started]),
-                    starting_points=adversarials[started],
+            model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
+
+            def improve(index: Tensor) -> None:
+                adversarials[index] = attack.run(
+                    model,
+                    images[index],
+                    foolbox.criteria.Misclassification(labels[index]),
+                    starting_points=adversarials[index],
                 )
+
+            with _seeded(seeds, classifier):
+                index = started.nonzero()[:, 0]
+                try:
+                    improve(index)
+                except AssertionError:  # a boundary point's decision flipped by its company
+                    for i in index:
+                        with suppress(AssertionError):
+                            improve(i[None])
             queries[started] += (classifier.queries - before) // int(started.sum())
         return _checked(classifier, images, labels, adversarials, queries, self.norm)
 
@@ -307,6 +321,9 @@ def make_attacks(names: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict
             raise ValueError(
                 f"{name} has no settings {sorted(unknown)}; it has {', '.join(sorted(known))}"
             )
+        for key, value in (settings or {}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"{name}: {key} ({value}) must be positive")
         package = _PACKAGES.get(name.split("-")[0], "pyautoattack" if "auto" in name else None)
         if package:
             _require(package, name)
@@ -332,7 +349,7 @@ def _run_minimization(
     images, labels = images.to(classifier.device), labels.to(classifier.device)
     before = classifier.queries
     model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
-    with _seeded(seeds):
+    with _seeded(seeds, classifier):
         found = attack.run(model, images, foolbox.criteria.Misclassification(labels))
     low, high = (images.new_full((len(images), 1, 1, 1), v) for v in (0.0, 1.0))
     for _ in range(PULL_BACK_STEPS):
@@ -364,7 +381,7 @@ def _run_over_grid(
         if not standing.any():
             break
         before = classifier.queries
-        with _seeded(seeds):
+        with _seeded(seeds, classifier):
             found = at(images[standing], labels[standing], e)
         queries[standing] += (classifier.queries - before) // int(standing.sum())
         result = _checked(
@@ -394,9 +411,10 @@ def _checked(
 
 
 @contextmanager
-def _seeded(seeds: Sequence[int]) -> Iterator[None]:
+def _seeded(seeds: Sequence[int], classifier: Classifier) -> Iterator[None]:
     """Draw from a stream of this batch's own, and leave the global one as it was."""
-    with torch.random.fork_rng():
+    devices = [classifier.device] if classifier.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seeds[0])
         yield
 

@@ -25,7 +25,6 @@ SLOPES: dict[type[nn.Module], float] = {
     nn.Tanh: 1.0,
     nn.Sigmoid: 0.25,
     nn.Softplus: 1.0,
-    nn.ELU: 1.0,
     nn.GELU: 1.1290,
     nn.SiLU: 1.0999,
     nn.Flatten: 1.0,
@@ -53,10 +52,12 @@ class Bound:
 
     def distances(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the certified L2 distance of each image, [B]; 0 where it is misclassified."""
-        gaps = torch.cdist(self.head, self.head)[labels]
+        head, logits = self.head.double(), logits.double()
+        exact = "donot_use_mm_for_euclid_dist"
+        gaps = torch.cdist(head, head, compute_mode=exact)[labels]
         margins = logits.gather(1, labels[:, None]) - logits
         others = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
-        ratios = torch.where(others & (gaps > 0), margins / gaps.clamp(min=1e-30), torch.inf)
+        ratios = torch.where(others, margins / gaps.clamp(min=1e-30), torch.inf)
         return ratios.min(1).values.clamp(min=0) / self.lipschitz
 
 
@@ -81,6 +82,8 @@ def lipschitz_bound(
         graph = fx.symbolic_trace(network).graph
     except Exception as error:  # tracing runs the model's own code
         raise NoBoundError(f"the network cannot be traced: {error}") from error
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules.values()):
+        raise NoBoundError("the network has hooks, which may change what its layers do")
     factors = {"pixels": 1 / pixel_std.min().item()}
     scale, past_head = 1.0, False
     for node in graph.nodes:
@@ -96,9 +99,12 @@ def lipschitz_bound(
                 if node.target != head[0] and not isinstance(module, _KEEPS_LOGITS):
                     raise NoBoundError(f"{node.target} comes after the head")
             elif node.target in sigmas:
+                if node.target in factors:  # its sigma was measured at the first use's size
+                    raise NoBoundError(f"{node.target} is used more than once")
                 factors[node.target] = sigmas[node.target]
             else:
-                factors[node.target] = _factor(node.target, module)
+                factor = _factor(node.target, module)
+                factors[node.target] = factors.get(node.target, 1.0) * factor
         elif node.op == "call_function" and node.target.__name__ in ("truediv", "mul"):
             if not past_head or not isinstance(node.args[1], int | float):
                 raise NoBoundError(f"{node.name} is not known")
@@ -109,7 +115,7 @@ def lipschitz_bound(
             if name not in _RESHAPES:
                 raise NoBoundError(f"{node.name} is not known")
     factors = {name: f for name, f in factors.items() if f != 1}
-    weight = scale * modules[head[0]].weight.detach()
+    weight = scale * modules[head[0]].weight.detach().cpu()
     if len(weight) == 1:  # one logit z stands for the two (0, z)
         weight = torch.cat([torch.zeros_like(weight), weight])
     return Bound(math.prod(factors.values()), factors, weight)
@@ -120,10 +126,12 @@ def _factor(name: str, module: nn.Module) -> float:
         return SLOPES[type(module)]
     if isinstance(module, nn.LeakyReLU):
         return max(1.0, abs(module.negative_slope))
+    if isinstance(module, nn.ELU):
+        return max(1.0, abs(module.alpha))
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
         scale = (module.running_var + module.eps).rsqrt()
         return (scale * (1 if module.weight is None else module.weight)).abs().max().item()
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and module.kernel_size == module.stride:
-        if getattr(module, "dilation", 1) == 1:
+        if getattr(module, "dilation", 1) == 1 and not getattr(module, "divisor_override", None):
             return 1.0  # windows that do not overlap
     raise NoBoundError(f"{name} ({type(module).__name__}) has no known Lipschitz constant")

@@ -63,7 +63,7 @@ class Classifier(nn.Module):
         if count < MIN_ROWS:
             filler = images.new_zeros(MIN_ROWS - count, *images.shape[1:])
             images = torch.cat([images, filler])
-        logits = self.model(images.to(self.dtype))
+        logits = self.model(images.to(self.device, self.dtype))
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim > 2:
             raise ClassifierError(
                 f"{type(self.model).__name__} must return floating-point logits [B, K], not "
@@ -92,13 +92,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
+def check_classifier(
+    classifier: Classifier, images: Tensor, labels: Tensor, *, batch_size: int = 64
+) -> None:
     """See on a few images that the model takes [0, 1] pixels and knows these labels.
 
     Args:
         classifier: the model.
         images: [N, C, H, W].
         labels: [N].
+        batch_size: images classified at once.
 
     Raises:
         ClassifierError: the pixels are not in [0, 1], the labels are not the head's, or the model
@@ -107,7 +110,9 @@ def check_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> 
     check_images(images)
     with torch.no_grad():
         try:
-            classes = classifier(images).shape[1]
+            classes = classifier(images[:1]).shape[1]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ClassifierError(
                 f"the model cannot be run on images {tuple(images.shape)}: {error}"
@@ -117,7 +122,12 @@ def check_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> 
             f"the labels go from {labels.min()} to {labels.max()}, but the model has {classes} "
             "classes: is it of another data set, or is its head missing?"
         )
-    accuracy = _accuracy(classifier, images, labels)
+
+    def accuracy_on(pixels: Tensor) -> float:
+        found = [classifier.predict(part).cpu() for part in pixels.split(batch_size)]
+        return (torch.cat(found) == labels).float().mean().item()
+
+    accuracy = accuracy_on(images)
     gray = images.mean(dim=(0, 2, 3), keepdim=True)
     spread = images.std(dim=(0, 2, 3), keepdim=True) + 1e-6
     others = {
@@ -128,14 +138,15 @@ def check_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> 
     if images.shape[1] == 3:
         mean, std = (images.new_tensor(v).reshape(1, 3, 1, 1) for v in IMAGENET)
         others["pixels normalised as for ImageNet"] = (images - mean) / std
-    found = {name: _accuracy(classifier, changed, labels) for name, changed in others.items()}
+    found = {name: accuracy_on(changed) for name, changed in others.items()}
     best = max(found, key=found.get)
     # Three standard deviations of a difference of accuracies on so many images.
     if found[best] > accuracy + max(0.05, 3 * (0.5 / len(images)) ** 0.5):
         raise ClassifierError(
             f"the model classifies {accuracy:.0%} of {len(images)} images in [0, 1] right, but "
             f"{found[best]:.0%} with {best}: attacks work on [0, 1] pixels, so put the "
-            "normalisation inside the model (SpecRegModel has pixel_mean and pixel_std)"
+            "normalisation inside the model (SpecRegModel has pixel_mean and pixel_std); if it is "
+            "right as it is, switch this check off with check_inputs=False"
         )
 
 
@@ -158,10 +169,6 @@ def check_images(images: Tensor) -> None:
             f"the images' pixels go from {low:.3g} to {high:.3g}, not from 0 to 1: give them as "
             "they are before any normalisation"
         )
-
-
-def _accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
-    return (classifier.predict(images) == labels).float().mean().item()
 
 
 def _described(value: object) -> str:

@@ -1,8 +1,10 @@
 """Common corruptions at five severities, on [0, 1] pixels.
 
-Six of the fifteen of Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
+Six after Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
 Corruptions and Perturbations", ICLR 2019, with that paper's severities: those of CIFAR-10-C up to
-64 pixels, those of ImageNet-C above. Brightness is added to every channel, not to the value of HSV.
+64 pixels, those of ImageNet-C above. They are made anew by torchvision's operations (brightness is
+added to every channel, pixels are averaged by antialiased resizing), so the numbers are not those
+of CIFAR-10-C or ImageNet-C.
 """
 
 from collections.abc import Callable, Sequence

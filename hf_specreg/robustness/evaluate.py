@@ -11,11 +11,12 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import datasets
 import numpy as np
@@ -29,28 +30,36 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import derived_seed, evaluation_transform
-from hf_specreg.encoders.features import find_input_size, unwrap
+from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.model import load_model
 from hf_specreg.robustness.attacks import PGD, Attack, describe, make_attacks
-from hf_specreg.robustness.bound import NoBoundError, lipschitz_bound
+from hf_specreg.robustness.bound import Bound, NoBoundError, lipschitz_bound
 from hf_specreg.robustness.classifier import Classifier, check_classifier, frozen
 from hf_specreg.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
 from hf_specreg.robustness.statistics import LEVEL, RESAMPLES, mean, proportion, quantile
 from hf_specreg.robustness.threat import NORMS
-from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
 CHECK_IMAGES = 256  # to see that model and data belong together
 MASKING_IMAGES = 100  # for the gradient-masking check
 SHOWN_IMAGES = 6  # whose adversarial twins are kept
-PACKAGES = ("hf-specreg", "torch", "torchvision", "timm", "transformers", "foolbox", "pyautoattack")
+PACKAGES = (
+    "hf-specreg",
+    "numpy",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "foolbox",
+    "pyautoattack",
+)
 
 
 class EvaluationError(ValueError):
@@ -79,6 +88,7 @@ def evaluate_robustness(
     shard: tuple[int, int] = (0, 1),
     barrier: Callable[[], None] = lambda: None,
     check_inputs: bool = True,
+    input_size: tuple[int, int, int] | None = None,
     progress: bool = True,
 ) -> RobustnessReport:
     """Attack a model on a data set, and report how robust it is.
@@ -104,14 +114,16 @@ def evaluate_robustness(
         head: the head's dotted name, where it cannot be found; () for none.
         batch_size: images attacked at once. Attacks of libraries draw random numbers by batch, so
             it is one of the settings.
-        device: where to; default: where the model is.
+        device: the model is moved there; default: where it is.
         name: of the model, for the report.
         data: what the data are, for the report: "id", "revision", "split".
         output: folder for the chunks, to go on from after an interruption; default: none is kept.
-        shard: (rank, processes): this process takes every so-manieth chunk. All processes need the
-            same `output`.
+        shard: (rank, processes): this process takes every `processes`-th chunk, from the `rank`-th
+            on. All processes need the same `output`.
         barrier: waits for the other processes.
         check_inputs: stop if the model classifies other pixels (normalised, 8-bit) better.
+        input_size: (C, H, W) that pictures of a `datasets.Dataset` are brought to; default: the
+            model's.
         progress: show it.
 
     Raises:
@@ -120,16 +132,28 @@ def evaluate_robustness(
         ClassifierError: the model does not take [0, 1] pixels, or the labels are not its own.
         MissingPackageError: the library of an attack is not installed.
     """
+    if batch_size < 1 or not 0 <= shard[0] < shard[1]:
+        raise EvaluationError(
+            f"batch_size ({batch_size}) must be at least 1, and shard {shard} a rank below the "
+            "number of processes"
+        )
     chosen = make_attacks(attacks)
     grid = _eps_grid(eps, chosen)
+    flags = []
     if isinstance(model, str):
+        if "/" not in model and not Path(model).is_dir():
+            flags.append(f"the weights are random: {model} is the name of an architecture")
         name, model = name or model, load_model(model)
+    if device is not None:
+        model = model.to(device)
     if isinstance(dataset, str):
         data = {"id": dataset, "revision": revision, "split": split, **(data or {})}
         dataset = _split(dataset, split, revision)
-    images = _Images(dataset, model)
+    images = _Images(dataset, model, input_size)
     if not len(images):
         raise EvaluationError("the data set has no images")
+    if corruptions and images.size[0] not in (1, 3):
+        raise EvaluationError(f"corruptions are of 1 or 3 channels, not {images.size[0]}")
     rows = _draw(len(images), samples, seed)
     classifier = Classifier(model, device=device)
     if masking_check is None:
@@ -138,14 +162,18 @@ def evaluate_robustness(
         make_attacks(["pgd-l2"])
     if shard[1] > 1 and output is None:
         raise EvaluationError("several processes need a common output folder")
-    start = time.perf_counter()
-    with frozen(classifier), _workspace(output) as folder:
-        check_rows = rows[:: max(1, len(rows) // CHECK_IMAGES)][:CHECK_IMAGES]
-        first, labels = images.read(check_rows)
+    with frozen(classifier), _reproducible(), _workspace(output) as folder:
+        first, labels = images.read(_draw(len(images), CHECK_IMAGES, seed))
         if check_inputs:
-            check_classifier(classifier, first, labels)
+            check_classifier(classifier, first, labels, batch_size=batch_size)
+        logits = classifier(first[:batch_size]).detach().cpu()
         settings = {
             "weights_sha256": weights_sha256(model),
+            "data": {"images": len(images), **(data or {})},
+            "first_images_sha256": _digest(first.numpy(), labels.numpy()),
+            "first_logits_sha256": _digest(logits.numpy()),
+            "versions": _versions(),
+            "device": _device_name(classifier),
             "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
             "attacks": {n: describe(a) for n, a in chosen.items()},
             "eps": grid,
@@ -155,11 +183,11 @@ def evaluate_robustness(
             "masking_check": masking_check,
         }
         _claim(folder, settings, shard[0] == 0, barrier)
+        layers, bound = _layers_and_bound(model, head, images.size, fold_norm)
         stages = _stages(classifier, chosen, grid, seed, corruptions, masking_check)
         _work(stages, classifier, images, rows, folder, batch_size, shard, progress)
         barrier()
         results = {stage: _gather(folder, stage, len(rows), batch_size) for stage in stages}
-        layers, bound = _layers_and_bound(model, head, results["clean"], images.size, fold_norm)
     content = _aggregate(results, chosen, grid, seed, bound)
     content = {
         "schema": SCHEMA_VERSION,
@@ -182,12 +210,18 @@ def evaluate_robustness(
         "n": len(rows),
         "seed": seed,
         "batch_size": batch_size,
-        "intervals": {"level": LEVEL, "method": "bootstrap", "resamples": RESAMPLES},
-        "versions": _versions(),
-        "device": str(classifier.device),
+        "intervals": {
+            "level": LEVEL,
+            "means": "bootstrap",
+            "proportions": "Clopper-Pearson",
+            "resamples": RESAMPLES,
+        },
+        "versions": settings["versions"],
+        "device": settings["device"],
         **content,
         "layers": layers,
-        "wall_seconds": time.perf_counter() - start,
+        "flags": flags + _layer_flags(layers) + content["flags"],
+        "wall_seconds": float(sum(stage["seconds"] for stage in results.values())),
     }
     return RobustnessReport(content, _per_image(results, rows, chosen), _twins(results))
 
@@ -202,7 +236,7 @@ def _split(source: str, split: str, revision: str | None) -> datasets.Dataset:
 class _Images:
     """Any of the kinds of data set, read as float images in [0, 1] and labels."""
 
-    def __init__(self, dataset: Any, model: nn.Module):
+    def __init__(self, dataset: Any, model: nn.Module, input_size: tuple[int, int, int] | None):
         if isinstance(dataset, datasets.Dataset):
             missing = {"image", "label"} - set(dataset.column_names)
             if missing:
@@ -210,12 +244,12 @@ class _Images:
                     f"the data set has columns {dataset.column_names}, but not {sorted(missing)}: "
                     "rename_columns gives them these names"
                 )
-            size = find_input_size(model)
+            size = input_size or find_input_size(model)
             options = getattr(model, "preprocessing", {})
             transform = evaluation_transform(size, **options)
             dataset = LabelledImages(dataset, input_size=size, evaluate=transform)
-        elif isinstance(dataset, tuple | list) and len(dataset) == 2:
-            dataset = torch.utils.data.TensorDataset(*dataset)
+        elif isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
+            dataset = TensorDataset(*dataset)
         self.dataset = dataset
         if len(dataset):
             self.size = tuple(self.read(np.arange(1))[0].shape[1:])
@@ -226,11 +260,16 @@ class _Images:
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return images [B, C, H, W] and labels [B]; 8-bit pixels are divided by 255."""
         rows = [int(row) for row in rows]
-        if hasattr(self.dataset, "__getitems__"):
-            images, labels = self.dataset.__getitems__(rows)
+        if isinstance(self.dataset, LabelledImages | TensorDataset):
+            images, labels = self.dataset[rows]
         else:
             pairs = [self.dataset[row] for row in rows]
-            images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
+            if not all(isinstance(image, Tensor) for image, _ in pairs):
+                raise EvaluationError(
+                    f"the data set gives {type(pairs[0][0]).__name__}, not tensors [C, H, W] in "
+                    "[0, 1]: give it a transform such as torchvision's ToTensor"
+                )
+            images = torch.stack([image for image, _ in pairs])
             labels = torch.tensor([int(label) for _, label in pairs])
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -413,7 +452,7 @@ def _gather(folder: Path, stage: str, count: int, batch_size: int) -> dict[str, 
         try:
             with np.load(path) as file:
                 parts.append(dict(file))
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise EvaluationError(
                 f"{path} cannot be read ({error}); delete it and start the same command again"
             ) from error
@@ -457,7 +496,9 @@ def _claim(
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if first and not path.exists():
-        path.write_text(json.dumps(settings, indent=2))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2))
+        partial.replace(path)
     barrier()
     known = json.loads(path.read_text())
     changed = [k for k in settings if settings[k] != known.get(k)]
@@ -499,9 +540,14 @@ def _draw(count: int, samples: int | None, seed: int) -> np.ndarray:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's weights and buffers: names, shapes, types and bytes."""
+    """Return the hash of a model's weights and buffers, its pixel normalisation among them: names,
+    shapes, types and bytes.
+    """
     found = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
+    network = unwrap(model)
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    tensors |= {n: b for n, b in model.named_buffers() if n.endswith(("pixel_mean", "pixel_std"))}
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
@@ -510,39 +556,47 @@ def weights_sha256(model: nn.Module) -> str:
 def _layers_and_bound(
     model: nn.Module,
     head: str | Sequence[str] | None,
-    clean: Mapping[str, np.ndarray],
     size: tuple[int, int, int],
     fold_norm: bool,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | np.ndarray]:
-    """The top singular values up to the features, and the certified distances or why not."""
-    try:
-        penalty = SpectralPenalty(model, head=head, input_size=size)
-    except (ValueError, RuntimeError, UnsupportedLayerError) as error:
-        return [], {"unavailable": f"no singular values: {error}"}
-    values = penalty.top_singular_values()
-    layers = [
-        {"name": k, "sigma": v.sigma.item(), "residual": v.residual, "converged": v.converged}
-        for k, v in values.items()
-    ]
-    if fold_norm:
-        with_norms = penalty.top_singular_values(fold_norm=True)
-        for layer in layers:
-            if layer["name"] in with_norms:
-                layer["sigma_folded"] = with_norms[layer["name"]].sigma.item()
+) -> tuple[list[dict[str, Any]], Bound | str]:
+    """The top singular values up to the features, and the certified bound or why there is none.
+
+    Nothing that goes wrong here is a reason not to attack the model.
+    """
+    layers: list[dict[str, Any]] = []
     network = unwrap(model)
-    std = getattr(model, "pixel_std", torch.ones(1))
-    names = getattr(model, "head", None) or (head if head else ())
-    names = (names,) if isinstance(names, str) else tuple(names)
-    # What Lanczos finds is a little below the top: by the residual at most, once converged.
-    sigmas = {layer["name"]: layer["sigma"] * (1 + layer["residual"]) for layer in layers}
     try:
-        bound = lipschitz_bound(network, names, sigmas, pixel_std=std)
+        names = check_head(network, head)
+        penalty = SpectralPenalty(network, head=names, input_size=size)
+        try:
+            values = penalty.top_singular_values()
+            with_norms = penalty.top_singular_values(fold_norm=True) if fold_norm else {}
+        finally:
+            penalty.detach()
+        for name, value in values.items():
+            layer = {
+                "name": name,
+                "sigma": _finite(value.sigma.item()),
+                "residual": _finite(value.residual),
+                "converged": value.converged,
+            }
+            if name in with_norms:
+                layer["sigma_folded"] = _finite(with_norms[name].sigma.item())
+            layers.append(layer)
+        if not all(layer["converged"] for layer in layers):
+            return layers, "a singular value did not converge"
+        # What Lanczos finds is a little below the top: by the residual at most, once converged.
+        sigmas = {k: v.sigma.item() * (1 + v.residual) for k, v in values.items()}
+        std = next((m.pixel_std for m in model.modules() if hasattr(m, "pixel_std")), torch.ones(1))
+        return layers, lipschitz_bound(network, names, sigmas, pixel_std=std)
     except NoBoundError as error:
-        return layers, {"unavailable": str(error)}
-    logits, labels = torch.from_numpy(clean["logits"]), torch.from_numpy(clean["labels"])
-    distances = bound.distances(logits.to(bound.head), labels.to(bound.head.device))
-    clean["certified"] = distances.cpu().numpy()
-    return layers, {"lipschitz": bound.lipschitz, "factors": bound.factors}
+        return layers, str(error)
+    except Exception as error:
+        return layers, f"no singular values: {error}"
+
+
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None
 
 
 def _aggregate(
@@ -550,13 +604,13 @@ def _aggregate(
     attacks: Mapping[str, Attack],
     grid: Mapping[str, Sequence[float]],
     seed: int,
-    bound: dict[str, Any],
+    bound: Bound | str,
 ) -> dict[str, Any]:
     clean = results["clean"]
     correct = clean["correct"]
     content: dict[str, Any] = {
         "clean": {
-            "accuracy": proportion(correct, seed=seed),
+            "accuracy": proportion(correct),
             "correct": int(correct.sum()),
             "invalid": int(clean["invalid"].sum()),
         },
@@ -573,8 +627,7 @@ def _aggregate(
             "queries": int(queries.sum()),
             "queries_per_image": float(queries.mean()) if len(queries) else None,
             "robust_accuracy": [
-                {"eps": e, **proportion(correct & (distances > e), seed=seed)}
-                for e in grid[attack.norm]
+                {"eps": e, **proportion(correct & (distances > e))} for e in grid[attack.norm]
             ],
             "wall_seconds": float(results[name]["seconds"]),
         }
@@ -586,15 +639,21 @@ def _aggregate(
         if of_norm:
             worst = np.min(of_norm, axis=0)
             content["worst_case"] += [
-                {"norm": norm, "eps": e, **proportion(correct & (worst > e), seed=seed)}
-                for e in grid[norm]
+                {"norm": norm, "eps": e, **proportion(correct & (worst > e))} for e in grid[norm]
             ]
-    if "certified" in clean:
+    if isinstance(bound, str):
+        content["lower_bound"] = {"unavailable": bound}
+    else:
+        logits, labels = torch.from_numpy(clean["logits"]), torch.from_numpy(clean["labels"])
+        clean["certified"] = bound.distances(logits, labels).numpy()
         certified = clean["certified"][correct]
-        bound = {**bound, "n": int(correct.sum())}
-        bound["mean"] = mean(certified, seed=seed)
-        bound["median"] = quantile(certified, 0.5, seed=seed)
-    content["lower_bound"] = bound
+        content["lower_bound"] = {
+            "lipschitz": bound.lipschitz,
+            "factors": bound.factors,
+            "n": int(correct.sum()),
+            "mean": mean(certified, seed=seed),
+            "median": quantile(certified, 0.5, seed=seed),
+        }
     content["corruptions"] = None
     if "corruptions" in results:
         hits = results["corruptions"]["hits"]
@@ -602,8 +661,7 @@ def _aggregate(
             "mean": mean(hits.mean((1, 2)), seed=seed),
             "by_kind": {
                 kind: [
-                    {"severity": s, **proportion(hits[:, i, j], seed=seed)}
-                    for j, s in enumerate(SEVERITIES)
+                    {"severity": s, **proportion(hits[:, i, j])} for j, s in enumerate(SEVERITIES)
                 ]
                 for i, kind in enumerate(CORRUPTIONS)
             },
@@ -678,6 +736,17 @@ def _flags(
                 f"gradient masking: PGD with 100 steps breaks {total - many} of {total} images, "
                 f"with 10 steps {total - few}: more steps do not help"
             )
+        largest = max(grid["l2"])
+        of_l2 = [results[n]["distances"] <= largest for n, a in attacks.items() if a.norm == "l2"]
+        if of_l2:
+            broken = looked & np.any(of_l2, axis=0)
+            few, many = (int((masking[k] & broken).sum()) for k in ("stands_10", "stands_100"))
+            if many > max(2, 0.05 * total) and many > 0.8 * few:
+                flags.append(
+                    f"gradient masking: PGD does not improve with steps: of {int(broken.sum())} "
+                    f"images that are broken at eps {largest:g} (l2), it misses {few} with 10 "
+                    f"steps and {many} with 100"
+                )
         unbounded = int(masking["stands_unbounded"][looked].sum())
         if unbounded > max(2, 0.05 * total):
             flags.append(
@@ -717,8 +786,41 @@ def _twins(results: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndar
     return {}
 
 
-def _digest(digests: np.ndarray) -> str:
-    return hashlib.sha256(digests.tobytes()).hexdigest()
+def _layer_flags(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    vague = [layer["name"] for layer in layers if not layer["converged"]]
+    if not vague:
+        return []
+    return [f"the singular values of {', '.join(vague)} did not converge"]
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Full float32, and the same algorithm whatever the batch, where CUDA could choose."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _device_name(classifier: Classifier) -> str:
+    device = classifier.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {str(classifier.dtype).removeprefix('torch.')}"
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def _versions() -> dict[str, str]:

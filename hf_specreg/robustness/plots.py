@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from hf_specreg.robustness.report import Comparison, RobustnessReport, norm_name, number, percent
-from hf_specreg.robustness.statistics import LEVEL
+from hf_specreg.robustness.report import (
+    Comparison,
+    RobustnessReport,
+    norm_name,
+    number,
+    percent,
+    with_difference,
+)
+from hf_specreg.robustness.statistics import binomial_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +32,6 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH, HEIGHT = 6.4, 4.0  # inches
 CURVE_POINTS = 80
-BAND_DRAWS = 1000
-TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
 
 
 def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> str:
@@ -37,7 +42,12 @@ def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> 
         for figure, caption in _drawn(draw, reports, comparison)
     ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "norm": norm_name}
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "norm": norm_name,
+        "with_difference": with_difference,
+    }
     template = files("hf_specreg.robustness").joinpath("report.html.jinja").read_text()
     return environment.from_string(template).render(
         reports=reports,
@@ -58,7 +68,6 @@ def robust_accuracy(
     figure, axes = _axes()
     largest = max(p["eps"] for r in reports for p in r.content["worst_case"] if p["norm"] == norm)
     grid = np.linspace(0, 1.25 * largest, CURVE_POINTS)
-    rng = np.random.default_rng(0)
     for (i, report), (j, name) in product(enumerate(reports), enumerate(attacks)):
         attack = report.content["attacks"].get(name)
         if attack is None:
@@ -69,7 +78,7 @@ def robust_accuracy(
             found = report.images[f"{name}/distances"][:, None] > grid
             curve = (report.images["correct"][:, None] & found).mean(0)
             n = len(found)
-            low, high = np.quantile(rng.binomial(n, curve, (BAND_DRAWS, len(grid))) / n, TAILS, 0)
+            low, high = binomial_interval((curve * n).round(), n)
             axes.fill_between(grid, 100 * low, 100 * high, color=look["color"], alpha=0.15, lw=0)
             axes.plot(grid, 100 * curve, linestyle=STYLES[j % len(STYLES)], **look)
         else:
@@ -103,13 +112,14 @@ def distances(
         for name in _attacks(reports, norm)
         if all("distance" in r.content["attacks"].get(name, {}) and r.images for r in reports)
     ]
-    correct = np.all([r.images["correct"] for r in reports], axis=0) if attacks else np.zeros(1)
-    if not correct.any():
+    correct = _paired(reports)
+    if not attacks or not correct.any():
         return None
-    boxes, labels, colours = [], [], []
+    boxes, labels, colours, missing = [], [], [], 0
     for (j, attack), (i, report) in product(enumerate(attacks), enumerate(reports)):
         values = report.images[f"{attack}/distances"][correct]
         boxes.append(values[np.isfinite(values)])
+        missing += int(np.isinf(values).sum())
         labels.append(_label(names[i], attack, len(reports), len(attacks)))
         colours.append(_colour(i, j, len(reports)))
     figure, axes = _axes(height=1.2 + 0.55 * len(boxes))
@@ -133,6 +143,7 @@ def distances(
         f"Distances on the {int(correct.sum())} images that "
         f"{'all models classify' if len(reports) > 1 else 'the model classifies'} correctly: box, "
         "quartiles and median; diamond, mean; whiskers, 1.5 box lengths."
+        + (f" Left out: {missing} for which nothing was found." if missing else "")
     )
     return figure, caption
 
@@ -146,12 +157,13 @@ def distance_by_queries(
     ]
     if not attacks:
         return None
+    correct = _paired(reports)
     figure, axes = _axes()
     for (i, report), (j, attack) in product(enumerate(reports), enumerate(attacks)):
         steps = report.images.get(f"{attack}/trajectory")
         if steps is None:
             continue
-        steps = steps[report.images["correct"]]
+        steps = steps[correct]
         found = np.isfinite(steps[:, -1, 1])
         if not found.any():
             continue
@@ -169,7 +181,11 @@ def distance_by_queries(
         yscale="log",
     )
     axes.legend()
-    return figure, "Best distance so far against queries: median over images, band of quartiles."
+    caption = (
+        "Best distance so far against queries: median, and band of quartiles, over the images of "
+        "the plot before for which something was found."
+    )
+    return figure, caption
 
 
 def sigmas(
@@ -182,7 +198,7 @@ def sigmas(
     figure, axes = _axes(height=min(1.4 + 0.2 * len(layers), 14))
     for i, report in enumerate(reports):
         for key, fill in (("sigma", True), ("sigma_folded", False)):
-            known = [la for la in report.content["layers"] if key in la]
+            known = [la for la in report.content["layers"] if la.get(key) is not None]
             if not known:
                 continue
             colour = _colour(i, 0, len(reports))
@@ -241,6 +257,13 @@ def _names(reports: Sequence[RobustnessReport], comparison: Comparison | None) -
     return comparison.names if comparison else [r.name for r in reports]
 
 
+def _paired(reports: Sequence[RobustnessReport]) -> np.ndarray:
+    """Which images all models classify correctly."""
+    if not all(report.images for report in reports):
+        return np.zeros(1, bool)
+    return np.all([report.images["correct"] for report in reports], axis=0)
+
+
 def _attacks(reports: Sequence[RobustnessReport], norm: str) -> list[str]:
     names = {
         name: None
@@ -288,7 +311,7 @@ def _svg(figure: "Figure") -> str:
 
 def _twin_rows(report: RobustnessReport) -> str | None:
     """The picture of the twins as a PNG for an <img>, or None."""
-    if not report.twins:
+    if not report.twins or report.twins["shown"].shape[1] not in (1, 3):
         return None
     import matplotlib.pyplot as plt
 

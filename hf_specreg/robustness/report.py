@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jsonschema
 import numpy as np
@@ -64,6 +65,11 @@ class RobustnessReport:
         if problem is not None:
             where = "/".join(map(str, problem.absolute_path)) or "the report"
             raise ReportError(f"{where}: {problem.message}")
+        if self.images and len(self.images["row"]) != self.content["n"]:
+            raise ReportError(
+                f"per-image results of {len(self.images['row'])} images are not those of a report "
+                f"on {self.content['n']}"
+            )
 
     @property
     def name(self) -> str:
@@ -74,6 +80,7 @@ class RobustnessReport:
         """Write the numbers to `path` and the per-image results beside it, with suffix .npz."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".npz").unlink(missing_ok=True)  # never beside numbers of another run
         if self.images:
             arrays = {f"images/{k}": v for k, v in self.images.items()}
             arrays |= {f"twins/{k}": v for k, v in self.twins.items()}
@@ -82,7 +89,7 @@ class RobustnessReport:
                 np.savez_compressed(file, **arrays)
             os.replace(partial, path.with_suffix(".npz"))
         partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.content, indent=2, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(self.content, indent=2, allow_nan=False) + "\n", "utf-8")
         os.replace(partial, path)
 
     @classmethod
@@ -96,7 +103,7 @@ class RobustnessReport:
         if path.is_dir():
             path = path / "robustness.json"
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ReportError(f"{path} cannot be read as a report: {error}") from error
         if not isinstance(content, dict):
@@ -107,7 +114,7 @@ class RobustnessReport:
             try:
                 with np.load(beside) as file:
                     arrays = dict(file)
-            except (OSError, ValueError, EOFError, KeyError) as error:
+            except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
                 raise ReportError(f"{beside} cannot be read: {error}") from error
         parts = {
             part: {k.split("/", 1)[1]: v for k, v in arrays.items() if k.startswith(f"{part}/")}
@@ -130,7 +137,7 @@ class RobustnessReport:
         data = content["data"]
         lines = [
             f"{content['n']} images of {_data_name(data)}, seed {content['seed']}; eps and "
-            "distances in [0, 1] pixels; 95 % intervals by the bootstrap over images.",
+            "distances in [0, 1] pixels; in brackets 95 % intervals.",
             "",
             f"Accuracy: {percent(content['clean']['accuracy'])}",
             "",
@@ -182,10 +189,11 @@ class Comparison:
     Attributes:
         paired: how many images all models classify correctly.
         rows: for every attack of minimum distance that all have and every model: "attack",
-            "model", "mean", "median", and "difference" of the mean from the first model's (None for
-            the first), each with its interval.
+            "model", "n" images for which all have a distance, "mean", "median", and "difference" of
+            the mean from the first model's (None for the first), each with its interval.
         robust_accuracy: for every norm and eps that all have: "norm", "eps", and "models", the
-            robust accuracy of each under the worst of the attacks that all have.
+            robust accuracy of each under the worst of the attacks that all have, with its paired
+            "difference" from the first model's.
 
     Raises:
         ReportError: fewer than two reports, other images or attack settings, or no per-image
@@ -236,8 +244,9 @@ class Comparison:
                 {
                     "attack": attack,
                     "model": name,
+                    "n": int(found.sum()),
                     "mean": mean(own, seed=seed),
-                    "median": quantile(distances[i], 0.5, seed=seed),
+                    "median": quantile(own, 0.5, seed=seed),
                     "difference": mean(own - reference, seed=seed) if i else None,
                 }
             )
@@ -252,11 +261,14 @@ class Comparison:
             attacks = [n for n in self.attacks if first["attacks"][n]["norm"] == norm]
             if not attacks or not all((norm, eps) in k for k in known):
                 continue
-            estimates = []
-            for report in self.reports:
-                worst = np.min([report.images[f"{name}/distances"] for name in attacks], axis=0)
-                hits = report.images["correct"] & (worst > eps)
-                estimates.append(proportion(hits, seed=first["seed"]))
+            hits = [
+                report.images["correct"]
+                & (np.min([report.images[f"{n}/distances"] for n in attacks], axis=0) > eps)
+                for report in self.reports
+            ]
+            estimates = [{**proportion(own), "difference": None} for own in hits]
+            for own, estimate in zip(hits[1:], estimates[1:], strict=True):
+                estimate["difference"] = mean(own - hits[0].astype(float), seed=first["seed"])
             points.append({"norm": norm, "eps": eps, "models": estimates})
         return points
 
@@ -265,8 +277,8 @@ class Comparison:
         first = self.reports[0].content
         lines = [
             f"{first['n']} images of {_data_name(first['data'])}, seed {first['seed']}; distances "
-            f"on the {self.paired} that all models classify correctly; [0, 1] pixels; 95 % "
-            "intervals by the bootstrap over images.",
+            f"on the {self.paired} that all models classify correctly; [0, 1] pixels; in "
+            "brackets 95 % intervals.",
             "",
         ]
         header = ["model", "accuracy"]
@@ -276,11 +288,13 @@ class Comparison:
         ]
         lines += [_table(header, rows), ""]
         if self.rows:
-            header = ["attack", "model", "mean distance", "median", f"against {self.names[0]}"]
+            header = ["attack", "model", "images", "mean distance", "median"]
+            header.append(f"mean against {self.names[0]}")
             rows = [
                 [
                     row["attack"],
                     row["model"],
+                    str(row["n"]),
                     number(row["mean"]),
                     number(row["median"]),
                     number(row["difference"], signed=True) if row["difference"] else "",
@@ -289,7 +303,7 @@ class Comparison:
             ]
             lines += [_table(header, rows), ""]
         rows = [
-            [norm_name(p["norm"]), f"{p['eps']:.4g}", *map(percent, p["models"])]
+            [norm_name(p["norm"]), f"{p['eps']:.4g}", *map(with_difference, p["models"])]
             for p in self.robust_accuracy
         ]
         if rows:
@@ -312,6 +326,16 @@ def percent(estimate: Estimate) -> str:
         return "none"
     low, high = estimate["ci"]
     return f"{100 * estimate['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def with_difference(estimate: Mapping[str, Any]) -> str:
+    """Return a proportion, and by how many points it differs from the first model's."""
+    difference = estimate["difference"]
+    if difference is None:
+        return percent(estimate)
+    low, high = difference["ci"]
+    points = f"{100 * difference['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{percent(estimate)}; {points} points"
 
 
 def number(estimate: Estimate, *, signed: bool = False) -> str:
@@ -360,4 +384,4 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, "utf-8")

@@ -1,15 +1,17 @@
-"""Aggregates of per-image results, each with a 95 % interval by the bootstrap over images.
+"""Aggregates of per-image results, each with a 95 % interval.
 
-Percentile intervals of 2,000 resamples. Where all images agree the bootstrap has nothing to vary
-and would claim certainty; there the interval of a proportion ends at the exact binomial
-(Clopper-Pearson) bound.
+Means and quantiles: percentile intervals of 2,000 bootstrap resamples of the images. Proportions:
+the exact binomial (Clopper-Pearson) interval, because the bootstrap of a proportion has nothing to
+vary where all images agree, and claims certainty there.
 
-Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
+Sources: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13; Clopper, Pearson,
+Biometrika 1934.
 """
 
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import beta
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -18,16 +20,20 @@ _AT_ONCE = 2_000_000  # numbers of one block of resamples
 Estimate = dict[str, float | list[float | None] | None]
 
 
-def proportion(hits: np.ndarray, *, seed: int) -> Estimate:
+def proportion(hits: np.ndarray) -> Estimate:
     """Return the fraction of true values, with its interval."""
-    estimate = mean(hits.astype(float), seed=seed)
-    n = len(hits)
-    beyond = 1 - ((1 - LEVEL) / 2) ** (1 / n) if n else None
-    if n and not hits.any():
-        estimate["ci"] = [0.0, beyond]
-    elif n and hits.all():
-        estimate["ci"] = [1 - beyond, 1.0]
-    return estimate
+    if not len(hits):
+        return {"value": None, "ci": [None, None]}
+    low, high = binomial_interval(np.array(hits.sum()), len(hits))
+    return {"value": float(hits.mean()), "ci": [float(low), float(high)]}
+
+
+def binomial_interval(hits: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the exact interval of `hits` of `n`, elementwise."""
+    tail = (1 - LEVEL) / 2
+    low = np.where(hits > 0, beta.ppf(tail, np.maximum(hits, 1), n - hits + 1), 0.0)
+    high = np.where(hits < n, beta.ppf(1 - tail, hits + 1, np.maximum(n - hits, 1)), 1.0)
+    return low, high
 
 
 def mean(values: np.ndarray, *, seed: int) -> Estimate:

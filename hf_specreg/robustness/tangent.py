@@ -3,7 +3,8 @@
 From a boundary point b at distance D of the image x, iteration t
 
 1. estimates the normal g of the boundary at b from the decisions at min(floor(100 sqrt(t)), 10^4)
-   random probes b + delta u, ||u|| = 1, delta = D / d in d dimensions (0.1 at first);
+   random probes b + delta u, ||u|| = 1, delta = D / d in d dimensions (0.1 at first), or a
+   little more where float32 pixels could not hold such a step;
 2. goes to where the line from x touches the hemisphere of radius R around b on the side of g,
 
        k = b + R (cos(a) e + sin(a) n),   e = (x - b) / D,   cos(a) = R / D,
@@ -27,6 +28,7 @@ from hf_specreg.robustness.threat import AttackResult
 
 BLOCK = 64  # probes drawn at once: the stream of an image's numbers must not depend on its company
 MAX_HALVINGS = 30
+SMALLEST_STEP = 2.0**-22  # of a probe, a pixel: what float32 can still tell apart near 1
 START_TRIES = 100
 
 
@@ -38,9 +40,12 @@ class TangentAttack:
         iterations: T.
         initial_probes: of the first iteration; iteration t has sqrt(t) times as many.
         max_probes: of any iteration.
-        tolerance: of the bisection, as a fraction of the segment.
+        tolerance: of the bisection, as a fraction of the segment; default: 1e-5, the paper's, or
+            less from 2,155 pixels on: d^-1.5, so that the boundary is known better than the probes'
+            steps across it, down to 1e-7, where float32 pixels end.
         max_queries: per image; no query is made beyond it. None: no limit.
-        batch_size: probes classified at once, which bounds the memory.
+        batch_size: probes classified at once, which bounds the memory; default: 1,024, or fewer if
+            they have more than 2^25 pixels together.
         authors_compatible: leave the probes Gaussian, of length about sqrt(d), as the code of
             arXiv:2405.17181 does, instead of on the unit sphere as in the original.
     """
@@ -48,9 +53,9 @@ class TangentAttack:
     iterations: int = 40
     initial_probes: int = 100
     max_probes: int = 10_000
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     max_queries: int | None = None
-    batch_size: int = 1024
+    batch_size: int | None = None
     authors_compatible: bool = False
 
     @torch.no_grad()
@@ -106,6 +111,9 @@ class _Run:
         self.shape = images.shape[1:]
         self.device = classifier.device
         self.x = images.to(self.device).flatten(1).double()
+        d = self.x.shape[1]
+        self.tolerance = settings.tolerance or max(min(1e-5, d**-1.5), 1e-7)
+        self.batch_size = settings.batch_size or max(BLOCK, min(1024, 2**25 // d))
         self.wanted = (labels if targets is None else targets).to(self.device)
         self.targeted = targets is not None
         self.generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
@@ -143,7 +151,7 @@ class _Run:
         found = torch.cat(
             [
                 self.classifier.predict(part.float().reshape(-1, *self.shape))
-                for part in points.split(self.settings.batch_size)
+                for part in points.split(self.batch_size)
             ]
             or [index]
         )
@@ -189,9 +197,9 @@ class _Run:
         x = self.x[index]
         low = x.new_zeros(len(index), 1)
         high = torch.ones_like(low)
-        while len(index) and (high - low).max() > self.settings.tolerance:
+        while True:
             middle = (low + high) / 2
-            may = self.affordable(index, 1)
+            may = self.affordable(index, 1) & ((high - low)[:, 0] > self.tolerance)
             if not may.any():
                 break
             found = torch.zeros_like(may)
@@ -235,7 +243,8 @@ class _Run:
         if t == 1:
             deltas = [0.1] * len(index)
         else:
-            deltas = (self.distances[index] / d).tolist()
+            smallest = d**0.5 * SMALLEST_STEP
+            deltas = (self.distances[index] / d).clamp(min=smallest).tolist()
         counts = counts.tolist()
         pieces = [
             (i, min(BLOCK, count - first))
@@ -244,7 +253,7 @@ class _Run:
         ]
         sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
         total = self.x.new_zeros(len(index))  # of the decisions
-        rows = max(settings.batch_size, BLOCK)
+        rows = max(self.batch_size, BLOCK)
         noise = torch.empty(rows, d, device=self.device)
         probes = torch.empty_like(noise)
         boundary = self.boundary[index].float()

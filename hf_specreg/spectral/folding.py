@@ -16,16 +16,18 @@ def following_norms(network: nn.Module, input_size: tuple[int, int, int]) -> dic
     Found by one evaluation of one black image (C, H, W), where the model is.
     """
     names = {module: name for name, module in network.named_modules()}
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    # The tensor is kept, so that its id stays its own; its version tells what is done in place.
+    outputs: dict[int, tuple[str, Tensor, int]] = {}
     found: dict[str, _BatchNorm] = {}
 
     def after(module, args, output):
         if isinstance(output, Tensor):
-            outputs[id(output)] = names[module], output
+            outputs[id(output)] = names[module], output, output._version
 
     def before(module, args):
-        if args and id(args[0]) in outputs:
-            found[outputs[id(args[0])][0]] = module
+        name, _, version = outputs.get(id(args[0]) if args else None, (None, None, None))
+        if name is not None and args[0]._version == version:
+            found[name] = module
 
     modes = {module: module.training for module in network.modules()}
     hooks = []

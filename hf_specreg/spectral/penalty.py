@@ -178,6 +178,10 @@ class SpectralPenalty:
         device = terms[0].device
         return self.strength * torch.stack([t.to(device) for t in terms]).sum()
 
+    def detach(self) -> None:
+        """Take its hook off the model: for a penalty that has only looked at the layers."""
+        self._seen.watch(())
+
     def top_singular_values(
         self, *, tolerance: float = 1e-3, fold_norm: bool = False
     ) -> dict[str, TopSingularValue]:

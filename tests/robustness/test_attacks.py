@@ -151,6 +151,10 @@ def test_unknown_attacks_and_settings_are_named():
         make_attacks({"pgd-l2": {"step": 3}})
     with pytest.raises(ValueError, match=r"no settings \['norm'\]"):
         make_attacks({"pgd-l2": {"norm": "linf"}})
+    with pytest.raises(ValueError, match=r"pgd-l2: restarts \(0\) must be positive"):
+        make_attacks({"pgd-l2": {"restarts": 0}})
+    with pytest.raises(ValueError, match=r"tangent: tolerance \(0.0\) must be positive"):
+        make_attacks({"tangent": {"tolerance": 0.0}})
 
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):

@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing
 import signal
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from hf_specreg import SpecRegModel, evaluate_robustness
-from hf_specreg.robustness.classifier import ClassifierError
+from hf_specreg.robustness.classifier import Classifier, ClassifierError
 from hf_specreg.robustness.evaluate import EvaluationError
 
 QUICK = {"tangent": {"iterations": 4}}
@@ -123,14 +124,19 @@ def test_another_evaluations_folder_is_refused(trained, tmp_path):
     evaluate(net, images[:10], labels[:10], output=tmp_path)
     with pytest.raises(EvaluationError, match=r"with other seed: take another output"):
         evaluate(net, images[:10], labels[:10], output=tmp_path, seed=1)
-    with pytest.raises(EvaluationError, match="with other rows_sha256"):
+    with pytest.raises(EvaluationError, match=r"with other data, .*rows_sha256"):
         evaluate(net, images[:9], labels[:9], output=tmp_path)
+    with pytest.raises(EvaluationError, match="with other first_images_sha256"):
+        evaluate(net, 0.99 * images[:10], labels[:10], output=tmp_path)
+    with pytest.raises(EvaluationError, match=r"with other .*first_logits_sha256"):
+        evaluate(Stairs(net), images[:10], labels[:10], output=tmp_path, head=())
 
 
 def test_a_broken_chunk_is_named(trained, tmp_path):
     net, images, labels = trained
     evaluate(net, images[:10], labels[:10], output=tmp_path)
-    (tmp_path / "chunks/tangent-0000000.npz").write_bytes(b"PK")
+    chunk = tmp_path / "chunks/tangent-0000000.npz"
+    chunk.write_bytes(chunk.read_bytes()[:400])
     with pytest.raises(EvaluationError, match=r"tangent-0000000.npz cannot be read.*delete it"):
         evaluate(net, images[:10], labels[:10], output=tmp_path)
 
@@ -175,7 +181,7 @@ def test_a_model_that_expects_other_pixels_is_caught(levels, undo, name):
         evaluate(Brightness(undo), *levels)
     report = evaluate(Brightness(undo), *levels, samples=20, check_inputs=False)
     assert report.content["layers"] == []
-    assert "no singular values" in report.content["lower_bound"]["unavailable"]
+    assert "head '3' is no module" in report.content["lower_bound"]["unavailable"]
 
 
 def test_a_model_that_takes_unit_pixels_passes_the_check(levels):
@@ -198,6 +204,56 @@ def test_images_and_labels_that_do_not_fit_are_named(trained, change, message):
     net, images, labels = trained
     with pytest.raises((ClassifierError, EvaluationError), match=message):
         evaluate(net, *change(images, labels))
+
+
+def test_a_part_of_a_torch_dataset_is_a_data_set(trained):
+    net, images, labels = trained
+    part = torch.utils.data.Subset(torch.utils.data.TensorDataset(images, labels), range(0, 20, 2))
+    report = evaluate_robustness(net, part, attacks=QUICK, progress=False)
+    assert report.images["label"].tolist() == labels[:20:2].tolist()
+    pictures = [(Image.new("L", (8, 8)), 0), (Image.new("L", (8, 8)), 1)]
+    with pytest.raises(EvaluationError, match="gives Image, not tensors"):
+        evaluate_robustness(net, pictures, attacks=QUICK)
+
+
+def test_a_layer_that_cannot_be_analysed_does_not_cost_the_report(trained):
+    net, images, labels = trained
+    broken = copy.deepcopy(net)
+    broken[1].weight.data[0, 0] = torch.nan
+    report = evaluate(broken, images[:10], labels[:10], check_inputs=False)
+    assert report.content["layers"][0]["sigma"] is None
+    assert "did not converge" in report.content["lower_bound"]["unavailable"]
+    assert report.content["clean"]["invalid"] == 10
+
+
+def test_a_network_with_a_module_called_head_is_no_surprise(trained):
+    _, images, labels = trained
+
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.head = nn.Flatten(), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.head(self.flat(x))
+
+    arguments = {"attacks": QUICK, "progress": False, "check_inputs": False}
+    report = evaluate_robustness(Headed(), (images, labels), **arguments)
+    assert "pass head=" in report.content["lower_bound"]["unavailable"]
+
+
+def test_nothing_is_left_on_the_model(trained):
+    net, images, labels = trained
+    evaluate(net, images[:10], labels[:10])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_images_are_sent_to_where_the_model_is(trained):
+    """The model may be elsewhere than the data; here a device without values stands for a GPU."""
+    net, images, _ = trained
+    classifier = Classifier(copy.deepcopy(net).to("meta"))
+    assert classifier(images).device.type == "meta"
+    assert Classifier(copy.deepcopy(net).double())(images).dtype == torch.float32
 
 
 def test_eight_bit_pixels_of_a_torch_dataset_are_scaled(trained):
@@ -277,6 +333,7 @@ def test_masked_gradients_are_flagged_and_honest_ones_are_not(trained):
     assert "black-box attacks break" in flags
     assert "gradient of exactly zero" in flags
     assert "withstand PGD of unbounded eps" in flags
+    assert "PGD does not improve with steps" in flags
 
 
 def test_accuracy_under_corruptions_is_reported(trained):

@@ -58,7 +58,8 @@ def test_unreadable_files_are_named(reports, tmp_path):
     with pytest.raises(ReportError, match=r"robustness.json cannot be read"):
         RobustnessReport.load(tmp_path)
     reports[0].save(tmp_path / "robustness.json")
-    (tmp_path / "robustness.npz").write_bytes(b"PK torn")
+    arrays = tmp_path / "robustness.npz"
+    arrays.write_bytes(arrays.read_bytes()[:1000])
     with pytest.raises(ReportError, match=r"robustness.npz cannot be read"):
         RobustnessReport.load(tmp_path)
 
@@ -108,6 +109,19 @@ def test_robust_accuracy_is_compared_under_the_attacks_that_all_models_faced(rep
     images = strong.images
     stands = images["correct"] & (images["pgd-l2/distances"] > eps)
     assert points[0]["models"][0]["value"] == pytest.approx(stands.mean())
+    assert points[0]["models"][0]["difference"] is None
+    others = weak.images["correct"] & (weak.images["pgd-l2/distances"] > eps)
+    gain = points[0]["models"][1]["difference"]["value"]
+    assert gain == pytest.approx(others.mean() - stands.mean())
+
+
+def test_a_report_saved_over_another_takes_none_of_its_images(reports, tmp_path):
+    reports[0].save(tmp_path / "robustness.json")
+    RobustnessReport(reports[1].content).save(tmp_path / "robustness.json")
+    assert RobustnessReport.load(tmp_path).images == {}
+    fewer = {k: v[:10] for k, v in reports[0].images.items()}
+    with pytest.raises(ReportError, match="of 10 images are not those of a report on 100"):
+        RobustnessReport(reports[0].content, fewer)
 
 
 def test_models_of_the_same_name_are_told_apart(reports):

@@ -21,11 +21,15 @@ def test_the_interval_of_a_mean_covers_the_truth_about_95_times_in_100():
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_unanimous_images_do_not_claim_certainty():
-    none, every = (proportion(np.full(100, v), seed=0) for v in (False, True))
-    assert none["value"] == 0
-    assert none["ci"] == pytest.approx([0, 0.0362], abs=1e-4)  # exact binomial
-    assert every["ci"] == pytest.approx([0.9638, 1], abs=1e-4)
+def test_the_interval_of_a_proportion_is_the_exact_one_also_where_all_images_agree():
+    hits = np.zeros(100, bool)
+    ends = []
+    for count in (0, 1, 2, 50, 100):
+        hits[:count] = True
+        ends.append(proportion(hits)["ci"])
+    # Published tables of the Clopper-Pearson interval.
+    expected = [[0, 0.0362], [0.0003, 0.0545], [0.0024, 0.0704], [0.3983, 0.6017], [0.9638, 1]]
+    assert np.allclose(ends, expected, atol=1e-4)
 
 
 def test_infinite_distances_count_in_quantiles():
@@ -36,4 +40,4 @@ def test_infinite_distances_count_in_quantiles():
 
 def test_nothing_to_average():
     assert mean(np.array([]), seed=0) == {"value": None, "ci": [None, None]}
-    assert proportion(np.array([], bool), seed=0)["value"] is None
+    assert proportion(np.array([], bool))["value"] is None

@@ -28,10 +28,45 @@ def test_the_result_for_an_image_does_not_depend_on_its_company(case):
         assert torch.equal(alone.queries, together.queries[part])
 
 
+def test_a_budget_that_some_exhaust_does_not_touch_the_others(case):
+    classifier, images, labels = case
+    attack, seeds = TangentAttack(max_queries=140), list(range(24))
+    together = attack.run(classifier, images, labels, seeds=seeds)
+    for i in range(24):
+        part = slice(i, i + 1)
+        alone = attack.run(classifier, images[part], labels[part], seeds=seeds[part])
+        assert torch.equal(alone.queries, together.queries[part])
+        torch.testing.assert_close(alone.distances, together.distances[part], rtol=1e-5, atol=0)
+
+
+def test_large_images_are_attacked_as_well_as_small_ones():
+    """On 3x224x224 a linear boundary is found by probes that float32 can still tell apart."""
+    torch.manual_seed(0)
+    shape = (3, 224, 224)
+    normal = torch.nn.functional.normalize(torch.randn(shape).flatten(), dim=0)
+
+    class Plane(nn.Module):
+        def forward(self, images):
+            side = (images - 0.5).flatten(1) @ normal + 0.5
+            return torch.stack([side, -side], dim=1)
+
+    classifier = Classifier(Plane())
+    image, label = torch.full((1, *shape), 0.5), torch.tensor([0])
+    start = image - 20 * normal.reshape(1, *shape) * 0.2 + 0.05 * torch.randn(1, *shape)
+    attack = TangentAttack(iterations=8)
+    result = attack.run(classifier, image, label, seeds=[0], starts=start.clamp(0, 1))
+    distances = result.trajectory[0, :, 1]
+    print(distances)
+    coarse = TangentAttack(iterations=8, tolerance=1e-5)
+    c = coarse.run(classifier, image, label, seeds=[0], starts=start.clamp(0, 1))
+    print(c.trajectory[0, :, 1])
+    assert 0.5 <= distances[-1] < 0.75 * distances[0]
+
+
 def test_the_distance_falls_with_every_query_and_is_that_of_the_image_returned(case):
     classifier, images, labels = case
     result = TangentAttack(iterations=15).run(classifier, images, labels, seeds=range(24))
-    queries, distances = result.trajectory.unbind(2)
+    distances = result.trajectory.unbind(2)
     assert (queries.diff(dim=1) > 0).all()
     assert (distances.diff(dim=1) <= 0).all()
     assert torch.equal(queries[:, -1].long(), result.queries)

@@ -65,6 +65,13 @@ def test_rescaling_a_normalised_convolution_changes_the_plain_sigma_only(net):
     torch.testing.assert_close(after[1], before[1], rtol=1e-3, atol=0)
 
 
+def test_an_activation_in_place_stands_between():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
+    assert following_norms(nn.Sequential(*layers), (3, 8, 8)) == {}
+    assert list(following_norms(nn.Sequential(*layers[::2]), (3, 8, 8))) == ["0"]
+
+
 def test_looking_for_norms_leaves_the_model_as_it_is(net):
     state = {k: v.clone() for k, v in net.state_dict().items()}
     assert following_norms(net, (3, 8, 8)) == {"first": net.norm}
