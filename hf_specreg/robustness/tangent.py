@@ -28,7 +28,7 @@ from hf_specreg.robustness.threat import AttackResult
 
 BLOCK = 64  # probes drawn at once: the stream of an image's numbers must not depend on its company
 MAX_HALVINGS = 30
-SMALLEST_STEP = 2.0**-22  # of a probe, a pixel: what float32 can still tell apart near 1
+SMALLEST_STEP = 2.0**-20  # of a probe, a pixel: some 16 roundings of a float32 pixel
 START_TRIES = 100
 
 
