@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from hf_specreg import SpecRegModel, evaluate_robustness
+from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.classifier import Classifier, ClassifierError
-from hf_specreg.robustness.evaluate import EvaluationError
 
 QUICK = {"tangent": {"iterations": 4}}
 
