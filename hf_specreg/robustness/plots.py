@@ -180,6 +180,8 @@ def distance_by_queries(
         xscale="log",
         yscale="log",
     )
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
     axes.legend()
     caption = (
         "Best distance so far against queries: median, and band of quartiles, over the images of "
@@ -215,6 +217,7 @@ def sigmas(
     axes.set_yticks(range(len(layers)), layers, fontsize=7 if len(layers) > 12 else 9)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
     axes.set_xlabel("top singular value of the layer")
     axes.legend()
     return figure, "Top singular value of every linear map up to the features, in forward order."
@@ -294,6 +297,15 @@ def _axes(height: float = HEIGHT) -> tuple["Figure", Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of each decade, in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: "Figure") -> str:
