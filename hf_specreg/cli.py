@@ -132,8 +132,8 @@ def evaluate_into(
     )
     if shard[0] == 0:
         report.save(Path(output) / "robustness.json")
-        report.to_html(Path(output) / "report.html")
         print(report.to_markdown())
+        report.to_html(Path(output) / "report.html")
         print(f"{output}: robustness.json, robustness.npz, report.html")
     return report
 

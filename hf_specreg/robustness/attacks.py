@@ -58,19 +58,6 @@ class MissingPackageError(ImportError):
 
 
 @dataclass(frozen=True)
-class Tangent(TangentAttack):
-    """TangentAttack, untargeted: black-box, L2, minimum distance."""
-
-    norm: ClassVar[Norm] = "l2"
-    black_box: ClassVar[bool] = True
-    minimum_distance: ClassVar[bool] = True
-
-    def run(self, classifier, images, labels, *, seeds, eps=()) -> AttackResult:
-        """See `Attack.run`."""
-        return super().run(classifier, images, labels, seeds=seeds)
-
-
-@dataclass(frozen=True)
 class HopSkipJump:
     """foolbox's HopSkipJump (Chen, Jordan, Wainwright 2020): black-box, L2, minimum distance.
 
@@ -291,7 +278,7 @@ class AutoAttack:
 
 
 ATTACKS: Mapping[str, Attack] = {
-    "tangent": Tangent(),
+    "tangent": TangentAttack(),
     "hopskipjump": HopSkipJump(),
     "deepfool-l2": DeepFool(),
     "cw-l2": CarliniWagner(),

@@ -7,8 +7,8 @@ processes can share the chunks out.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -29,7 +29,12 @@ def claim(folder: Path, settings: dict[str, Any], first: bool, barrier: Callable
         partial.write_text(json.dumps(settings, indent=2))
         partial.replace(path)
     barrier()
-    known = json.loads(path.read_text())
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} cannot be read ({error}): take another output folder, or delete this one"
+        ) from error
     changed = [k for k in settings if settings[k] != known.get(k)]
     if changed:
         raise EvaluationError(
@@ -38,22 +43,16 @@ def claim(folder: Path, settings: dict[str, Any], first: bool, barrier: Callable
         )
 
 
-class workspace:
+@contextmanager
+def workspace(output: str | Path | None) -> Iterator[Path]:
     """The folder of the chunks: the user's, or a temporary one."""
-
-    def __init__(self, output: str | Path | None):
-        if output is None:
-            self.context = tempfile.TemporaryDirectory()
-        else:
-            folder = Path(output) / "chunks"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.context = nullcontext(folder)
-
-    def __enter__(self) -> Path:
-        return Path(self.context.__enter__())
-
-    def __exit__(self, *exception) -> None:
-        self.context.__exit__(*exception)
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        folder = Path(output) / "chunks"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -91,13 +90,9 @@ def gather(folder: Path, stage: str, count: int, batch_size: int) -> dict[str, n
     for key in {k for p in parts for k in p} - {"shown", "twins"}:
         shape = next(p[key].shape[1:] for p in parts if key in p)
         # A chunk in which nothing is classified correctly has no trajectories.
-        filled = [p.get(key, np.zeros((len(_first(p)), *shape))) for p in parts]
+        filled = [p[key] if key in p else np.zeros((len(p["distances"]), *shape)) for p in parts]
         merged[key] = np.concatenate(filled)
     return merged
-
-
-def _first(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    return arrays["distances"] if "distances" in arrays else next(iter(arrays.values()))
 
 
 def chunk_path(folder: Path, stage: str, start: int) -> Path:

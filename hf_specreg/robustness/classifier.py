@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     """A frozen classifier from images [B, C, H, W] in [0, 1] to logits [B, K], K >= 2, float32.
 
     One logit z becomes the two logits (0, z). Logits that are not finite become 0, so that no
-    attack meets a NaN; `invalid` says which images have them.
+    attack meets a NaN; `judge` says which images have them.
 
     Args:
         model: from [0, 1] pixels to logits [B, K] or [B, 1] or [B].
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return finite logits, differentiable in the images."""
         self.queries += len(images)
-        return self._raw(images).nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+        return _finite(self._raw(images))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -54,9 +54,14 @@ class Classifier(nn.Module):
         return self(images).argmax(1)
 
     @torch.no_grad()
-    def invalid(self, images: Tensor) -> Tensor:
-        """Return which images have logits that are not finite, [B]."""
-        return ~self._raw(images).isfinite().all(1)
+    def judge(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return finite logits [B, K], which images are classified as their labels [B], and which
+        have logits that are not finite [B] (they count as wrong); on the CPU, from one forward.
+        """
+        self.queries += len(images)
+        raw = self._raw(images).cpu()
+        logits, invalid = _finite(raw), ~raw.isfinite().all(1)
+        return logits, (logits.argmax(1) == labels) & ~invalid, invalid
 
     def _raw(self, images: Tensor) -> Tensor:
         count = len(images)
@@ -169,6 +174,10 @@ def check_images(images: Tensor) -> None:
             f"the images' pixels go from {low:.3g} to {high:.3g}, not from 0 to 1: give them as "
             "they are before any normalisation"
         )
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return logits.nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
 
 
 def _described(value: object) -> str:

@@ -6,7 +6,6 @@ an image's row, or on its chunk, never on what was done before.
 """
 
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,8 +183,8 @@ def evaluate_robustness(
         }
         claim(folder, settings, shard[0] == 0, barrier)
         layers, bound = _layers_and_bound(model, head, images.size, fold_norm)
-        stages = make_stages(classifier, chosen, grid, seed, corruptions, masking_check)
-        _work(stages, classifier, images, rows, folder, batch_size, shard, progress)
+        stages = make_stages(classifier, chosen, grid, corruptions, masking_check)
+        _work(stages, classifier, images, rows, seed, folder, batch_size, shard, progress)
         barrier()
         results = {stage: gather(folder, stage, len(rows), batch_size) for stage in stages}
     content = aggregate(results, chosen, grid, seed, bound)
@@ -283,13 +282,13 @@ def _work(
     classifier: Classifier,
     images: _Images,
     rows: np.ndarray,
+    seed: int,
     folder: Path,
     batch_size: int,
     shard: tuple[int, int],
     progress: bool,
 ) -> None:
     """Do what is not done yet of every stage."""
-    seed = json.loads((folder / "settings.json").read_text())["seed"]
     rank, processes = shard
     starts = range(0, len(rows), batch_size)[rank::processes]
     show = Progress(

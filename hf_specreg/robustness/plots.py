@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,13 @@ CURVE_POINTS = 80
 
 
 def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> str:
-    """Return a self-contained HTML page about one model, or several that are compared."""
+    """Return a self-contained HTML page about one model, or several that are compared.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("the page needs matplotlib: pip install 'hf-specreg[plots]'")
     figures = [
         {"caption": caption, "svg": _svg(figure)}
         for draw in (robust_accuracy, distances, distance_by_queries, sigmas)

@@ -22,7 +22,6 @@ def make_stages(
     classifier: Classifier,
     attacks: Mapping[str, Attack],
     grid: Mapping[str, Sequence[float]],
-    seed: int,
     corruptions: bool,
     masking_check: bool,
 ) -> dict[str, Stage]:
@@ -32,24 +31,22 @@ def make_stages(
     """
 
     def clean(images, labels, seeds, places):
-        device = classifier.device
-        logits = classifier(images.to(device)).detach()
-        invalid = classifier.invalid(images.to(device))
+        logits, correct, invalid = classifier.judge(images, labels)
         digests = [
             hashlib.sha256(image.numpy().tobytes() + bytes(str(int(label)), "ascii")).digest()
             for image, label in zip(images, labels, strict=True)
         ]
         return {
-            "logits": logits.cpu().numpy(),
+            "logits": logits.numpy(),
             "labels": labels.numpy(),
-            "correct": ((logits.argmax(1).cpu() == labels) & ~invalid.cpu()).numpy(),
-            "invalid": invalid.cpu().numpy(),
+            "correct": correct.numpy(),
+            "invalid": invalid.numpy(),
             "digest": np.frombuffer(b"".join(digests), np.uint8).reshape(len(images), -1),
         }
 
     def attacked(attack: Attack) -> Stage:
         def stage(images, labels, seeds, places):
-            known = torch.from_numpy(clean(images, labels, seeds, places)["correct"])
+            _, known, _ = classifier.judge(images, labels)
             count = len(images)
             distances, queries = np.zeros(count, np.float32), np.zeros(count, np.int64)
             arrays = {}
@@ -76,14 +73,14 @@ def make_stages(
         for i, kind in enumerate(CORRUPTIONS):
             for j, severity in enumerate(SEVERITIES):
                 keys = [derived_seed(s, i, j) for s in seeds]
-                changed = corrupt(images, kind, severity, seeds=keys).to(classifier.device)
+                changed = corrupt(images, kind, severity, seeds=keys)
                 hits[:, i, j] = (classifier.predict(changed).cpu() == labels).numpy()
         return {"hits": hits}
 
     def masking(images, labels, seeds, places):
         """On the first images: do steps help PGD, does it win unbounded, are there gradients?"""
         count = len(images)
-        known = torch.from_numpy(clean(images, labels, seeds, places)["correct"])
+        _, known, _ = classifier.judge(images, labels)
         known &= torch.from_numpy(places < MASKING_IMAGES)
         arrays = {
             k: np.zeros(count, bool)

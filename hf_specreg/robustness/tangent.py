@@ -19,12 +19,13 @@ Jordan, Wainwright, S&P 2020). It is the measure of arXiv:2405.17181, with T = 4
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_specreg.robustness.classifier import Classifier
-from hf_specreg.robustness.threat import AttackResult
+from hf_specreg.robustness.threat import AttackResult, Norm
 
 BLOCK = 64  # probes drawn at once: the stream of an image's numbers must not depend on its company
 MAX_HALVINGS = 30
@@ -50,6 +51,10 @@ class TangentAttack:
             arXiv:2405.17181 does, instead of on the unit sphere as in the original.
     """
 
+    norm: ClassVar[Norm] = "l2"
+    black_box: ClassVar[bool] = True
+    minimum_distance: ClassVar[bool] = True
+
     iterations: int = 40
     initial_probes: int = 100
     max_probes: int = 10_000
@@ -66,6 +71,7 @@ class TangentAttack:
         labels: Tensor,
         *,
         seeds: Sequence[int],
+        eps: Sequence[float] = (),
         targets: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> AttackResult:
@@ -77,6 +83,7 @@ class TangentAttack:
             labels: [B]; any other class is adversarial.
             seeds: one an image: the result for an image depends on its seed alone, not on the
                 images beside it.
+            eps: not used: it looks for the minimum distance.
             targets: [B], the class to reach instead.
             starts: [B, C, H, W], an adversarial image each to start from; needed with `targets`.
                 Default: uniform noise, then the negative, black and white.
@@ -130,6 +137,7 @@ class _Run:
         for t in range(1, self.settings.iterations + 1):
             if len(active):
                 self.step(active, t)
+                # A normal from less than a quarter of the probes is not worth its queries.
                 active = active[self.affordable(active, self.settings.probes(t + 1) // 4)]
             steps.append(self.snapshot())
         return AttackResult(
