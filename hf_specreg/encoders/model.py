@@ -6,6 +6,7 @@ weights. Architectures of `hf_specreg.encoders.small` need that module imported 
 AutoModel load them.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_specreg.encoders.features import (
     find_head,
     find_input_size,
     headless_output,
+    unwrap,
 )
 from hf_specreg.encoders.formats import (
     RUN_FILE,
@@ -314,3 +316,17 @@ def load_model(name: str) -> SpecRegModel:
             )
         return SpecRegModel.from_timm(name)
     return SpecRegModel.from_pretrained(name)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return the hash of a model's weights and buffers, its pixel normalisation among them: names,
+    shapes, types and bytes.
+    """
+    found = hashlib.sha256()
+    network = unwrap(model)
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    tensors |= {n: b for n, b in model.named_buffers() if n.endswith(("pixel_mean", "pixel_std"))}
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,5 +1,6 @@
 """From the arrays of all stages to the report's numbers, and to what must be said in words."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,9 @@ def _flags(
                 f"{name} found no adversarial image for {missing} of {n}: the mean distance leaves "
                 "them out"
             )
+    for name in attacks:
+        kinds = {re.sub(r"[\d.]+", "", m): m for m in results[name].get("warnings", ())}
+        flags += [f"{name}, on at least one batch: {message}" for message in kinds.values()]
     for norm in NORMS:
         boxes = {
             black: [

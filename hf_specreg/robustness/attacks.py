@@ -9,6 +9,8 @@ TangentAttack is this package's; PGD, DeepFool, Carlini-Wagner and HopSkipJump a
 (Rauber et al., JOSS 2020); AutoAttack is its authors' (Croce, Hein, ICML 2020).
 """
 
+import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -259,14 +261,16 @@ class AutoAttack:
             ensemble.apgd.n_restarts = ensemble.fab.n_restarts = 1
             ensemble.apgd_targeted.n_target_classes = min(9, classes - 1)
             ensemble.fab.n_target_classes = min(9, classes - 1)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _tracing_kept():
                 warnings.simplefilter("ignore")
                 found, _ = ensemble.run_standard_evaluation(
                     images, labels, batch_size=self.batch_size
                 )
             return found
 
-        return _run_over_grid(at, classifier, images, labels, seeds, eps, self.norm)
+        with _logged("auto-attack") as messages:
+            result = _run_over_grid(at, classifier, images, labels, seeds, eps, self.norm)
+        return result._replace(warnings=tuple(dict.fromkeys(messages)))
 
     @staticmethod
     def _standard(classes: int) -> tuple[str, ...]:
@@ -379,6 +383,35 @@ def _run_over_grid(
         adversarials[fallen] = result.adversarials[within]
         distances[fallen] = e
     return AttackResult(adversarials, distances, queries)
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[list[str]]:
+    """Collect what a library's logger warns of, without its pointers to files of its own."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage().split(" See ")[0])
+
+    logger, collector = logging.getLogger(name), Collector(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagated
+
+
+@contextmanager
+def _tracing_kept() -> Iterator[None]:
+    """Put the debugger's or the coverage tool's trace function back, which AutoAttack drops."""
+    tracing = sys.gettrace()
+    try:
+        yield
+    finally:
+        sys.settrace(tracing)
 
 
 def _checked(

@@ -87,6 +87,9 @@ def gather(folder: Path, stage: str, count: int, batch_size: int) -> dict[str, n
     merged = {"seconds": np.array(sum(float(p.pop("seconds")) for p in parts))}
     for key in parts[0].keys() & {"shown", "twins"}:
         merged[key] = parts[0][key]
+    said = [p.pop("warnings") for p in parts if "warnings" in p]
+    if said:
+        merged["warnings"] = np.unique(np.concatenate(said))
     for key in {k for p in parts for k in p} - {"shown", "twins"}:
         shape = next(p[key].shape[1:] for p in parts if key in p)
         # A chunk in which nothing is classified correctly has no trajectories.

@@ -6,11 +6,9 @@ an image's row, or on its chunk, never on what was done before.
 """
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from hf_specreg.data.datasets import load_splits
-from hf_specreg.data.images import LabelledImages
-from hf_specreg.data.transforms import derived_seed, evaluation_transform
-from hf_specreg.encoders.features import check_head, find_input_size, unwrap
-from hf_specreg.encoders.model import load_model
+from hf_specreg.data.transforms import derived_seed
+from hf_specreg.encoders.features import check_head, unwrap
+from hf_specreg.encoders.model import load_model, weights_sha256
 from hf_specreg.robustness.aggregate import aggregate, per_image, twins
 from hf_specreg.robustness.attacks import Attack, describe, make_attacks
 from hf_specreg.robustness.bound import Bound, NoBoundError, lipschitz_bound
@@ -45,6 +42,8 @@ from hf_specreg.robustness.chunks import (
     write,
 )
 from hf_specreg.robustness.classifier import Classifier, check_classifier, frozen
+from hf_specreg.robustness.images import Images
+from hf_specreg.robustness.provenance import device_name, digest, versions
 from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
 from hf_specreg.robustness.stages import Stage, make_stages
 from hf_specreg.robustness.statistics import LEVEL, RESAMPLES
@@ -53,16 +52,6 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
 CHECK_IMAGES = 256  # to see that model and data belong together
-PACKAGES = (
-    "hf-specreg",
-    "numpy",
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "foolbox",
-    "pyautoattack",
-)
 
 
 def evaluate_robustness(
@@ -148,7 +137,7 @@ def evaluate_robustness(
     if isinstance(dataset, str):
         data = {"id": dataset, "revision": revision, "split": split, **(data or {})}
         dataset = _split(dataset, split, revision)
-    images = _Images(dataset, model, input_size)
+    images = Images(dataset, model, input_size)
     if not len(images):
         raise EvaluationError("the data set has no images")
     if corruptions and images.size[0] not in (1, 3):
@@ -169,10 +158,10 @@ def evaluate_robustness(
         settings = {
             "weights_sha256": weights_sha256(model),
             "data": {"images": len(images), **(data or {})},
-            "first_images_sha256": _digest(first.numpy(), labels.numpy()),
-            "first_logits_sha256": _digest(logits.numpy()),
-            "versions": _versions(),
-            "device": _device_name(classifier),
+            "first_images_sha256": digest(first.numpy(), labels.numpy()),
+            "first_logits_sha256": digest(logits.numpy()),
+            "versions": versions(),
+            "device": device_name(classifier),
             "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
             "attacks": {n: describe(a) for n, a in chosen.items()},
             "eps": grid,
@@ -204,7 +193,7 @@ def evaluate_robustness(
             "split": None,
             **(data or {}),
             "images": len(images),
-            "sha256": _digest(results["clean"]["digest"]),
+            "sha256": digest(results["clean"]["digest"]),
         },
         "n": len(rows),
         "seed": seed,
@@ -232,55 +221,10 @@ def _split(source: str, split: str, revision: str | None) -> datasets.Dataset:
     return getattr(splits, split)
 
 
-class _Images:
-    """Any of the kinds of data set, read as float images in [0, 1] and labels."""
-
-    def __init__(self, dataset: Any, model: nn.Module, input_size: tuple[int, int, int] | None):
-        if isinstance(dataset, datasets.Dataset):
-            missing = {"image", "label"} - set(dataset.column_names)
-            if missing:
-                raise EvaluationError(
-                    f"the data set has columns {dataset.column_names}, but not {sorted(missing)}: "
-                    "rename_columns gives them these names"
-                )
-            size = input_size or find_input_size(model)
-            options = getattr(model, "preprocessing", {})
-            transform = evaluation_transform(size, **options)
-            dataset = LabelledImages(dataset, input_size=size, evaluate=transform)
-        elif isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
-            dataset = TensorDataset(*dataset)
-        self.dataset = dataset
-        if len(dataset):
-            self.size = tuple(self.read(np.arange(1))[0].shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return images [B, C, H, W] and labels [B]; 8-bit pixels are divided by 255."""
-        rows = [int(row) for row in rows]
-        if isinstance(self.dataset, LabelledImages):
-            images, labels = self.dataset.__getitems__(rows)
-        elif isinstance(self.dataset, TensorDataset):
-            images, labels = self.dataset[rows]
-        else:
-            pairs = [self.dataset[row] for row in rows]
-            if not all(isinstance(image, Tensor) for image, _ in pairs):
-                raise EvaluationError(
-                    f"the data set gives {type(pairs[0][0]).__name__}, not tensors [C, H, W] in "
-                    "[0, 1]: give it a transform such as torchvision's ToTensor"
-                )
-            images = torch.stack([image for image, _ in pairs])
-            labels = torch.tensor([int(label) for _, label in pairs])
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        return images, labels.long()
-
-
 def _work(
     stages: Mapping[str, Stage],
     classifier: Classifier,
-    images: _Images,
+    images: Images,
     rows: np.ndarray,
     seed: int,
     folder: Path,
@@ -348,20 +292,6 @@ def _draw(count: int, samples: int | None, seed: int) -> np.ndarray:
     if samples < 1:
         raise EvaluationError(f"samples ({samples}) must be at least 1")
     return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's weights and buffers, its pixel normalisation among them: names,
-    shapes, types and bytes.
-    """
-    found = hashlib.sha256()
-    network = unwrap(model)
-    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    tensors |= {n: b for n, b in model.named_buffers() if n.endswith(("pixel_mean", "pixel_std"))}
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _layers_and_bound(
@@ -432,26 +362,3 @@ def _reproducible() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def _device_name(classifier: Classifier) -> str:
-    device = classifier.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, {str(classifier.dtype).removeprefix('torch.')}"
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array))
-    return found.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -57,6 +57,8 @@ def make_stages(
                 )
                 distances[known] = result.distances.cpu().numpy()
                 queries[known] = result.queries.cpu().numpy()
+                if result.warnings:
+                    arrays["warnings"] = np.array(result.warnings)
                 if result.trajectory is not None:
                     trajectory = np.zeros((count, *result.trajectory.shape[1:]))
                     trajectory[known] = result.trajectory.numpy()

@@ -35,9 +35,11 @@ class AttackResult(NamedTuple):
         queries: [B], images classified for each; of a library's attack the batch's mean.
         trajectory: [B, T + 1, 2], float64: queries so far and the best distance so far, at the
             start and after each iteration; None where the attack does not tell.
+        warnings: what the attack's library says against its own result.
     """
 
     adversarials: Tensor
     distances: Tensor
     queries: Tensor
     trajectory: Tensor | None = None
+    warnings: tuple[str, ...] = ()

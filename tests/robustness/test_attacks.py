@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -161,3 +163,29 @@ def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "foolbox", None)
     with pytest.raises(MissingPackageError, match=r"pgd-l2 needs foolbox: pip install"):
         make_attacks(["pgd-l2"])
+
+
+def test_autoattack_leaves_the_debugger_alone_and_passes_its_warnings_on():
+    class Rounded(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            return self.net((10 * images).round() / 10 + 0 * images)
+
+    def tracer(frame, event, argument):
+        return None
+
+    linear = Linear(4)
+    linear.classifier = Classifier(Rounded(linear.net))
+    linear.labels = linear.classifier.predict(linear.images)
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        result = linear.attack("autoattack-l2", eps=[0.05], attacks=("apgd-t",))
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert any("zero gradient" in message for message in result.warnings)
+    assert not any("flags_doc" in message for message in result.warnings)

@@ -376,3 +376,18 @@ def test_models_and_data_are_found_by_name():
     assert report.content["data"]["id"] == "digits"
     assert report.content["data"]["split"] == "test"
     assert report.content["model"]["id"] == "resnet20_cifar"
+
+
+def test_the_warnings_of_an_attacks_library_are_flags(trained):
+    net, images, labels = trained
+
+    class Rounded(nn.Module):
+        def forward(self, images):
+            return (50 * images).round() / 50 + 0 * images
+
+    attacks = {"autoattack-l2": {"attacks": ["apgd-t"]}}
+    flat = nn.Sequential(Rounded(), *net).eval()
+    report = evaluate(flat, images, labels, attacks=attacks, eps=[0.1], head="4", batch_size=50)
+    said = [f for f in report.content["flags"] if f.startswith("autoattack-l2, on at least one")]
+    assert len(said) == 1
+    assert "zero gradient" in said[0]
