@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_specreg.encoders.model import load_model
+from hf_specreg.hub import publish
+from hf_specreg.hub.card import write_card
+from hf_specreg.hub.collection import collect, columns_of, sort_rows
+from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.spectral.layers import UnsupportedLayerError
@@ -151,11 +155,114 @@ def compare(reports: Sequence[str], output: str = "runs/compare.html") -> None:
     print(output)
 
 
+def card(
+    folder: str,
+    repo_id: str | None = None,
+    report: str | None = None,
+    baseline: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write the model card of a saved encoder, README.md with its plots, into its folder.
+
+    Args:
+        folder: of the saved model.
+        repo_id: org/name, for the snippets; default: your-name/ and the folder's name.
+        report: folder or robustness.json; default: the one in the folder, if there is one.
+        baseline: a report of another model on the same images, to compare with.
+        license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+    """
+    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license)
+    for path in write_card(encoder, repo_id or f"your-name/{Path(folder).resolve().name}"):
+        print(path)
+
+
+def push(
+    folder: str,
+    repo_id: str,
+    report: str | None = None,
+    baseline: str | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Publish encoder, report and card",
+    eval_results: bool = False,
+) -> None:
+    """Publish a saved encoder with its report and card on the Hub, in one commit.
+
+    The token is the one of `hf auth login`, or HF_TOKEN: it is no argument, so that no list of
+    processes shows it.
+
+    Args:
+        folder: of the saved model.
+        repo_id: org/name, or name in your own namespace; made if it is not there.
+        report: folder or robustness.json; default: the one in the folder, if there is one.
+        baseline: a report of another model on the same images, to compare with.
+        license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+        private: make the repository private.
+        revision: branch; default: main.
+        create_pr: open a pull request instead of committing.
+        commit_message: of the commit.
+        eval_results: also write .eval_results/hf_specreg.yaml.
+    """
+    pushed = publish.push(
+        folder,
+        repo_id,
+        report=report,
+        baseline=baseline,
+        license=license,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        eval_results=eval_results,
+    )
+    if pushed is not None:
+        what = pushed.pull_request or ("published" if pushed.changed else "nothing has changed")
+        print(f"{pushed.repo_id} at {pushed.commit}: {what}")
+
+
+def list_encoders(source: str, sort: str = "accuracy") -> None:
+    """List encoders with their accuracy and robustness, by the metadata on their cards.
+
+    Args:
+        source: a folder that holds encoders' folders, or a namespace on the Hub.
+        sort: a column's name; the largest first.
+    """
+    rows = collect(source)
+    if not rows:
+        print(f"no encoders of hf_specreg in {source}")
+        return
+    table = Table(*columns_of(rows), title=f"{source}: {len(rows)} encoders")
+    for row in sort_rows(rows, sort):
+        table.add_row(*(_cell(name, row.get(name)) for name in columns_of(rows)))
+    Console(width=None if Console().is_terminal else 200).print(table)
+    print("Compare numbers of the same data and the same attack only: the cards have the settings.")
+
+
+def _cell(column: str, value: str | float | None) -> str:
+    if value is None:
+        return ""
+    if column == "accuracy" or column.startswith("robust"):
+        return f"{value:.1%}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = {
+    "spectrum": spectrum,
+    "evaluate": evaluate,
+    "compare": compare,
+    "card": card,
+    "push": push,
+    "list": list_encoders,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="hf-specreg", description=__doc__)
     commands = parser.add_subcommands()
-    for command in (spectrum, evaluate, compare):
+    for name, command in COMMANDS.items():
         summary = command.__doc__.split("\n\n")[0]
         own = ArgumentParser(description=summary)
         if command is compare:
@@ -163,10 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own.add_function_arguments(compare, skip={"reports"})
         else:
             own.add_function_arguments(command, as_positional=True)
-        commands.add_subcommand(command.__name__, own, help=summary)
+        commands.add_subcommand(name, own, help=summary)
     settings = parser.parse_args(arguments).as_dict()
-    command = settings["subcommand"]
+    name = settings["subcommand"]
     try:
-        globals()[command](**settings[command])
+        COMMANDS[name](**settings[name])
     except (OSError, ValueError, ImportError, UnsupportedLayerError) as error:
         raise SystemExit(f"hf-specreg: {error}") from error

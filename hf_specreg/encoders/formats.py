@@ -10,44 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 
+from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.encoders.features import find_head
 
-WEIGHTS_FILE = "model.safetensors"
-RUN_FILE = "specreg.json"
-LOADED_FILES = ["config.json", "preprocessor_config.json", RUN_FILE, WEIGHTS_FILE]
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
-
-
-def download(name_or_folder: str | Path, *, revision: str | None, token: str | None) -> Path:
-    """Return the local folder; or download the few files of a Hub repository that are read.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a repository, or it has no safetensors weights.
-    """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    str(name_or_folder),
-                    revision=revision,
-                    token=token,
-                    allow_patterns=LOADED_FILES,
-                )
-            )
-        except (HFValidationError, RepositoryNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{name_or_folder} is neither a local folder nor a repository on the Hub: {error}"
-            ) from error
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(
-            f"{name_or_folder} has no {WEIGHTS_FILE}; only safetensors weights are read"
-        )
-    return folder
 
 
 def renew_head(network: nn.Module) -> None:
@@ -56,24 +24,6 @@ def renew_head(network: nn.Module) -> None:
         for module in network.get_submodule(name).modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a saved model.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is not a saved model")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -109,6 +59,26 @@ def save_timm(
     if label_names:
         config["label_names"] = list(label_names)
     write_json(folder / "config.json", config)
+
+
+def draw_timm(config: dict[str, Any]) -> nn.Module:
+    """Make the network that a timm folder's config.json describes, with random weights."""
+    head = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+    return timm.create_model(
+        config["architecture"],
+        **{**(config.get("model_args") or {}), **head},
+        pretrained_cfg=config["pretrained_cfg"],
+    )
+
+
+def draw_transformers(config: dict[str, Any]) -> nn.Module:
+    """Make the network that a transformers config.json describes, with random weights."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    described = AutoConfig.for_model(**config)
+    headed = any("ForImageClassification" in a for a in described.architectures or [])
+    described.architectures = described.architectures or []
+    return (AutoModelForImageClassification if headed else AutoModel).from_config(described)
 
 
 def load_transformers(
@@ -149,7 +119,7 @@ def load_transformers(
             config.update(_class_entries(num_classes, label_names))
         return AutoModelForImageClassification.from_config(config), label_names, {}
 
-    where = {"revision": revision, "token": token}
+    where = {"revision": revision, "token": token, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(name_or_config, **where)
     bare = not any("ForImageClassification" in a for a in config.architectures or [])
     if num_classes == 0 or (num_classes is None and bare):

@@ -9,13 +9,15 @@ AutoModel load them.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
 import hf_specreg.encoders.small  # noqa: F401  registers its architectures with timm
+from hf_specreg.encoders.blueprint import builds, check_config, check_drawing, read_json
+from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE, download
 from hf_specreg.encoders.features import (
     extract_features,
     find_head,
@@ -24,15 +26,17 @@ from hf_specreg.encoders.features import (
     unwrap,
 )
 from hf_specreg.encoders.formats import (
-    RUN_FILE,
-    download,
+    draw_timm,
+    draw_transformers,
     load_transformers,
-    read_json,
     renew_head,
     save_timm,
     save_transformers,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from hf_specreg.hub.publish import Pushed
 
 
 class SpecRegModel(nn.Module):
@@ -234,23 +238,25 @@ class SpecRegModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder or repository, or no safetensors weights in it.
-            ValueError: its configuration is neither timm's nor transformers'.
+            FolderError: its configuration is neither timm's nor transformers', is malformed, or is
+                not that of its weights.
+            HubError: the Hub cannot be reached, refuses, or sends something else.
         """
         folder = download(name_or_folder, revision=revision, token=token)
         config = read_json(folder / "config.json")
-        if "architecture" in config:
-            model = cls._from_timm_folder(folder, config, num_classes, label_names)
-        elif "model_type" in config:
-            model = cls.from_transformers(
-                str(folder), num_classes=num_classes, label_names=label_names
-            )
-        else:
-            raise ValueError(
-                f"{name_or_folder}/config.json has neither 'architecture' (timm) nor 'model_type' "
-                "(transformers)"
-            )
-        if (folder / RUN_FILE).is_file():
-            model.metadata = read_json(folder / RUN_FILE)
+        check_config(config, name_or_folder)
+        metadata = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+        weights = folder / WEIGHTS_FILE
+        with builds(name_or_folder):
+            if "architecture" in config:
+                check_drawing(lambda: draw_timm(config), name_or_folder, weights)
+                model = cls._from_timm_folder(folder, config, num_classes, label_names)
+            else:
+                check_drawing(lambda: draw_transformers(config), name_or_folder, weights)
+                model = cls.from_transformers(
+                    str(folder), num_classes=num_classes, label_names=label_names
+                )
+        model.metadata = metadata
         return model
 
     @classmethod
@@ -295,6 +301,18 @@ class SpecRegModel(nn.Module):
         else:
             save_transformers(self.network, folder, label_names=self.label_names, data=data)
         write_json(folder / RUN_FILE, self.metadata)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "Pushed | None":
+        """Publish the model with its report and card in one commit; see `hf_specreg.hub.publish`.
+
+        Args:
+            repo_id: "org/name", or "name" in the token's own namespace.
+            options: report, baseline, license, private, token, revision, create_pr,
+                commit_message, eval_results; as for `hf_specreg.hub.publish.push`.
+        """
+        from hf_specreg.hub.publish import push_model
+
+        return push_model(self, repo_id, **options)
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:

@@ -41,12 +41,11 @@ def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("the page needs matplotlib: pip install 'hf-specreg[plots]'")
+    _need_matplotlib()
     figures = [
         {"caption": caption, "svg": _svg(figure)}
         for draw in (robust_accuracy, distances, distance_by_queries, sigmas)
-        for figure, caption in _drawn(draw, reports, comparison)
+        for _, (figure, caption) in _drawn(draw, reports, comparison)
     ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -63,6 +62,28 @@ def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> 
         figures=figures,
         twins=[_twin_rows(report) for report in reports],
     )
+
+
+def pictures(
+    reports: Sequence[RobustnessReport], comparison: Comparison | None, names: Sequence[str]
+) -> dict[str, tuple[bytes, str]]:
+    """Return plots as PNG files with their captions, by name.
+
+    Args:
+        reports: of the models.
+        comparison: of them, if they are several.
+        names: of robust_accuracy, distances, distance_by_queries, sigmas.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _need_matplotlib()
+    draws = [globals()[name] for name in names]
+    return {
+        f"{draw.__name__}_{norm}": (_png(figure), caption)
+        for draw in draws
+        for norm, (figure, caption) in _drawn(draw, reports, comparison)
+    }
 
 
 def robust_accuracy(
@@ -256,11 +277,11 @@ def twin_figure(report: RobustnessReport) -> "Figure":
 
 def _drawn(
     draw: Callable, reports: Sequence[RobustnessReport], comparison: Comparison | None
-) -> Iterator[tuple["Figure", str]]:
+) -> Iterator[tuple[str, tuple["Figure", str]]]:
     for norm in ("l2", "linf"):
         made = draw(reports, _names(reports, comparison), norm)
         if made is not None:
-            yield made
+            yield norm, made
 
 
 def _names(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> list[str]:
@@ -332,10 +353,19 @@ def _twin_rows(report: RobustnessReport) -> str | None:
     """The picture of the twins as a PNG for an <img>, or None."""
     if not report.twins or report.twins["shown"].shape[1] not in (1, 3):
         return None
+    return base64.b64encode(_png(twin_figure(report))).decode()
+
+
+def _png(figure: "Figure") -> bytes:
+    """The figure as a PNG file, the same bytes for the same figure."""
     import matplotlib.pyplot as plt
 
-    figure = twin_figure(report)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _need_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib: pip install 'hf-specreg[plots]'")

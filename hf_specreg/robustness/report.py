@@ -4,6 +4,7 @@
 beside it the per-image results, from which reports are compared image by image.
 """
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -52,19 +53,25 @@ class RobustnessReport:
         images: Mapping[str, np.ndarray] | None = None,
         twins: Mapping[str, np.ndarray] | None = None,
     ):
-        self.content = json.loads(json.dumps(content, allow_nan=False))
+        try:
+            self.content = json.loads(json.dumps(content, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReportError(f"the report is not valid JSON: {error}") from error
         self.images = dict(images or {})
         self.twins = dict(twins or {})
         found = self.content.get("schema")
         if found != SCHEMA_VERSION:
             raise ReportError(
-                f"this report has format {found!r}, this version of hf_specreg reads "
+                f"this report has format {str(found)[:20]!r}, this version of hf_specreg reads "
                 f"{SCHEMA_VERSION}"
             )
-        problem = next(_validator().iter_errors(self.content), None)
+        try:
+            problem = next(_validator().iter_errors(self.content), None)
+        except RecursionError as error:
+            raise ReportError("the report is nested too deeply") from error
         if problem is not None:
             where = "/".join(map(str, problem.absolute_path)) or "the report"
-            raise ReportError(f"{where}: {problem.message}")
+            raise ReportError(f"{where}: {problem.message[:200]}")
         if self.images and len(self.images["row"]) != self.content["n"]:
             raise ReportError(
                 f"per-image results of {len(self.images['row'])} images are not those of a report "
@@ -81,16 +88,26 @@ class RobustnessReport:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".npz").unlink(missing_ok=True)  # never beside numbers of another run
+        for name, content in reversed(self.to_bytes().items()):
+            partial = path.with_suffix(Path(name).suffix + ".partial")
+            partial.write_bytes(content)
+            os.replace(partial, partial.with_suffix(""))
+
+    def to_bytes(self, *, twins: bool = True) -> dict[str, bytes]:
+        """Return robustness.json and, where there are per-image results, robustness.npz.
+
+        Args:
+            twins: with the few images that are kept before and after an attack.
+        """
+        text = json.dumps(self.content, indent=2, allow_nan=False) + "\n"
+        contents = {"robustness.json": text.encode()}
         if self.images:
             arrays = {f"images/{k}": v for k, v in self.images.items()}
-            arrays |= {f"twins/{k}": v for k, v in self.twins.items()}
-            partial = path.with_suffix(".npz.partial")
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            os.replace(partial, path.with_suffix(".npz"))
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.content, indent=2, allow_nan=False) + "\n", "utf-8")
-        os.replace(partial, path)
+            arrays |= {f"twins/{k}": v for k, v in self.twins.items() if twins}
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)
+            contents["robustness.npz"] = buffer.getvalue()
+        return contents
 
     @classmethod
     def load(cls, path: str | Path) -> "RobustnessReport":
@@ -104,7 +121,7 @@ class RobustnessReport:
             path = path / "robustness.json"
         try:
             content = json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} cannot be read as a report: {error}") from error
         if not isinstance(content, dict):
             raise ReportError(f"{path} is no report")

@@ -51,11 +51,12 @@ def build_splits(config: DataConfig) -> ImageSplits:
 
 def build_model(config: ModelConfig, label_names: list[str]) -> SpecRegModel:
     """Create the model with a head for these classes."""
-    shared = {
-        "num_classes": len(label_names),
-        "label_names": label_names,
-        "input_size": config.input_size,
-    }
+    head = {"num_classes": len(label_names), "label_names": label_names}
+    if config.library == "saved":
+        if config.args or config.input_size:
+            raise ValueError("model.args and model.input_size are not for a saved encoder")
+        return SpecRegModel.from_pretrained(config.name, **head)
+    shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
         return SpecRegModel.from_timm(
             config.name, pretrained=config.pretrained, **shared, **config.args

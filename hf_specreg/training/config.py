@@ -82,8 +82,9 @@ class ModelConfig:
 
     Args:
         name: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or folder if
-            pretrained, else a model type ("vit").
-        library: "timm" or "transformers".
+            pretrained, else a model type ("vit"); or of a saved encoder a Hub id or folder.
+        library: "timm", "transformers", or "saved" for an encoder that this package saved or
+            published: its weights, with a fresh head.
         pretrained: start from published weights.
         input_size: [C, H, W]; default: the model's.
         args: further arguments of `timm.create_model`, or of the transformers configuration if not
@@ -91,7 +92,7 @@ class ModelConfig:
     """
 
     name: str = "resnet18_cifar"
-    library: Literal["timm", "transformers"] = "timm"
+    library: Literal["timm", "transformers", "saved"] = "timm"
     pretrained: bool = False
     input_size: tuple[int, int, int] | None = None
     args: dict[str, Any] = field(default_factory=dict)

@@ -340,7 +340,9 @@ class TrainingLoop:
 
     def _write_model(self, folder: Path) -> None:
         model = self.ema.module if self.ema else self.network
-        model.metadata = {**self.metadata, "step": self.step, "metrics": self.metrics}
+        share = self.metrics_file.mean("penalty_share")
+        progress = {"step": self.step, "metrics": self.metrics, "penalty_share": share}
+        model.metadata = {**self.metadata, **progress}
         model.save_pretrained(folder)
 
     def _check_weights(self) -> None:

@@ -134,6 +134,12 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a value over the lines that have it, None if none has."""
+        lines = map(json.loads, self.path.read_text().splitlines() if self.path.exists() else ())
+        values = [line[key] for line in lines if key in line]
+        return sum(values) / len(values) if values else None
+
     def cut_after(self, step: int) -> None:
         """Remove the lines of later steps, and one cut short: the run goes on from `step`."""
         kept = []

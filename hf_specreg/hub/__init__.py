@@ -1,0 +1,1 @@
+"""Encoders with their reports and cards on the Hugging Face Hub."""

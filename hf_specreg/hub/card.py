@@ -1,0 +1,280 @@
+"""The model card: what a saved folder and its robustness report say, for people and for the Hub.
+
+A card is always written anew from `config.json`, `specreg.json` and `robustness.json`. What a
+person wrote between the markers of its notes is kept, and nothing else.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+
+from hf_specreg.encoders.blueprint import read_json
+from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
+from hf_specreg.robustness.plots import pictures
+from hf_specreg.robustness.report import Comparison, RobustnessReport, norm_name
+
+PICTURES = ("robust_accuracy", "distances", "sigmas")  # of a report's plots, those on a card
+TAGS = ["hf-specreg", "adversarial-robustness", "spectral-regularization"]
+_TEMPLATES = (Path(__file__).parent, Path(__file__).parents[2] / "model_cards")
+
+
+def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
+    """Return the card and its pictures, by their path in the repository.
+
+    Args:
+        encoder: what the card is of.
+        repo_id: "org/name", for the snippets.
+
+    Raises:
+        CardError: the card would be incomplete.
+    """
+    if not encoder.license:
+        raise CardError(
+            "the card needs a license: give one (--license apache-2.0), or write it into the front "
+            f"matter of {encoder.folder / CARD_FILE}"
+        )
+    report, drawn, files, results = encoder.report, [], {}, ""
+    if report is not None:
+        report = named(report, repo_id.split("/")[-1])
+        comparison = None
+        results = report.to_markdown()
+        if encoder.baseline is not None:
+            comparison = Comparison([named(encoder.baseline, "baseline"), report])
+            results = comparison.to_markdown()
+        shown = comparison.reports if comparison else [report]
+        for name, (picture, caption) in pictures(shown, comparison, PICTURES).items():
+            files[f"plots/{name}.png"] = picture
+            drawn.append({"path": f"plots/{name}.png", "caption": caption})
+    model, config = encoder.model, read_json(encoder.folder / "config.json")
+    architecture = type(model.network).__name__
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"norm": norm_name, "settings": _settings}
+    text = environment.get_template("encoder.md.jinja").render(
+        card_data=_card_data(encoder, repo_id, report).to_yaml(),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        name=config.get("architecture", config.get("model_type")),
+        architecture=architecture,
+        library_name="timm" if model.is_timm else "transformers",
+        registered=encoder.is_registered,
+        parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.input_size,
+        mode="L" if model.input_size[0] == 1 else "RGB",
+        classes=model.num_classes,
+        penalty=encoder.penalty,
+        trained=bool(encoder.config),
+        data=encoder.data,
+        training=_training(encoder),
+        report=report.content if report else None,
+        results=results,
+        pictures=drawn,
+        limits=_limits(report.content) if report else [],
+        notes=f"<!-- notes: yours, kept -->\n{encoder.notes or HINT}<!-- end of notes -->",
+    )
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    return {CARD_FILE: text.encode(), **files}
+
+
+def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
+    """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`.
+
+    Raises:
+        CardError: there is no report, or its data are not on the Hub.
+    """
+    if encoder.report is None or "/" not in (encoder.report.content["data"]["id"] or ""):
+        raise CardError(
+            ".eval_results needs a report on a data set of the Hub (org/name), not on "
+            f"{encoder.report.content['data']['id'] if encoder.report else 'nothing'}"
+        )
+    content = encoder.report.content
+    rows = [("accuracy", content["clean"]["accuracy"]["value"], f"n {content['n']}")]
+    rows += [
+        (
+            "robust_accuracy",
+            p["value"],
+            f"{norm_name(p['norm'])} eps {p['eps']:g}, worst of {', '.join(content['attacks'])}, "
+            f"n {content['n']}, seed {content['seed']}",
+        )
+        for p in content["worst_case"]
+    ]
+    entries = [
+        EvalResultEntry(
+            dataset_id=content["data"]["id"],
+            dataset_revision=content["data"]["revision"],
+            task_id=task,
+            value=value,
+            notes=notes,
+        )
+        for task, value, notes in rows
+    ]
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    return {".eval_results/hf_specreg.yaml": text.encode()}
+
+
+def _base_model(encoder: Encoder) -> str | None:
+    settings = encoder.config.get("model", {})
+    name = settings.get("name", "")
+    if not settings.get("pretrained") and settings.get("library") != "saved":
+        return None
+    if "/" in name:
+        return name.removeprefix("hf-hub:").split("@")[0]
+    if settings.get("library") == "saved":  # in a folder that others do not have
+        return None
+    cfg = getattr(encoder.model.network, "pretrained_cfg", {})
+    return f"timm/{name}.{cfg['tag']}" if cfg.get("tag") and "." not in name else f"timm/{name}"
+
+
+def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) -> ModelCardData:
+    model, data = encoder.model, encoder.data
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    results = _eval_results(report.content, task) if report else []
+    return ModelCardData(
+        model_name=repo_id.split("/")[-1],
+        license=encoder.license,
+        library_name="timm" if model.is_timm else "transformers",
+        pipeline_tag=task,
+        base_model=_base_model(encoder),
+        datasets=[data] if data and "/" in data else None,
+        metrics=["accuracy"] if model.num_classes else None,
+        tags=TAGS + (["rep-spectral"] if encoder.penalty else []),
+        eval_results=results or None,
+    )
+
+
+def _eval_results(content: Mapping[str, Any], task: str) -> list[EvalResult]:
+    data = content["data"]
+    shared = {
+        "task_type": task,
+        "dataset_type": data["id"] or "unnamed",
+        "dataset_name": data["id"] or "unnamed",
+        "dataset_split": data["split"],
+        "dataset_revision": data["revision"],
+    }
+    drawn = {"n": content["n"], "seed": content["seed"]}
+
+    def result(kind: str, name: str, estimate: Mapping[str, Any], **arguments: Any) -> EvalResult:
+        low, high = estimate["ci"]
+        return EvalResult(
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(estimate["value"], 6),
+            metric_args={**arguments, **drawn, "ci_95_low": low, "ci_95_high": high},
+            **shared,
+        )
+
+    found = [result("accuracy", "accuracy", content["clean"]["accuracy"])]
+    for name, attack in content["attacks"].items():
+        how = {"attack": name, "norm": attack["norm"], "settings": dict(attack["settings"])}
+        if "distance" in attack and attack["distance"]["mean"]["value"] is not None:
+            label = f"mean {norm_name(attack['norm'])} distance, {name}"
+            mean = attack["distance"]["mean"]
+            found.append(result("adversarial_distance", label, mean, **how))
+        for point in attack["robust_accuracy"]:
+            label = f"robust accuracy, {norm_name(attack['norm'])} {point['eps']:g}, {name}"
+            found.append(result("robust_accuracy", label, point, eps=point["eps"], **how))
+    if len(content["attacks"]) > 1:
+        for point in content["worst_case"]:
+            label = f"robust accuracy, {norm_name(point['norm'])} {point['eps']:g}, worst case"
+            how = {"attack": ", ".join(content["attacks"]), "norm": point["norm"]}
+            found.append(result("robust_accuracy", label, point, eps=point["eps"], **how))
+    return found
+
+
+def _training(encoder: Encoder) -> list[tuple[str, str]]:
+    """What the run was, as rows of a table."""
+    config, metrics = encoder.config, encoder.run.get("metrics", {})
+    penalty = config.get("penalty", {})
+    rows = [
+        ("data", encoder.data),
+        ("seed", config.get("seed")),
+        ("epochs", config.get("epochs")),
+    ]
+    optimizer = config.get("optimizer", {})
+    if optimizer:
+        rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
+    rows.append(("batch size", config.get("batch_size")))
+    if encoder.penalty:
+        burn_in = penalty.get("burn_in_epochs") or 0
+        scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
+        rows.append(
+            (
+                "penalty",
+                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, every "
+                f"{penalty.get('every')} steps, from epoch {burn_in:g} on",
+            )
+        )
+    elif penalty:
+        rows.append(("penalty", "none"))
+    share = encoder.run.get("penalty_share")
+    if encoder.penalty and share is not None:
+        rows.append(("cost of the penalty", f"{share:.2%} of the training time"))
+    if isinstance(metrics.get("sum_sigma2"), int | float):
+        rows.append(("sum of sigma^2 at the end", f"{metrics['sum_sigma2']:.4g}"))
+    if isinstance(metrics.get("test_accuracy"), int | float):
+        n = metrics.get("test_images")
+        rows.append(("test accuracy", f"{metrics['test_accuracy']:.2%} (n = {n})"))
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _limits(content: Mapping[str, Any]) -> list[str]:
+    """What a report's numbers do not show, in plain words."""
+    attacks, norms = content["attacks"], sorted({a["norm"] for a in content["attacks"].values()})
+    limits = [
+        "An attack finds an upper bound: the nearest adversarial image may be nearer, and a "
+        "stronger or longer attack may break more images."
+    ]
+    if attacks and all(attack["black_box"] for attack in attacks.values()):
+        limits.append(
+            "No attack that uses gradients was run: robustness against someone who has the weights "
+            "is not shown."
+        )
+    if attacks:
+        others = [norm_name(n) for n in ("l2", "linf") if n not in norms]
+        limits.append(
+            f"Only perturbations in {' and '.join(map(norm_name, norms))} were tried"
+            + (f", not in {others[0]}" if others else "")
+            + "; patches, rotations and the like were not."
+        )
+    else:
+        limits.append("No attack was run.")
+    data = content["data"]
+    limits.append(
+        f"{content['n']} of {data['images']} images of {data['id'] or 'an unnamed data set'}; "
+        "other data may give other numbers, and one training run says nothing of the spread "
+        "between runs."
+    )
+    if "lipschitz" not in content["lower_bound"]:
+        limits.append("Nothing is certified.")
+    return limits + list(content["flags"])
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in settings.items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in known.items()) or "its default"
+
+
+def write_card(encoder: Encoder, repo_id: str) -> list[Path]:
+    """Write the card and its pictures into the encoder's folder; return their paths."""
+    written = []
+    for name, content in card_files(encoder, repo_id).items():
+        path = encoder.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        written.append(path)
+    return written

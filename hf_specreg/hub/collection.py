@@ -1,0 +1,91 @@
+"""A table of encoders, from the metadata on their cards: a namespace on the Hub, or a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from hf_specreg.encoders.download import translated
+from hf_specreg.hub.card import TAGS
+from hf_specreg.hub.encoder import CARD_FILE, card_metadata
+
+Row = dict[str, str | float | None]
+
+
+def collect(source: str, *, token: str | None = None) -> list[Row]:
+    """Return a row for each encoder: "encoder", "data", "n", "accuracy" and its robustness.
+
+    Mean distances are named by norm and attack ("L2 distance, tangent"), robust accuracies by norm
+    and eps, under the worst attack that the card has ("robust at L2 0.5").
+
+    Args:
+        source: a folder that holds encoders' folders, or a namespace on the Hub.
+        token: for private repositories.
+
+    Raises:
+        HubError: the Hub cannot be reached.
+        ValueError: neither a folder nor a name.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        cards = {
+            str(path.parent.relative_to(folder)): card_metadata(path.read_text("utf-8", "replace"))
+            for path in sorted(folder.rglob(CARD_FILE))
+        }
+        cards = {name: card for name, card in cards.items() if TAGS[0] in (card.get("tags") or ())}
+    else:
+        with translated(f"listing {source}"):
+            found = HfApi(token=token).list_models(author=source, filter=TAGS[0], cardData=True)
+            cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
+    return [_row(name, card) for name, card in cards.items()]
+
+
+def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
+    """Return the rows, the largest of a column first, those without it last.
+
+    Raises:
+        ValueError: no row has the column.
+    """
+    columns = columns_of(rows)
+    if column not in columns:
+        raise ValueError(f"no column {column!r}; there are {', '.join(columns)}")
+    if column == "encoder":
+        return sorted(rows, key=lambda row: row["encoder"])
+    with_it = [row for row in rows if row.get(column) is not None]
+    return sorted(with_it, key=lambda row: row[column], reverse=True) + [
+        row for row in rows if row.get(column) is None
+    ]
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _row(name: str, card: Mapping[str, Any]) -> Row:
+    row: Row = {"encoder": name, "data": None, "n": None, "accuracy": None}
+    for model in _list(card.get("model-index")):
+        for result in _list(_dict(model).get("results")):
+            data = _dict(_dict(result).get("dataset")).get("name")
+            for metric in map(_dict, _list(_dict(result).get("metrics"))):
+                value, how = metric.get("value"), _dict(metric.get("args"))
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    continue
+                norm = str(how.get("norm", "")).replace("l", "L", 1)
+                if metric.get("type") == "accuracy":
+                    row |= {"data": data, "n": how.get("n"), "accuracy": value}
+                elif metric.get("type") == "adversarial_distance":
+                    row[f"{norm} distance, {how.get('attack')}"] = value
+                elif metric.get("type") == "robust_accuracy":
+                    key = f"robust at {norm} {how.get('eps')}"
+                    row[key] = min(value, row.get(key, value))
+    return row
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()

@@ -1,0 +1,223 @@
+"""An encoder as it is published: a saved folder, what is known of its training, and its report.
+
+What others read holds no local path: of a folder on this machine only the last part of its name.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+from hf_specreg.encoders.blueprint import check_schema, read_json
+from hf_specreg.encoders.download import RUN_FILE
+from hf_specreg.encoders.model import SpecRegModel, weights_sha256
+from hf_specreg.robustness.report import RobustnessReport
+
+CARD_FILE = "README.md"
+REPORT_FILE = "robustness.json"
+NOTES = re.compile(r"<!-- notes: yours, kept -->\n(.*?)<!-- end of notes -->", re.DOTALL)
+HINT = "*Intended use, what you saw, what to know.*\n"
+
+_TEXT, _NUMBER, _OBJECT = {"type": "string"}, {"type": "number"}, {"type": "object"}
+RUN_SCHEMA = {  # of what is read here of specreg.json; all of it may be missing
+    "properties": {
+        "data": {**_OBJECT, "properties": {"source": _TEXT}},
+        "metrics": {**_OBJECT, "additionalProperties": {"type": ["number", "null", "string"]}},
+        "penalty_share": {"type": ["number", "null"]},
+        "config": {
+            **_OBJECT,
+            "properties": {
+                "output_dir": _TEXT,
+                "epochs": _NUMBER,
+                "seed": _NUMBER,
+                "batch_size": _NUMBER,
+                "data": {**_OBJECT, "properties": {"source": _TEXT}},
+                "model": {
+                    **_OBJECT,
+                    "properties": {"name": _TEXT, "pretrained": {"type": "boolean"}},
+                },
+                "optimizer": {**_OBJECT, "properties": {"opt": _TEXT, "lr": _NUMBER}},
+                "penalty": {
+                    **_OBJECT,
+                    "required": ["strength", "scope"],
+                    "properties": {"strength": _NUMBER, "scope": {"enum": ["features", "all"]}},
+                },
+            },
+        },
+    }
+}
+
+
+class CardError(ValueError):
+    """A card that cannot be written from what there is; it says what is missing."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A saved model and what is known of it.
+
+    Attributes:
+        folder: where `SpecRegModel.save_pretrained` wrote it.
+        model: loaded from there.
+        run: what specreg.json holds, without local paths.
+        report: of its robustness, or None.
+        baseline: a report of another model on the same images, to compare with, or None.
+        license: SPDX identifier, or None where none is stated.
+        notes: what a person wrote on its card.
+    """
+
+    folder: Path
+    model: SpecRegModel
+    run: Mapping[str, Any]
+    report: RobustnessReport | None
+    baseline: RobustnessReport | None
+    license: str | None
+    notes: str
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        report: RobustnessReport | str | Path | None = None,
+        baseline: RobustnessReport | str | Path | None = None,
+        license: str | None = None,
+    ) -> "Encoder":
+        """Read a folder.
+
+        Args:
+            folder: of a saved model.
+            report: default: the folder's robustness.json, where there is one.
+            baseline: a report of another model on the same images.
+            license: default: the one on the folder's card, else that of the weights it started
+                from.
+
+        Raises:
+            CardError: the report is of other weights, or of no use with the baseline.
+            FolderError: a file of the folder is damaged.
+            ReportError: a report cannot be read.
+        """
+        folder = Path(folder)
+        model = SpecRegModel.from_pretrained(folder).eval()
+        check_schema(model.metadata, RUN_SCHEMA, folder / RUN_FILE)
+        run = _without_paths(model.metadata)
+        if report is None and (folder / REPORT_FILE).is_file():
+            report = folder
+        report, baseline = (
+            RobustnessReport.load(r) if isinstance(r, str | Path) else r for r in (report, baseline)
+        )
+        if report is not None:
+            _check_is_of(report, model, folder)
+        if baseline is not None and report is None:
+            raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
+        card = folder / CARD_FILE
+        text = card.read_text("utf-8") if card.is_file() else ""
+        license = license or card_metadata(text).get("license") or _started_from(model, run)
+        return cls(folder, model, run, report, baseline, license, notes_of(text))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's settings."""
+        return self.run.get("config", {})
+
+    @property
+    def data(self) -> str | None:
+        """What it was trained on."""
+        return self.run.get("data", {}).get("source")
+
+    @property
+    def penalty(self) -> Mapping[str, Any] | None:
+        """The penalty's settings, None where there was none."""
+        penalty = self.config.get("penalty", {})
+        return penalty if penalty.get("strength") else None
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether stock timm lacks the architecture."""
+        if not self.model.is_timm:
+            return False
+        name = read_json(self.folder / "config.json")["architecture"]
+        return timm.model_entrypoint(name).__module__.split(".")[0] == "hf_specreg"
+
+
+def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
+    """Return specreg.json, and the report's files under the repository's name.
+
+    The few pictures that a report keeps of the data stay at home.
+    """
+    files = {RUN_FILE: (json.dumps(encoder.run, indent=2) + "\n").encode()}
+    if encoder.report is not None:
+        files |= named(encoder.report, repo_id).to_bytes(twins=False)
+    return files
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """Return the front matter of a card; empty where there is none that can be read."""
+    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    try:
+        content = yaml.safe_load(found.group(1)) if found else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def notes_of(text: str) -> str:
+    """Return what a person wrote between the markers of a card's notes."""
+    found = NOTES.search(text)
+    return found.group(1) if found and found.group(1) != HINT else ""
+
+
+def with_notes_of(encoder: Encoder, text: str) -> Encoder:
+    """Return the encoder with the notes of another card, where it has none of its own."""
+    return encoder if encoder.notes else replace(encoder, notes=notes_of(text))
+
+
+def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:
+    stated, found = report.content["model"]["weights_sha256"], weights_sha256(model)
+    if stated != found:
+        raise CardError(
+            f"the report is of weights {stated[:16]}..., but {folder} holds {found[:16]}...: "
+            "evaluate these weights (hf-specreg evaluate) and give that report"
+        )
+
+
+def named(report: RobustnessReport, name: str) -> RobustnessReport:
+    """Return the report under another name of the model, with no local path in it."""
+    content = {**report.content, "model": {**report.content["model"], "id": name}}
+    data = content["data"]
+    if data["id"]:
+        content["data"] = {**data, "id": public_name(data["id"])}
+    return RobustnessReport(content, report.images, report.twins)
+
+
+def public_name(source: str) -> str:
+    """Return a data set's or a model's name; of a local folder its last part, not the way there."""
+    if re.match(r"[./~\\]|[A-Za-z]:[\\/]", source) or Path(source).exists():
+        return Path(source.replace("\\", "/")).name or "local"
+    return source
+
+
+def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
+    """specreg.json as others may read it: local folders by their last part."""
+    run = json.loads(json.dumps(run))
+    config = run.get("config", {})
+    for holder, key in (
+        (run.get("data", {}), "source"),
+        (config, "output_dir"),
+        (config.get("data", {}), "source"),
+        (config.get("model", {}), "name"),
+    ):
+        if key in holder:
+            holder[key] = public_name(holder[key])
+    return run
+
+
+def _started_from(model: SpecRegModel, run: Mapping[str, Any]) -> str | None:
+    """The license of the pretrained weights that a timm run started from."""
+    pretrained = run.get("config", {}).get("model", {}).get("pretrained")
+    return model.network.pretrained_cfg.get("license") if pretrained and model.is_timm else None

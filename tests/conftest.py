@@ -1,0 +1,22 @@
+"""Every test sees a Hub on loopback, and never another: the client reads its address at import."""
+
+import os
+import socket
+import tempfile
+
+with socket.socket() as _probe:
+    _probe.bind(("127.0.0.1", 0))
+    _PORT = _probe.getsockname()[1]
+
+_CACHE = tempfile.TemporaryDirectory(prefix="hf_specreg-hub-")
+os.environ |= {
+    "HF_ENDPOINT": f"http://127.0.0.1:{_PORT}",
+    "HF_HUB_CACHE": f"{_CACHE.name}/hub",
+    "HF_TOKEN_PATH": f"{_CACHE.name}/token",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_ETAG_TIMEOUT": "1",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+}
+os.environ.pop("HF_TOKEN", None)

@@ -1,0 +1,235 @@
+"""What the network and the Hub can do to a push and to a load.
+
+A push either completes or leaves the repository as it was; a load gives the right weights or an
+error; nothing hangs. The number of injected faults is printed at the end.
+"""
+
+import contextlib
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from hf_specreg import SpecRegModel
+from hf_specreg.encoders.download import HubError
+from hf_specreg.hub import publish
+from hf_specreg.hub.publish import PublishError, push
+from tests.hub.conftest import make_model
+from tests.hub.server import FAULTS
+
+REPO = "me/resnet"
+PUSH = {  # what a push asks for
+    "whoami": ("GET", "/api/whoami-v2"),
+    "create": ("POST", "/api/repos/create"),
+    "info": ("GET", "/api/models/me/resnet"),
+    "card": ("HEAD", "/resolve/"),
+    "validate": ("POST", "/api/validate-yaml"),
+    "preupload": ("POST", "/preupload/"),
+    "batch": ("POST", "/objects/batch"),
+    "put": ("PUT", "/lfs/"),
+    "commit": ("POST", "/commit/"),
+}
+LOAD = {
+    "info": ("GET", "/api/models/me/resnet/revision"),
+    "tree": ("GET", "/tree/"),
+    "head": ("HEAD", "/resolve/"),
+    "config": ("GET", "/config.json"),
+    "weights": ("GET", "/model.safetensors"),
+}
+LIMIT = 60  # seconds for one push or load, whatever happens to it
+INJECTED: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A saved model without a report: fast to publish."""
+    folder = tmp_path_factory.mktemp("bare")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def count_faults(hub, monkeypatch):
+    monkeypatch.setattr(publish, "PATIENCE", 0.2)
+    yield
+    INJECTED.update(hub.injected)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enough_faults(request, pytestconfig):
+    yield
+    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(INJECTED.items()))
+    reporter.write_line(f"\ninjected faults: {INJECTED.total()} ({kinds})")
+    if len(request.session.items) > len(FAULTS) * 2 and not request.session.testsfailed:
+        assert INJECTED.total() >= 200
+
+
+def inject(hub, fault, where, times):
+    """Do it to the first so many requests of a kind."""
+    left = [times]
+
+    def faults(method, path):
+        if method == where[0] and where[1] in path and left[0] > 0:
+            left[0] -= 1
+            return fault
+        return None
+
+    hub.faults = faults
+
+
+def attempted(action):
+    """What the action gives, or None where it failed in one of the ways that are announced."""
+    with contextlib.suppress(HubError, PublishError, FileNotFoundError):
+        return action()
+    return None
+
+
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_push_completes_or_leaves_the_repository_as_it_was(hub, bare, fault, times):
+    for kind, where in PUSH.items():
+        hub.repos.clear()
+        hub.objects.clear()
+        inject(hub, fault, where, times)
+        start = time.perf_counter()
+        pushed = attempted(lambda: push(bare, REPO, license="mit"))
+        if pushed is None:
+            repo = hub.repos.get(REPO)
+            assert repo is None or len(repo.branches["main"]) == 1, kind
+        else:
+            history = hub.repos[REPO].branches["main"]
+            assert len(history) == 2, kind
+            assert pushed.commit == history[-1].oid
+            weights = (bare / "model.safetensors").read_bytes()
+            assert history[-1].files["model.safetensors"] == weights
+        assert time.perf_counter() - start < LIMIT, kind
+        hub.faults = lambda method, path: None
+        if times == 1 or fault in ("slow", "drop after"):
+            continue
+        push(bare, REPO, license="mit")  # the next try goes through
+        assert len(hub.repos[REPO].branches["main"]) == 2, kind
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "drop", "drop after", "stall", "slow"])
+def test_a_push_survives_what_passes(hub, bare, fault):
+    for kind, where in PUSH.items():
+        hub.repos.clear()
+        hub.objects.clear()
+        inject(hub, fault, where, 1)
+        assert push(bare, REPO, license="mit").changed, kind
+
+
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_load_gives_the_right_weights_or_an_error(hub, bare, fault, times, fresh_cache):
+    push(bare, REPO, license="mit")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = SpecRegModel.from_pretrained(bare).eval()(images)
+    for kind, where in LOAD.items():
+        fresh_cache()
+        inject(hub, fault, where, times)
+        start = time.perf_counter()
+        for _ in range(2):  # what failed must not have left anything wrong in the cache
+            model = attempted(lambda: SpecRegModel.from_pretrained(REPO).eval())
+            if model is not None:
+                with torch.no_grad():
+                    torch.testing.assert_close(model(images), expected)
+            assert time.perf_counter() - start < LIMIT, kind
+            hub.faults = lambda method, path: None
+        with torch.no_grad():
+            again = SpecRegModel.from_pretrained(REPO).eval()(images)
+        torch.testing.assert_close(again, expected)
+
+
+def test_bytes_that_were_altered_on_the_way_are_never_weights(hub, bare, fresh_cache):
+    push(bare, REPO, license="mit")
+    fresh_cache()
+    inject(hub, "corrupt", ("GET", "/model.safetensors"), 10**6)
+    with pytest.raises(HubError, match=r"model.safetensors does not have the hash"):
+        SpecRegModel.from_pretrained(REPO)
+    assert hub.injected["corrupt"] == 2
+
+
+def test_a_damaged_cache_is_mended(hub, bare):
+    push(bare, REPO, license="mit")
+    images = torch.rand(2, 3, 32, 32)
+    model = SpecRegModel.from_pretrained(REPO).eval()
+    from pathlib import Path
+
+    from huggingface_hub import try_to_load_from_cache
+
+    blob = Path(try_to_load_from_cache(REPO, "model.safetensors")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-4] + b"\0\0\0\1")
+    with torch.no_grad():
+        mended = SpecRegModel.from_pretrained(REPO).eval()
+        torch.testing.assert_close(mended(images), model(images))
+
+
+def test_a_hub_that_wants_to_be_left_alone_for_a_day_is_an_error(hub, bare):
+    inject(hub, "429 for long", PUSH["preupload"], 1)
+    with pytest.raises(HubError, match="asks to come back in 86400 s"):
+        push(bare, REPO, license="mit")
+
+
+def test_a_repository_that_someone_else_changed_meanwhile_is_left_as_it_is(hub, bare):
+    push(bare, REPO, license="mit")
+    theirs = []
+
+    def someone_else():
+        if not theirs:
+            theirs.append(hub.repos[REPO].commit("main", {"new.txt": b"theirs"}, "theirs"))
+
+    hub.before_commit = someone_else
+    with pytest.raises(PublishError, match="changed by someone else during the push"):
+        push(bare, REPO, license="apache-2.0")
+    assert hub.repos[REPO].branches["main"][-1] is theirs[0]
+    push(bare, REPO, license="apache-2.0")
+    assert b"license: apache-2.0" in hub.repos[REPO].branches["main"][-1].files["README.md"]
+
+
+def test_what_was_uploaded_is_not_uploaded_again(hub, encoder):
+    first = []
+
+    def faults(method, path):
+        if method == "PUT" and path not in first and len(first) < 2:
+            first.append(path)
+        return "403" if method == "PUT" and path not in first else None
+
+    hub.faults = faults
+    with pytest.raises(HubError, match="403"):
+        push(encoder, REPO, license="mit")
+    assert hub.objects
+    kept = {f"/lfs/{oid}" for oid in hub.objects}
+    hub.faults = lambda method, path: None
+    hub.requests.clear()
+    push(encoder, REPO, license="mit")
+    assert not kept & {path for method, path in hub.requests if method == "PUT"}
+
+
+def test_no_server_at_all(hub, bare):
+    hub.close()
+    with pytest.raises(HubError, match="cannot be reached"):
+        push(bare, REPO, license="mit")
+    with pytest.raises(HubError, match="the Hub cannot be asked"):
+        SpecRegModel.from_pretrained(REPO)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_wrong(hub, bare, tmp_path, monkeypatch):
+    push(bare, REPO, license="mit")
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(small))
+        with pytest.raises(HubError, match=r"[Nn]o space left"):
+            SpecRegModel.from_pretrained(REPO)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        SpecRegModel.from_pretrained(REPO)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

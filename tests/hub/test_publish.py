@@ -1,0 +1,284 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from hf_specreg import SpecRegModel
+from hf_specreg.encoders.download import HubError
+from hf_specreg.hub.encoder import CardError
+from hf_specreg.hub.publish import PublishError, push
+from tests.hub.conftest import make_model, report_on
+
+REPO = "me/resnet"
+
+
+def files_of(hub, repo=REPO, branch="main"):
+    return hub.repos[repo].branches[branch][-1].files
+
+
+def publish(encoder, repo=REPO, **options):
+    return push(encoder, repo, **{"license": "apache-2.0", **options})
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        output = model(inputs)
+    return getattr(output, "logits", output)
+
+
+def test_a_push_is_one_commit_with_everything_in_it(hub, encoder):
+    pushed = publish(encoder)
+    assert pushed.changed
+    history = hub.repos[REPO].branches["main"]
+    assert len(history) == 2
+    assert pushed.commit == history[-1].oid
+    files = files_of(hub)
+    assert set(files) == {
+        *("README.md", "config.json", "model.safetensors", "specreg.json"),
+        *("robustness.json", "robustness.npz"),
+        *(f"plots/{name}_l2.png" for name in ("robust_accuracy", "distances", "sigmas")),
+    }
+    assert files["model.safetensors"] == (encoder / "model.safetensors").read_bytes()
+    assert json.loads(files["robustness.json"])["model"]["id"] == REPO
+
+
+def test_an_unchanged_push_sends_nothing_and_makes_no_commit(hub, encoder):
+    first = publish(encoder)
+    hub.requests.clear()
+    again = publish(encoder)
+    assert again.commit == first.commit
+    assert not again.changed
+    assert hub.count("PUT", "/lfs/") == 0
+    assert hub.count("POST", "/commit/") == 0
+
+
+def test_only_what_changed_is_sent_again(hub, encoder):
+    publish(encoder)
+    hub.requests.clear()
+    assert publish(encoder, license="mit").changed
+    assert hub.count("PUT", "/lfs/") == 0
+    assert hub.count("POST", "/commit/") == 1
+
+
+def test_no_way_on_this_machine_and_no_token_is_published(hub, encoder):
+    publish(encoder, token="hf_writer")
+    for name, content in files_of(hub).items():
+        for secret in (b"secret-project", b"hf_writer", str(encoder.parent).encode()):
+            assert secret not in content, name
+
+
+def test_every_stock_library_loads_it_with_the_same_logits(hub, encoder, monkeypatch):
+    publish(encoder)
+    images = torch.rand(2, 3, 32, 32)
+    local = SpecRegModel.from_pretrained(encoder).eval()
+    expected = logits(local, images)
+    for _ in range(2):  # from the Hub, then from the cache while nothing can be reached
+        inputs = local.normalize(images)
+        torch.testing.assert_close(
+            logits(SpecRegModel.from_pretrained(REPO).eval(), images), expected
+        )
+        by_timm = timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()
+        torch.testing.assert_close(logits(by_timm, inputs), expected)
+        by_auto = AutoModelForImageClassification.from_pretrained(REPO).eval()
+        torch.testing.assert_close(logits(by_auto, inputs), expected)
+        assert AutoImageProcessor.from_pretrained(REPO) is not None
+        classify = pipeline("image-classification", model=REPO)
+        assert len(classify(_picture())) == 3
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        hub.faults = lambda method, path: "500"
+
+
+def _picture():
+    from PIL import Image
+
+    return Image.new("RGB", (40, 40), (200, 30, 30))
+
+
+def test_it_loads_where_this_package_is_not_installed(hub, encoder):
+    publish(encoder)
+    code = (
+        "import sys; sys.modules['hf_specreg'] = None\n"
+        "import timm, transformers\n"
+        f"timm.create_model('hf-hub:{REPO}', pretrained=True)\n"
+        f"transformers.AutoModelForImageClassification.from_pretrained('{REPO}')\n"
+        "print('loaded')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("loaded"), done.stderr
+
+
+def test_a_transformers_model_and_its_processor_are_published(hub, tmp_path):
+    from transformers import ResNetConfig
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    model = SpecRegModel.from_transformers(config, num_classes=4, input_size=(3, 32, 32)).eval()
+    model.push_to_hub(REPO, license="mit")
+    assert "preprocessor_config.json" in files_of(hub)
+    images = torch.rand(2, 3, 32, 32)
+    again = AutoModelForImageClassification.from_pretrained(REPO).eval()
+    torch.testing.assert_close(logits(again, model.normalize(images)), logits(model, images))
+
+
+def test_a_headless_encoder_is_a_feature_extractor(hub, tmp_path):
+    model = make_model(num_classes=0)
+    model.push_to_hub(REPO, license="mit")
+    images = torch.rand(2, 3, 32, 32)
+    again = SpecRegModel.from_pretrained(REPO).eval()
+    torch.testing.assert_close(again(images), model(images))
+    stock = timm.create_model(f"hf-hub:{REPO}", pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(logits(stock, model.normalize(images)), model(images))
+    front = yaml.safe_load(files_of(hub)["README.md"].split(b"---")[1])
+    assert front["pipeline_tag"] == "image-feature-extraction"
+
+
+def test_push_to_hub_takes_a_report(hub):
+    model = make_model()
+    model.push_to_hub(REPO, report=report_on(model, "mine"), license="mit", private=True)
+    assert "robustness.json" in files_of(hub)
+    assert hub.repos[REPO].private
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub, encoder):
+    publish(encoder)
+    before = hub.repos[REPO].branches["main"][-1].oid
+    pushed = publish(encoder, license="mit", create_pr=True)
+    assert pushed.pull_request.endswith("/discussions/1")
+    assert hub.repos[REPO].branches["main"][-1].oid == before
+    assert b"license: mit" in files_of(hub, branch="refs/pr/1")["README.md"]
+
+
+def test_a_branch_is_made_and_loaded_from(hub, encoder):
+    publish(encoder, revision="v2")
+    assert "model.safetensors" not in files_of(hub)
+    assert "model.safetensors" in files_of(hub, branch="v2")
+    SpecRegModel.from_pretrained(REPO, revision="v2")
+    with pytest.raises(FileNotFoundError, match="no such revision"):
+        SpecRegModel.from_pretrained(REPO, revision="v3")
+
+
+def test_what_a_person_wrote_on_the_hub_is_kept(hub, encoder):
+    publish(encoder)
+    card = files_of(hub)["README.md"].decode()
+    noted = card.replace("*Intended use, what you saw, what to know.*", "For beetles only.")
+    noted = noted.replace("# resnet", "# rewritten by hand")
+    hub.repos[REPO].commit("main", {"README.md": noted.encode()}, "notes")
+    publish(encoder)
+    card = files_of(hub)["README.md"].decode()
+    assert "For beetles only." in card
+    assert "rewritten by hand" not in card
+
+
+def test_eval_results_are_an_option(hub, encoder):
+    publish(encoder, eval_results=True)
+    entries = yaml.safe_load(files_of(hub)[".eval_results/hf_specreg.yaml"])
+    assert entries[0]["dataset"] == {"id": "org/pictures", "task_id": "accuracy", "revision": "abc"}
+    assert "eps 0.1" in entries[1]["notes"]
+
+
+def test_other_ranks_do_nothing(hub, encoder, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert publish(encoder) is None
+    assert not hub.requests
+
+
+class TestRefusedBeforeAnythingIsSent:
+    @pytest.fixture(autouse=True)
+    def nothing_was_sent(self, hub):
+        yield
+        assert not [r for r in hub.requests if r[0] in ("POST", "PUT")]
+
+    def test_a_stale_report(self, hub, encoder):
+        other = make_model()
+        other.network.conv1[0].weight.data += 1
+        with pytest.raises(CardError, match=r"report is of weights \w+\.\.\., but .* holds \w+"):
+            publish(encoder, report=report_on(other, "other"))
+
+    def test_weights_that_are_not_finite(self, hub, encoder, tmp_path):
+        model = make_model()
+        model.network.conv1[0].weight.data[0] = torch.nan
+        model.save_pretrained(tmp_path)
+        with pytest.raises(PublishError, match=r"conv1.0.weight has values that are NaN"):
+            publish(tmp_path)
+
+    def test_no_license(self, hub, encoder):
+        with pytest.raises(CardError, match="needs a license"):
+            push(encoder, REPO)
+
+    def test_labels_that_do_not_match_the_head(self, hub, encoder, tmp_path):
+        make_model(label_names=["a", "b", "c"]).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["label_names"] = ["a", "b"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="2 label_names for a head of 3 classes"):
+            publish(tmp_path)
+
+    def test_an_invalid_name(self, hub, encoder):
+        with pytest.raises(PublishError, match="no name of a repository"):
+            publish(encoder, "me/a/b")
+
+    def test_a_token_that_cannot_write(self, hub, encoder):
+        with pytest.raises(PublishError, match="cannot write to me: make one with write access"):
+            publish(encoder, token="hf_reader")
+
+    def test_a_fine_grained_token_for_another_place(self, hub, encoder, monkeypatch):
+        user = {
+            "name": "me",
+            "orgs": [{"name": "org"}],
+            "auth": {
+                "accessToken": {
+                    "role": "fineGrained",
+                    "fineGrained": {
+                        "scoped": [{"entity": {"name": "org"}, "permissions": ["repo.write"]}]
+                    },
+                }
+            },
+        }
+        monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: user)
+        with pytest.raises(PublishError, match="cannot write to me"):
+            publish(encoder)
+
+    def test_an_expired_token(self, hub, encoder):
+        with pytest.raises(HubError, match=r"401.*hf auth login"):
+            publish(encoder, token="hf_old")
+
+    def test_a_namespace_of_others(self, hub, encoder):
+        with pytest.raises(PublishError, match="not a member of stranger"):
+            publish(encoder, "stranger/resnet")
+
+    def test_offline(self, hub, encoder, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+            publish(encoder)
+
+
+def test_private_does_not_go_into_a_public_repository(hub, encoder):
+    publish(encoder)
+    with pytest.raises(PublishError, match="is public already"):
+        publish(encoder, private=True, license="mit")
+
+
+def test_the_token_is_in_no_log_message_or_process(hub, encoder, tmp_path, caplog, capfd):
+    caplog.set_level("DEBUG")
+    hub.faults = lambda method, path: "403" if "/commit/" in path else None
+    with pytest.raises(HubError) as refused:
+        publish(encoder, token="hf_writer")
+    chain, error = "", refused.value
+    while error is not None:
+        chain, error = chain + repr(error) + str(error), error.__cause__ or error.__context__
+    assert "403" in chain
+    out, err = capfd.readouterr()
+    assert "hf_writer" not in chain + out + err + caplog.text
+    arguments = ["-m", "hf_specreg.cli", "push", "--help"]
+    shown = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert "--token" not in shown.stdout
+    for folder, _, names in os.walk(os.environ["HF_HUB_CACHE"]):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                assert b"hf_writer" not in file.read()

@@ -1,0 +1,249 @@
+"""Folders from elsewhere, malformed, huge, deeply nested or lying: a clear error, soon."""
+
+import json
+import random
+import resource
+import shutil
+import struct
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_specreg import RobustnessReport, SpecRegModel
+from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.hub.card import card_files
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.robustness.report import ReportError
+from tests.hub.conftest import make_model
+
+MUTATIONS = 600  # of each of the four kinds of file
+SLOWEST = 20  # seconds, for one folder
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**3), 10**3),
+    st.sampled_from([-1, 0, 2**31, 2**63, 10**9, 10**400, 1e308, 0.1]),
+    st.text(max_size=20),
+    st.sampled_from(["../../etc/passwd", "resnet18", "hf-hub:me/other", "\x00", "9" * 5000]),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.lists(st.just(10**9), min_size=1, max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
+)
+FUZZ = settings(
+    max_examples=MUTATIONS,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def places(value, path=()):
+    """All places in a JSON value."""
+    yield path
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from places(part, (*path, key))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from places(part, (*path, i))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(copy[path[0]], path[1:], new)
+    return copy
+
+
+def removed(value, path):
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = removed(copy[path[0]], path[1:])
+    return copy
+
+
+@st.composite
+def mutations(draw, original):
+    """The text of a JSON file with one to three places changed, or with its bytes damaged."""
+    text = json.dumps(original)
+    kind = draw(st.sampled_from(["value", "value", "value", "remove", "cut", "bytes", "nest"]))
+    if kind == "cut":
+        return text[: draw(st.integers(0, len(text)))].encode()
+    if kind == "bytes":
+        damaged = bytearray(text.encode())
+        for _ in range(draw(st.integers(1, 5))):
+            damaged[draw(st.integers(0, len(damaged) - 1))] = draw(st.integers(0, 255))
+        return bytes(damaged)
+    value = original
+    for _ in range(draw(st.integers(1, 3))):
+        where = draw(st.sampled_from(sorted(places(value), key=str)))
+        if kind == "nest":
+            deep = "[" * 10**5 + "]" * 10**5
+            return json.dumps(replaced(value, where, "HERE")).replace('"HERE"', deep).encode()
+        if kind == "remove" and where:
+            value = removed(value, where)
+        else:
+            value = replaced(value, where, draw(STRANGE))
+        if not isinstance(value, dict):
+            break
+    return json.dumps(value).encode()
+
+
+@pytest.fixture(scope="module")
+def original(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untrusted") / "m"
+    shutil.copytree(encoder, folder, ignore=shutil.ignore_patterns("robustness.*"))
+    (folder.parent / "robustness.json").write_bytes((encoder / "robustness.json").read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_blow_up():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 2 * 2**20, f"{grown >> 10} MiB"  # in KiB
+
+
+def survives(load, allowed):
+    start = time.perf_counter()
+    try:
+        load()
+    except allowed as error:
+        assert 10 < len(str(error)) < 3000  # noqa: PT017
+    assert time.perf_counter() - start < SLOWEST
+
+
+@FUZZ
+@given(st.data())
+def test_config(original, data):
+    path = original / "config.json"
+    text = path.read_bytes()
+    path.write_bytes(data.draw(mutations(json.loads(text))))
+    try:
+        survives(lambda: SpecRegModel.from_pretrained(original), FolderError)
+    finally:
+        path.write_bytes(text)
+
+
+@FUZZ
+@given(st.data())
+def test_run_description(original, data):
+    path = original / "specreg.json"
+    text = path.read_bytes()
+    path.write_bytes(data.draw(mutations(json.loads(text))))
+    try:
+        survives(
+            lambda: card_files(Encoder.open(original, license="mit"), "me/m"),
+            FolderError,
+        )
+    finally:
+        path.write_bytes(text)
+
+
+@FUZZ
+@given(st.data())
+def test_report(original, data):
+    path = original.parent / "robustness.json"
+    text = path.read_bytes()
+    path.write_bytes(data.draw(mutations(json.loads(text))))
+    try:
+        survives(lambda: RobustnessReport.load(path).to_markdown(), ReportError)
+    finally:
+        path.write_bytes(text)
+
+
+@FUZZ
+@given(st.data())
+def test_weights(original, data):
+    path = original / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    few = random.Random(data.draw(st.integers(0, 10**6))).sample(sorted(header), 3)
+    kind = data.draw(st.sampled_from(["header", "header", "length", "cut"]))
+    if kind == "header":
+        mutated = data.draw(mutations({name: header[name] for name in few}))
+        rest = json.dumps({k: v for k, v in header.items() if k not in few}).encode()
+        joined = rest[:-1] + b"," + mutated[1:]
+        damaged = struct.pack("<Q", len(joined)) + joined + content[8 + length :]
+    elif kind == "length":
+        strange = data.draw(st.sampled_from([0, 1, length - 1, length + 1, 2**32, 2**63 - 1]))
+        damaged = struct.pack("<Q", strange) + content[8:]
+    else:
+        damaged = content[: data.draw(st.integers(0, len(content) - 1))]
+    path.write_bytes(damaged)
+    try:
+        survives(lambda: SpecRegModel.from_pretrained(original), FolderError)
+    finally:
+        path.write_bytes(content)
+
+
+def changed(tmp_path, **entries):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **entries}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ({"layers": [10**6, 1, 1, 1]}, "larger network than its weights"),
+        ({"channels": [10**6, 10**6, 10**6, 10**6]}, "larger network than its weights"),
+        ({"layers": [10**9, 1, 1, 1]}, "no width, depth or size"),
+        ({"pretrained_cfg_overlay": {"url": "http://elsewhere/x.pth"}}, "model_args"),
+        ({"checkpoint_path": "/tmp/x.pth"}, "model_args"),
+        ({"no_such_argument": 1}, "do not make a network"),
+    ],
+)
+def test_a_network_that_is_not_that_of_its_weights(tmp_path, model_args, message):
+    with pytest.raises(FolderError, match=message):
+        SpecRegModel.from_pretrained(changed(tmp_path, model_args=model_args))
+
+
+def test_weights_of_another_network(tmp_path):
+    with pytest.raises(FolderError, match="do not make a network"):
+        SpecRegModel.from_pretrained(changed(tmp_path, architecture="test_vit"))
+
+
+def test_code_in_a_repository_is_not_run(tmp_path):
+    folder = changed(tmp_path)
+    ran = tmp_path / "ran"
+    (folder / "modeling.py").write_text(f"open({str(ran)!r}, 'w')\nclass Model: pass\n")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "modeling.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FolderError, match="Unrecognized model identifier: mine"):
+        SpecRegModel.from_pretrained(folder)
+    assert not ran.exists()
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path, hub):
+    folder = changed(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin: such files can run code"):
+        SpecRegModel.from_pretrained(folder)
+    hub.repos["me/pickled"] = hub.new_repo("me/pickled")
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    hub.repos["me/pickled"].commit("main", files, "pickles")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin: such files can run code"):
+        SpecRegModel.from_pretrained("me/pickled")
+
+
+def test_names_in_a_repository_do_not_leave_the_cache(tmp_path, hub, monkeypatch):
+    cache = tmp_path / "a/b/cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder = changed(tmp_path / "m")
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    evil = ("../../../../evil", "/tmp/evil", "x/../../../../config.json", "..\\..\\config.json")
+    hub.repos["me/evil"] = hub.new_repo("me/evil")
+    hub.repos["me/evil"].commit("main", {**files, **dict.fromkeys(evil, b"evil")}, "evil")
+    SpecRegModel.from_pretrained("me/evil")
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and b"evil" == p.read_bytes()]
+    assert written == []
