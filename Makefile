@@ -1,4 +1,5 @@
-# make demo: set up, then train a baseline and a regularized encoder on the embedded digits, attack and compare them.
+# make demo: set up, then train a baseline and a regularized encoder on the embedded digits, attack and compare them,
+# and write the model card.
 # make test: set up, then lint, the import contract and the test suite.
 VENV := .venv
 PYTHON := $(VENV)/bin/python

@@ -161,8 +161,9 @@ def card(
     report: str | None = None,
     baseline: str | None = None,
     license: str | None = None,
+    output: str | None = None,
 ) -> None:
-    """Write the model card of a saved encoder, README.md with its plots, into its folder.
+    """Write the model card of a saved encoder, README.md with its plots.
 
     Args:
         folder: of the saved model.
@@ -170,9 +171,11 @@ def card(
         report: folder or robustness.json; default: the one in the folder, if there is one.
         baseline: a report of another model on the same images, to compare with.
         license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+        output: where the card is written; default: the folder.
     """
     encoder = Encoder.open(folder, report=report, baseline=baseline, license=license)
-    for path in write_card(encoder, repo_id or f"your-name/{Path(folder).resolve().name}"):
+    repo_id = repo_id or f"your-name/{Path(folder).resolve().name}"
+    for path in write_card(encoder, repo_id, Path(output or folder)):
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""Train a baseline and a regularized encoder on the embedded digits, attack both, and compare.
+"""Train a baseline and a regularized encoder on the embedded digits, attack, compare, write a card.
 
     make demo
 
@@ -18,6 +18,8 @@ from rich.table import Table
 from transformers import AutoModelForImageClassification
 
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.hub.card import write_card
+from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -57,13 +59,21 @@ def main() -> None:
     console.print(compared.to_markdown(), soft_wrap=True)
     folder = results["rep-spectral"].model_folder
     check_stock_loading(folder, models["rep-spectral"])
+    encoder = Encoder.open(
+        folder,
+        report=reports["rep-spectral"],
+        baseline=reports["baseline"],
+        license="apache-2.0",
+    )
+    card = write_card(encoder, "your-name/digits-rep-spectral", folder)[0]
     console.print(
         f"The regularized encoder is in {folder}. Stock timm and transformers load it, with the "
         "same logits:\n"
         f"  timm.create_model('local-dir:{folder}', pretrained=True)\n"
         f"  AutoModelForImageClassification.from_pretrained('{folder}')\n"
         f"Its layers: hf-specreg spectrum {folder}\n"
-        f"The comparison as a page: {OUTPUT / 'report.html'}"
+        f"The comparison as a page: {OUTPUT / 'report.html'}\n"
+        f"Its model card: {card}"
     )
 
 

@@ -50,11 +50,12 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         results = report.to_markdown()
         if encoder.baseline is not None:
             comparison = Comparison([named(encoder.baseline, "baseline"), report])
-            results = comparison.to_markdown()
+            results = f"{_verdict(comparison)}\n\n{comparison.to_markdown()}"
         shown = comparison.reports if comparison else [report]
         for name, (picture, caption) in pictures(shown, comparison, PICTURES).items():
             files[f"plots/{name}.png"] = picture
-            drawn.append({"path": f"plots/{name}.png", "caption": caption})
+            title = name.replace("_", " ")
+            drawn.append({"path": f"plots/{name}.png", "title": title, "caption": caption})
     model, config = encoder.model, read_json(encoder.folder / "config.json")
     architecture = type(model.network).__name__
     environment = jinja2.Environment(
@@ -211,25 +212,49 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
     rows.append(("batch size", config.get("batch_size")))
     if encoder.penalty:
         burn_in = penalty.get("burn_in_epochs") or 0
+        every = penalty.get("every", 1)
+        often = "at every step" if every == 1 else f"at every {every}th step"
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
         rows.append(
             (
                 "penalty",
-                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, every "
-                f"{penalty.get('every')} steps, from epoch {burn_in:g} on",
+                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, {often} from epoch "
+                f"{burn_in:g} on",
             )
         )
     elif penalty:
         rows.append(("penalty", "none"))
     share = encoder.run.get("penalty_share")
     if encoder.penalty and share is not None:
-        rows.append(("cost of the penalty", f"{share:.2%} of the training time"))
+        rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))
     if isinstance(metrics.get("sum_sigma2"), int | float):
         rows.append(("sum of sigma^2 at the end", f"{metrics['sum_sigma2']:.4g}"))
     if isinstance(metrics.get("test_accuracy"), int | float):
         n = metrics.get("test_images")
-        rows.append(("test accuracy", f"{metrics['test_accuracy']:.2%} (n = {n})"))
+        rows.append(("test accuracy", f"{100 * metrics['test_accuracy']:.2f} % (n = {n})"))
     return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _verdict(comparison: Comparison) -> str:
+    """Whether the encoder is harder to attack than the baseline, in words."""
+    said = []
+    for row in comparison.rows:
+        difference = row["difference"]
+        if difference is None or difference["value"] is None:
+            continue
+        low, high = difference["ci"]
+        attack = f"by `{row['attack']}`, on the same {row['n']} images"
+        if low <= 0 <= high:
+            said.append(f"No difference from the baseline is shown {attack}.")
+            continue
+        kind = "harder" if difference["value"] > 0 else "**easier**"
+        way = "farther" if difference["value"] > 0 else "nearer"
+        low, high = sorted((abs(low), abs(high)))
+        said.append(
+            f"It is {kind} to attack than the baseline {attack}: the nearest adversarial images "
+            f"are {abs(difference['value']):.3f} ({low:.3f} to {high:.3f}) {way} on average."
+        )
+    return " ".join(said)
 
 
 def _limits(content: Mapping[str, Any]) -> list[str]:
@@ -269,11 +294,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in known.items()) or "its default"
 
 
-def write_card(encoder: Encoder, repo_id: str) -> list[Path]:
-    """Write the card and its pictures into the encoder's folder; return their paths."""
+def write_card(encoder: Encoder, repo_id: str, folder: Path) -> list[Path]:
+    """Write the card and its pictures into a folder; return their paths."""
     written = []
     for name, content in card_files(encoder, repo_id).items():
-        path = encoder.folder / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         written.append(path)

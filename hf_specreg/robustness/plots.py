@@ -247,7 +247,7 @@ def sigmas(
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("top singular value of the layer")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=2)
     return figure, "Top singular value of every linear map up to the features, in forward order."
 
 

@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_specreg import RobustnessReport, SpecRegModel
+from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.hub.card import card_files, write_card
+from hf_specreg.hub.encoder import CardError, Encoder, public_name, report_files
+from tests.hub.conftest import make_model, report_on
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    return shutil.copytree(encoder, tmp_path / "m")
+
+
+def card_of(folder, **options):
+    opened = Encoder.open(folder, **{"license": "mit", **options})
+    return card_files(opened, "me/resnet")["README.md"].decode()
+
+
+def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
+    data = ModelCard(card_of(folder)).data
+    report = RobustnessReport.load(folder).content
+    robust = [r for r in data.eval_results if r.metric_type == "robust_accuracy"]
+    stated = {(r.metric_args["attack"], r.metric_args["eps"]): r.metric_value for r in robust}
+    for name, attack in report["attacks"].items():
+        for point in attack["robust_accuracy"]:
+            assert stated[name, point["eps"]] == pytest.approx(point["value"], abs=1e-6)
+    for point in report["worst_case"]:
+        assert stated["tangent, pgd-l2", point["eps"]] == pytest.approx(point["value"], abs=1e-6)
+    for result in robust:
+        assert result.metric_args["norm"] == "l2"
+        assert (result.metric_args["n"], result.metric_args["seed"]) == (12, 0)
+        assert result.dataset_name == "org/pictures"
+        assert result.dataset_revision == "abc"
+    assert len(robust) == 6
+    assert data.pipeline_tag == "image-classification"
+    assert (data.library_name, data.license, data.datasets) == ("timm", "mit", ["org/pictures"])
+
+
+def test_what_the_penalty_was_and_cost_is_told(folder):
+    card = card_of(folder)
+    assert "0.01 x sum of sigma^2 of linear maps up to the features, at every step from epo" in card
+    assert "| cost of the penalty | 1.00 % of the training time |" in card
+
+
+def test_a_baseline_claims_no_penalty(tmp_path):
+    model = make_model()
+    model.metadata["config"]["penalty"]["strength"] = 0.0
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "without a penalty: a baseline" in card
+    assert "- rep-spectral" not in card
+
+
+def test_without_a_report_nothing_is_claimed(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "Not measured. Nothing is claimed." in card
+    assert "model-index" not in card
+
+
+def test_flags_and_limits_are_in_plain_words(folder):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    content["flags"] = ["gradient masking: something odd"]
+    path.write_text(json.dumps(content))
+    card = card_of(folder)
+    limits = card[card.index("What these numbers do not show") : card.index("How it was trained")]
+    assert "- gradient masking: something odd" in limits
+    assert "- Nothing is certified." in limits
+    assert "not in Linf" in limits
+
+
+def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
+    report = RobustnessReport.load(folder)
+
+    def scaled(factor):
+        images = dict(report.images)
+        images["tangent/distances"] = factor * images["tangent/distances"]
+        return RobustnessReport(report.content, images)
+
+    for factor, verdict in ((0.5, "It is harder"), (2.0, "It is **easier**"), (1.0, "No differ")):
+        assert verdict in card_of(folder, baseline=scaled(factor))
+
+
+def test_the_card_is_written_anew_but_notes_and_license_stay(folder):
+    encoder = Encoder.open(folder, license="mit")
+    write_card(encoder, "me/resnet", folder)
+    path = folder / "README.md"
+    text = path.read_text().replace("*Intended use, what you saw, what to know.*", "Mine.\n\n# Too")
+    path.write_text(text.replace("## How it was trained", "## Edited"))
+    write_card(Encoder.open(folder), "me/resnet", folder)
+    again = path.read_text()
+    assert "Mine.\n\n# Too\n<!-- end of notes -->" in again
+    assert "## Edited" not in again
+    assert "license: mit" in again
+    assert (folder / "plots/sigmas_l2.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_same_folder_gives_the_same_bytes(folder):
+    encoders = [Encoder.open(folder, license="mit") for _ in range(2)]
+    first, again = (card_files(e, "me/m") | report_files(e, "me/m") for e in encoders)
+    assert first == again
+
+
+def test_the_pictures_of_the_data_stay_at_home(folder, tmp_path):
+    report = RobustnessReport.load(folder)
+    assert len(report.twins["shown"])
+    for name, content in report_files(Encoder.open(folder), "me/m").items():
+        (tmp_path / name).write_bytes(content)
+    published = RobustnessReport.load(tmp_path / "robustness.json")
+    assert published.twins == {}
+    assert (published.images["tangent/distances"] == report.images["tangent/distances"]).all()
+
+
+def test_a_report_of_other_weights_is_refused_naming_both(folder):
+    other = make_model()
+    with torch.no_grad():
+        other.network.fc.bias.add_(1)
+    with pytest.raises(CardError, match=r"of weights \w{16}\.\.\., but .*m holds \w{16}\.\.\."):
+        Encoder.open(folder, report=report_on(other, "other"))
+
+
+def test_a_baseline_needs_a_report(tmp_path, encoder):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(CardError, match="has no report to compare with"):
+        Encoder.open(tmp_path, baseline=encoder)
+
+
+def test_a_damaged_description_is_named(folder):
+    (folder / "specreg.json").write_text('{"config": {"penalty": {"strength": "much"}}}')
+    with pytest.raises(FolderError, match=r"specreg.json: config/penalty"):
+        Encoder.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/pictures", "org/pictures"),
+        ("digits", "digits"),
+        ("../shared/data/mnist", "mnist"),
+        ("/home/someone/secret/set", "set"),
+        ("~/set", "set"),
+        ("C:\\Users\\someone\\set", "set"),
+        (".", "local"),
+    ],
+)
+def test_local_paths_are_published_by_their_last_part(source, name):
+    assert public_name(source) == name
+
+
+def test_the_started_from_license_and_base_model(tmp_path):
+    model = SpecRegModel.from_timm("test_resnet", num_classes=3, input_size=(3, 32, 32))
+    settings = {"name": "test_resnet.r160_in1k", "library": "timm", "pretrained": True}
+    model.metadata = {"config": {"model": settings}}
+    model.save_pretrained(tmp_path)
+    opened = Encoder.open(tmp_path)
+    front = yaml.safe_load(card_files(opened, "me/m")["README.md"].split(b"---")[1])
+    assert front["base_model"] == "timm/test_resnet.r160_in1k"
+    assert front["license"] == "apache-2.0"
