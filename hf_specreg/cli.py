@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_specreg.encoders.model import load_model
@@ -190,6 +191,7 @@ def push(
     create_pr: bool = False,
     commit_message: str = "Publish encoder, report and card",
     eval_results: bool = False,
+    notes: Literal["folder", "hub"] | None = None,
 ) -> None:
     """Publish a saved encoder with its report and card on the Hub, in one commit.
 
@@ -207,6 +209,7 @@ def push(
         create_pr: open a pull request instead of committing.
         commit_message: of the commit.
         eval_results: also write .eval_results/hf_specreg.yaml.
+        notes: which to keep where those on the folder's card and on the Hub's differ.
     """
     pushed = publish.push(
         folder,
@@ -219,6 +222,7 @@ def push(
         create_pr=create_pr,
         commit_message=commit_message,
         eval_results=eval_results,
+        notes=notes,
     )
     if pushed is not None:
         what = pushed.pull_request or ("published" if pushed.changed else "nothing has changed")
@@ -236,7 +240,7 @@ def list_encoders(source: str, sort: str = "accuracy") -> None:
     if not rows:
         print(f"no encoders of hf_specreg in {source}")
         return
-    table = Table(*columns_of(rows), title=f"{source}: {len(rows)} encoders")
+    table = Table(*map(escape, columns_of(rows)), title=f"{escape(source)}: {len(rows)} encoders")
     for row in sort_rows(rows, sort):
         table.add_row(*(_cell(name, row.get(name)) for name in columns_of(rows)))
     Console(width=None if Console().is_terminal else 200).print(table)
@@ -248,7 +252,7 @@ def _cell(column: str, value: str | float | None) -> str:
         return ""
     if column == "accuracy" or column.startswith("robust"):
         return f"{value:.1%}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
 
 COMMANDS = {

@@ -15,12 +15,15 @@ import jsonschema
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 LARGEST_FILE = 32 * 2**20  # bytes of JSON
 LARGEST_NUMBER = 1e6  # a width, a depth or a side of an image
 LARGEST_CLASSES = 10**6
-ROOM = 1_000_000, 1_000  # parameters, tensors: what a network may have that is not in its file
+ROOM = 50_000_000, 1_000  # numbers, tensors: what a network may have that is not in its file
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 64}
 TIMM_CONFIG = {
@@ -51,7 +54,6 @@ TIMM_CONFIG = {
                 "crop_mode": {"type": "string"},
                 "interpolation": {"type": "string"},
                 "num_classes": {"type": "integer", "minimum": 0, "maximum": LARGEST_CLASSES},
-                "custom_load": {"const": False},
             },
         },
     },
@@ -64,7 +66,14 @@ TRANSFORMERS_CONFIG = {
         "architectures": {"type": ["array", "null"], "items": {"type": "string"}},
         "id2label": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
     },
+    # They would have transformers read weights from elsewhere.
+    "propertyNames": {"not": {"pattern": "^(backbone|use_timm|transformers_weights|model_args)"}},
 }
+# Vision encoders of transformers beside those with an image classifier.
+ENCODERS = (
+    *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"),
+    *("dinov3_vit", "dinov3_convnext", "vit_mae"),
+)
 
 
 class FolderError(ValueError):
@@ -83,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_FILE:
         raise FolderError(f"{path} has more than {LARGEST_FILE >> 20} MiB: it is no description")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise FolderError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -113,8 +122,15 @@ def check_config(config: Mapping[str, Any], folder: str | Path) -> None:
         large = next((n for n in _numbers(sizes) if not abs(n) <= LARGEST_NUMBER), None)
     except RecursionError as error:
         raise FolderError(f"{where} is nested too deeply") from error
+    if schema is TRANSFORMERS_CONFIG:
+        _check_model_type(config["model_type"], where)
+    else:
+        counts = (config.get("num_classes"), config["pretrained_cfg"].get("num_classes"))
+        counts = {n for n in (*counts, sizes.get("num_classes")) if n is not None}
+        if len(counts) > 1:  # timm would load the head, and more, loosely
+            raise FolderError(f"{where}: num_classes is {' and '.join(map(str, sorted(counts)))}")
     if large is not None:
-        raise FolderError(f"{where}: {large} is no width, depth or size of a network")
+        raise FolderError(f"{where}: {str(large)[:30]} is no width, depth or size of a network")
 
 
 def check_schema(content: Mapping[str, Any], schema: Mapping[str, Any], where: str | Path) -> None:
@@ -159,7 +175,9 @@ def weight_sizes(path: Path) -> dict[str, int]:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise FolderError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise FolderError(
+            f"{path} is damaged, or no safetensors file: {str(error)[:200]}"
+        ) from error
     return {name: int(torch.Size(shape).numel()) for name, shape in shapes.items()}
 
 
@@ -180,22 +198,39 @@ def builds(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _at_most(numbers: int, tensors: int, folder: str | Path) -> Iterator[None]:
-    """Stop a network in the making as soon as it has more than so many parameters."""
+    """Stop a network in the making as soon as its parameters and buffers are more than that."""
     thread, left = threading.get_ident(), [numbers, tensors]
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is None or threading.get_ident() != thread:
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
             return
-        left[0] -= parameter.numel()
+        left[0] -= tensor.numel()
         left[1] -= 1
         if min(left) < 0:
             raise FolderError(f"{folder}/config.json describes a larger network than its weights")
 
-    handle = register_module_parameter_registration_hook(count)
+    handles = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _check_model_type(name: str, where: str) -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+    )
+
+    if name not in {*CLASSIFIERS, *ENCODERS} - {"timm_wrapper"}:
+        raise FolderError(f"{where}: transformers has no image encoder {name[:50]!r}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _numbers(value: Any) -> Iterator[float]:

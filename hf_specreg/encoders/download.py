@@ -1,9 +1,10 @@
 """A repository of the Hub as a local folder: whole, unaltered, and in finite time.
 
 huggingface_hub's client waits without end for a silent server, and checks the size of what it
-downloads, not the content. Here silence ends after `SILENCE` seconds, a Hub that wants to be left
-alone for longer than `LONGEST_WAIT` is an error, and every file is compared with the hash that the
-Hub gave for it.
+downloads, not the content. Here a request ends after `SILENCE` seconds of silence, a Hub that wants
+to be left alone for longer than `LONGEST_WAIT` is an error, and every file in the cache is compared
+with the hash that the Hub gave for it. Transfers go by HTTP, not by Xet, whose client knows none of
+these limits.
 """
 
 import hashlib
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import HfApi, set_client_factory, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 RUN_FILE = "specreg.json"
-LOADED_FILES = ["config.json", "preprocessor_config.json", RUN_FILE, WEIGHTS_FILE]
+PROCESSOR_FILE = "preprocessor_config.json"
+LOADED_FILES = ["config.json", PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE]
 PICKLES = re.compile(r"\.(bin|pt|pth|pth\.tar|ckpt|pkl|h5|msgpack|npz)$")
 SILENCE = 60.0  # seconds
 LONGEST_WAIT = 300.0  # seconds that the Hub may ask to be left alone; its rate limits' window
@@ -72,15 +75,20 @@ def limit_silence() -> None:
 
     def limited():
         client = make_client()
-        hooks = client.event_hooks
-        client.event_hooks = {
-            "request": [*hooks.get("request", ()), _limit],
-            "response": [*hooks.get("response", ()), _refuse_to_wait],
-        }
+        _limit_client(client)
         return client
 
     limited.limits_silence = True
-    set_client_factory(limited)
+    _limit_client(get_session())  # set_client_factory would close it under other threads' feet
+    _http._GLOBAL_CLIENT_FACTORY = limited
+
+
+def _limit_client(client) -> None:
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks.get("request", ()), _limit],
+        "response": [*hooks.get("response", ()), _refuse_to_wait],
+    }
 
 
 def _limit(request) -> None:
@@ -103,6 +111,7 @@ def translated(doing: str) -> Iterator[None]:
     """Turn the many errors of the Hub's client into a few that say what to do."""
     limit_silence()
     again = "try again; what was transferred is kept"
+    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
         yield
     except LocalEntryNotFoundError as error:
@@ -115,6 +124,8 @@ def translated(doing: str) -> Iterator[None]:
         raise
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{doing}: no such revision: {first_line(error)}") from error
+    except GatedRepoError as error:
+        raise HubError(f"{doing}: ask for access on its page first: {first_line(error)}") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"{doing}: neither a local folder nor a repository on the Hub that your token may see "
@@ -139,6 +150,8 @@ def translated(doing: str) -> Iterator[None]:
             f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
             f"({type(error).__name__}: {error}): {again}"
         ) from error
+    finally:
+        constants.HF_HUB_DISABLE_XET = xet
 
 
 def first_line(error: BaseException) -> str:
@@ -153,12 +166,12 @@ def _snapshot(name: str, revision: str | None, token: str | None) -> Path:
         folder = Path(
             snapshot_download(name, revision=revision, token=token, allow_patterns=LOADED_FILES)
         )
-        damaged = [path for path in sorted(folder.iterdir()) if not _is_intact(path)]
+        damaged = [path for path in sorted(folder.iterdir()) if not is_intact(path)]
         if not damaged:
             return folder
         for path in damaged:
             logger.warning("%s is not what the Hub says it is: deleted", path)
-            path.resolve().unlink()
+            _blob(path).unlink()
             path.unlink(missing_ok=True)
     raise HubError(
         f"loading {name}: {damaged[0].name} does not have the hash that the Hub gives for it, "
@@ -166,19 +179,31 @@ def _snapshot(name: str, revision: str | None, token: str | None) -> Path:
     )
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether a file of the cache has its hash: its name there is git's SHA-1, or SHA-256."""
-    blob = path.resolve()
-    if not path.is_symlink() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return True  # a cache without links does not keep the hashes
-    if len(blob.name) == 64:
+def is_intact(path: Path) -> bool:
+    """Whether a file of the cache has the hash that the Hub gave for it.
+
+    The name of the blob that it links to is that hash: git's SHA-1 of small files, SHA-256 of
+    others. A cache without links does not keep the hashes: True.
+    """
+    if not path.is_symlink():
+        return True
+    blob = _blob(path)
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
         found = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):
+        size = blob.stat().st_size
+        found = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     else:
-        found = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
+        return True
     with blob.open("rb") as file:
         while block := file.read(2**20):
             found.update(block)
     return found.hexdigest() == blob.name
+
+
+def _blob(path: Path) -> Path:
+    """What a file of the cache links to; one step only, for a blob may be a link to Xet's store."""
+    return path.parent / os.readlink(path)
 
 
 def _pickles(name_or_folder: str | Path, revision: str | None, token: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from hf_specreg.encoders.blueprint import read_json
+from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.features import find_head
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
@@ -128,9 +128,10 @@ def load_transformers(
         fresh = {}
         if num_classes and (bare or num_classes != config.num_labels):
             fresh = {**_class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
-        network = AutoModelForImageClassification.from_pretrained(
-            name_or_config, use_safetensors=True, **fresh, **where
+        network, info = AutoModelForImageClassification.from_pretrained(
+            name_or_config, use_safetensors=True, output_loading_info=True, **fresh, **where
         )
+        _check_is_complete(info, name_or_config, find_head(network) if fresh else ())
         if num_classes:
             renew_head(network)
         else:
@@ -174,10 +175,26 @@ def _load_headless(name: Any, **where: Any) -> nn.Module:
         name, use_safetensors=True, output_loading_info=True, **where
     )
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        network = AutoModel.from_pretrained(
-            name, use_safetensors=True, add_pooling_layer=False, **where
+        network, info = AutoModel.from_pretrained(
+            name,
+            use_safetensors=True,
+            add_pooling_layer=False,
+            output_loading_info=True,
+            **where,
         )
+    _check_is_complete(info, name, ())
     return network
+
+
+def _check_is_complete(info: dict[str, Any], name: Any, fresh: Sequence[str]) -> None:
+    """Refuse what transformers only warns of: weights that are not in the file are random."""
+    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    lost = sorted(k for k in lost if not any(k.startswith(f"{head}.") for head in fresh))
+    if lost:
+        raise FolderError(
+            f"{name}: {len(lost)} weights of the network are not in the file, or have another "
+            f"shape: {', '.join(lost[:3])}"
+        )
 
 
 def _processor_data(processor: Any) -> dict[str, Any]:

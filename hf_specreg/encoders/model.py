@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import hf_specreg.encoders.small  # noqa: F401  registers its architectures with timm
-from hf_specreg.encoders.blueprint import builds, check_config, check_drawing, read_json
-from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE, download
+from hf_specreg.encoders.blueprint import (
+    FolderError,
+    builds,
+    check_config,
+    check_drawing,
+    read_json,
+)
+from hf_specreg.encoders.download import PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE, download
 from hf_specreg.encoders.features import (
     extract_features,
     find_head,
@@ -29,7 +35,6 @@ from hf_specreg.encoders.formats import (
     draw_timm,
     draw_transformers,
     load_transformers,
-    renew_head,
     save_timm,
     save_transformers,
     write_json,
@@ -142,7 +147,7 @@ class SpecRegModel(nn.Module):
         """Create a timm model.
 
         Args:
-            name: as for `timm.create_model`, also "hf-hub:org/name".
+            name: as for `timm.create_model`; "hf-hub:org/name" is loaded as by `from_pretrained`.
             num_classes: of the head; 0 for a headless encoder; default: the architecture's.
             pretrained: load timm's weights.
             input_size: (C, H, W) of the images; default: the model's configuration. Its channels
@@ -152,6 +157,13 @@ class SpecRegModel(nn.Module):
             label_names: of the classes.
             model_args: further arguments of `timm.create_model`; they are saved as JSON.
         """
+        if ":" in name:
+            if not pretrained or model_args or input_size or pixel_mean or pixel_std:
+                raise ValueError(f"load {name} with SpecRegModel.from_pretrained, as it was saved")
+            where, _, revision = name.partition(":")[2].partition("@")
+            return cls.from_pretrained(
+                where, num_classes=num_classes, revision=revision or None, label_names=label_names
+            )
         if input_size is not None:
             model_args.setdefault("in_chans", input_size[0])
         head = {} if num_classes is None else {"num_classes": num_classes}
@@ -246,6 +258,10 @@ class SpecRegModel(nn.Module):
         config = read_json(folder / "config.json")
         check_config(config, name_or_folder)
         metadata = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+        if (folder / PROCESSOR_FILE).is_file():
+            read_json(folder / PROCESSOR_FILE)
+        if (folder / "adapter_config.json").is_file():
+            raise FolderError(f"{folder} holds an adapter: merge it into the model and save that")
         weights = folder / WEIGHTS_FILE
         with builds(name_or_folder):
             if "architecture" in config:
@@ -267,11 +283,11 @@ class SpecRegModel(nn.Module):
         num_classes: int | None,
         label_names: Sequence[str] | None,
     ) -> "SpecRegModel":
-        head = {} if num_classes is None else {"num_classes": num_classes}
-        network = timm.create_model(f"local-dir:{folder}", pretrained=True, **head)
-        if num_classes:
-            renew_head(network)
-        elif num_classes is None and label_names is None:
+        # With its own head, for timm loads others loosely.
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        if num_classes is not None:
+            network.reset_classifier(num_classes)
+        elif label_names is None:
             label_names = config.get("label_names")
         cfg = config["pretrained_cfg"]
         kept = ("crop_pct", "crop_mode", "interpolation")

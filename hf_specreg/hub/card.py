@@ -25,6 +25,7 @@ from hf_specreg.robustness.report import Comparison, RobustnessReport, norm_name
 
 PICTURES = ("robust_accuracy", "distances", "sigmas")  # of a report's plots, those on a card
 TAGS = ["hf-specreg", "adversarial-robustness", "spectral-regularization"]
+NOTES_PLACE = "<!-- notes -->"  # in the template
 _TEMPLATES = (Path(__file__).parent, Path(__file__).parents[2] / "model_cards")
 
 
@@ -86,9 +87,10 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         results=results,
         pictures=drawn,
         limits=_limits(report.content) if report else [],
-        notes=f"<!-- notes: yours, kept -->\n{encoder.notes or HINT}<!-- end of notes -->",
     )
     text = re.sub(r"\n{3,}", "\n\n", text)
+    notes = f"<!-- notes: yours, kept -->\n{encoder.notes or HINT}<!-- end of notes -->"
+    text = text.replace(NOTES_PLACE, notes)
     return {CARD_FILE: text.encode(), **files}
 
 
@@ -211,15 +213,17 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows.append(("batch size", config.get("batch_size")))
     if encoder.penalty:
-        burn_in = penalty.get("burn_in_epochs") or 0
+        steps = penalty.get("burn_in_steps")
+        start = (
+            f"step {steps}" if steps is not None else f"epoch {penalty.get('burn_in_epochs', 0)}"
+        )
         every = penalty.get("every", 1)
-        often = "at every step" if every == 1 else f"at every {every}th step"
+        often = "at every step" if every == 1 else f"at one step in {every}"
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
         rows.append(
             (
                 "penalty",
-                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, {often} from epoch "
-                f"{burn_in:g} on",
+                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, {often} from {start} on",
             )
         )
     elif penalty:

@@ -50,8 +50,8 @@ def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
     columns = columns_of(rows)
     if column not in columns:
         raise ValueError(f"no column {column!r}; there are {', '.join(columns)}")
-    if column == "encoder":
-        return sorted(rows, key=lambda row: row["encoder"])
+    if column in ("encoder", "data"):
+        return sorted(rows, key=lambda row: str(row.get(column)))
     with_it = [row for row in rows if row.get(column) is not None]
     return sorted(with_it, key=lambda row: row[column], reverse=True) + [
         row for row in rows if row.get(column) is None
@@ -74,7 +74,9 @@ def _row(name: str, card: Mapping[str, Any]) -> Row:
                     continue
                 norm = str(how.get("norm", "")).replace("l", "L", 1)
                 if metric.get("type") == "accuracy":
-                    row |= {"data": data, "n": how.get("n"), "accuracy": value}
+                    n = how.get("n")
+                    row |= {"data": str(data)[:60], "accuracy": value}
+                    row["n"] = n if isinstance(n, int) else None
                 elif metric.get("type") == "adversarial_distance":
                     row[f"{norm} distance, {how.get('attack')}"] = value
                 elif metric.get("type") == "robust_accuracy":

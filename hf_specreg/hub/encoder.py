@@ -6,7 +6,7 @@ What others read holds no local path: of a folder on this machine only the last 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from hf_specreg.robustness.report import RobustnessReport
 CARD_FILE = "README.md"
 REPORT_FILE = "robustness.json"
 NOTES = re.compile(r"<!-- notes: yours, kept -->\n(.*?)<!-- end of notes -->", re.DOTALL)
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HINT = "*Intended use, what you saw, what to know.*\n"
 
-_TEXT, _NUMBER, _OBJECT = {"type": "string"}, {"type": "number"}, {"type": "object"}
+_TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
+_NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
 RUN_SCHEMA = {  # of what is read here of specreg.json; all of it may be missing
     "properties": {
         "data": {**_OBJECT, "properties": {"source": _TEXT}},
-        "metrics": {**_OBJECT, "additionalProperties": {"type": ["number", "null", "string"]}},
-        "penalty_share": {"type": ["number", "null"]},
+        "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
+        "penalty_share": _NUMBER,
         "config": {
             **_OBJECT,
             "properties": {
@@ -45,7 +47,13 @@ RUN_SCHEMA = {  # of what is read here of specreg.json; all of it may be missing
                 "penalty": {
                     **_OBJECT,
                     "required": ["strength", "scope"],
-                    "properties": {"strength": _NUMBER, "scope": {"enum": ["features", "all"]}},
+                    "properties": {
+                        "strength": _NUMBER,
+                        "scope": {"enum": ["features", "all"]},
+                        "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
+                        "burn_in_epochs": _NUMBER,
+                        "burn_in_steps": _NUMBER,
+                    },
                 },
             },
         },
@@ -172,11 +180,6 @@ def notes_of(text: str) -> str:
     return found.group(1) if found and found.group(1) != HINT else ""
 
 
-def with_notes_of(encoder: Encoder, text: str) -> Encoder:
-    """Return the encoder with the notes of another card, where it has none of its own."""
-    return encoder if encoder.notes else replace(encoder, notes=notes_of(text))
-
-
 def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:
     stated, found = report.content["model"]["weights_sha256"], weights_sha256(model)
     if stated != found:
@@ -196,10 +199,10 @@ def named(report: RobustnessReport, name: str) -> RobustnessReport:
 
 
 def public_name(source: str) -> str:
-    """Return a data set's or a model's name; of a local folder its last part, not the way there."""
-    if re.match(r"[./~\\]|[A-Za-z]:[\\/]", source) or Path(source).exists():
-        return Path(source.replace("\\", "/")).name or "local"
-    return source
+    """Return a data set's or a model's name; of a local path its last part, not the way there."""
+    if HUB_ID.fullmatch(source.removeprefix("hf-hub:")) and not Path(source).exists():
+        return source
+    return Path(source.replace("\\", "/")).name or "local"
 
 
 def _without_paths(run: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import jsonschema
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from hf_specreg.robustness.statistics import Estimate, mean, proportion, quantile
 
 SCHEMA_VERSION = 1
+LARGEST_JSON, LARGEST_ARRAYS = 32 * 2**20, 4 * 2**30  # bytes
 
 
 class ReportError(ValueError):
@@ -62,7 +63,7 @@ class RobustnessReport:
         found = self.content.get("schema")
         if found != SCHEMA_VERSION:
             raise ReportError(
-                f"this report has format {str(found)[:20]!r}, this version of hf_specreg reads "
+                f"this report has format {str(found)[:20]}, this version of hf_specreg reads "
                 f"{SCHEMA_VERSION}"
             )
         try:
@@ -120,6 +121,8 @@ class RobustnessReport:
         if path.is_dir():
             path = path / "robustness.json"
         try:
+            if path.stat().st_size > LARGEST_JSON:
+                raise ValueError(f"it has more than {LARGEST_JSON >> 20} MiB")
             content = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} cannot be read as a report: {error}") from error
@@ -129,6 +132,9 @@ class RobustnessReport:
         beside = path.with_suffix(".npz")
         if beside.exists():
             try:
+                with ZipFile(beside) as file:
+                    if sum(entry.file_size for entry in file.infolist()) > LARGEST_ARRAYS:
+                        raise ValueError(f"it has more than {LARGEST_ARRAYS >> 30} GiB")
                 with np.load(beside) as file:
                     arrays = dict(file)
             except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,9 +65,12 @@ class Repo:
     def __post_init__(self):
         self.commit("main", {}, "initial commit")
 
-    def commit(self, branch: str, files: dict[str, bytes], message: str) -> Commit:
+    def commit(
+        self, branch: str, files: dict[str, bytes], message: str, gone: Sequence[str] = ()
+    ) -> Commit:
         history = self.branches.setdefault(branch, [])
         merged = {**(history[-1].files if history else {}), **files}
+        merged = {name: content for name, content in merged.items() if name not in gone}
         listing = json.dumps({k: git_oid(v) for k, v in sorted(merged.items())})
         seed = f"{self.id} {branch} {len(history)} {message} {listing}"
         history.append(Commit(hashlib.sha1(seed.encode()).hexdigest(), merged, message))
@@ -98,6 +101,8 @@ class Hub:
         self.faults: Callable[[str, str], str | None] = lambda method, path: None
         self.injected: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []
+        self.moved: dict[str, str] = {}
+        self.land_twice = False  # a commit lands, and the same request comes once more
         self.before_commit: Callable[[], None] = lambda: None
         self.lock = threading.RLock()
         self.closing = threading.Event()
@@ -224,7 +229,10 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "type": "user",
                 "name": "me",
-                "orgs": [{"name": "org"}],
+                "orgs": [
+                    {"name": "org", "roleInOrg": "write"},
+                    {"name": "readers", "roleInOrg": "read"},
+                ],
                 "auth": {"type": "access_token", "accessToken": {"role": self.role}},
             },
         )
@@ -303,10 +311,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.before_commit()
         if header.get("parentCommit", repo.find(revision).oid) != repo.find(revision).oid:
             return self.refusal(412, "A commit has happened since. Please refresh and try again.")
-        files = {}
+        files, gone = {}, []
         for line in lines[1:]:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "deletedFile":
+                gone.append(value["path"])
+            elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             else:
                 files[value["path"]] = self.state.objects[value["oid"]]
@@ -314,7 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
         branch = f"refs/pr/{1 + sum(b.startswith('refs/pr') for b in repo.branches)}"
         if pull:
             repo.branches[branch] = list(repo.branches[revision])
-        done = repo.commit(branch if pull else revision, files, header["summary"])
+        done = repo.commit(branch if pull else revision, files, header["summary"], gone)
+        if self.state.land_twice:
+            self.state.land_twice = False
+            return self.commit(body, id, revision)
         address = {"pullRequestUrl": f"{self.state.url}/{id}/discussions/1"} if pull else {}
         return (
             {
@@ -332,6 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self.refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         siblings = [{"rfilename": path} for path in commit.files]
+        id = self.state.moved.get(id, id)
         described = {"id": id, "sha": commit.oid, "private": repo.private, "tags": []}
         return ({**described, "siblings": siblings},)
 

@@ -49,6 +49,13 @@ def test_what_the_penalty_was_and_cost_is_told(folder):
     assert "| cost of the penalty | 1.00 % of the training time |" in card
 
 
+def test_a_schedule_in_steps_is_told_in_steps(tmp_path):
+    model = make_model()
+    model.metadata["config"]["penalty"] |= {"burn_in_steps": 500, "every": 24}
+    model.save_pretrained(tmp_path)
+    assert "at one step in 24 from step 500 on" in card_of(tmp_path)
+
+
 def test_a_baseline_claims_no_penalty(tmp_path):
     model = make_model()
     model.metadata["config"]["penalty"]["strength"] = 0.0
@@ -147,6 +154,9 @@ def test_a_damaged_description_is_named(folder):
         ("../shared/data/mnist", "mnist"),
         ("/home/someone/secret/set", "set"),
         ("~/set", "set"),
+        ("data/private/set", "set"),
+        ("file:///home/someone/set", "set"),
+        ("hf-hub:org/name@v1", "hf-hub:org/name@v1"),
         ("C:\\Users\\someone\\set", "set"),
         (".", "local"),
     ],

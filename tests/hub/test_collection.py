@@ -50,6 +50,15 @@ def test_a_card_with_nonsense_in_it_is_a_row_without_numbers(tmp_path):
     assert collect(str(tmp_path)) == [{"encoder": ".", "data": None, "n": None, "accuracy": None}]
 
 
+def test_a_hostile_card_is_shown_as_text(tmp_path, capsys):
+    metrics = "[{type: accuracy, value: 0.5, args: {n: [1]}}]"
+    result = f"{{dataset: {{name: '[/red]'}}, metrics: {metrics}}}"
+    front = f"tags: [hf-specreg]\nmodel-index: [{{results: [{result}]}}]"
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    main(["list", str(tmp_path)])
+    assert "[/red]" in capsys.readouterr().out
+
+
 def test_rows_are_sorted_and_the_empty_ones_come_last():
     rows = [{"encoder": "a", "x": 1}, {"encoder": "b"}, {"encoder": "c", "x": 2}]
     assert [row["encoder"] for row in sort_rows(rows, "x")] == ["c", "a", "b"]

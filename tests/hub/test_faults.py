@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from hf_specreg import SpecRegModel
-from hf_specreg.encoders.download import HubError
+from hf_specreg.encoders.download import HubError, is_intact
 from hf_specreg.hub import publish
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.server import FAULTS
@@ -156,6 +156,23 @@ def test_bytes_that_were_altered_on_the_way_are_never_weights(hub, bare, fresh_c
     with pytest.raises(HubError, match=r"model.safetensors does not have the hash"):
         SpecRegModel.from_pretrained(REPO)
     assert hub.injected["corrupt"] == 2
+
+
+def test_a_file_in_the_store_that_repositories_share_is_compared_too(hub, bare, tmp_path):
+    """hf_xet links the repository's blob, named by its hash, to a store named by another."""
+    push(bare, REPO, license="mit")
+    SpecRegModel.from_pretrained(REPO)
+    pointer = Path(try_to_load_from_cache(REPO, "model.safetensors"))
+    blob, shared = pointer.resolve(), tmp_path / ("f" * 64)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert is_intact(pointer)
+    SpecRegModel.from_pretrained(REPO)
+    assert shared.exists()
+    shared.write_bytes(shared.read_bytes()[:-4] + b"\0\0\0\1")
+    assert not is_intact(pointer)
+    SpecRegModel.from_pretrained(REPO)
+    assert is_intact(pointer)
 
 
 def test_a_damaged_cache_is_mended(hub, bare):

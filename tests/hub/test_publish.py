@@ -1,5 +1,7 @@
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -174,6 +176,68 @@ def test_what_a_person_wrote_on_the_hub_is_kept(hub, encoder):
     assert "rewritten by hand" not in card
 
 
+def test_notes_that_differ_are_not_chosen_between(hub, encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "m")
+    publish(folder)
+    card = files_of(hub)["README.md"].decode()
+
+    def noted(text):
+        return card.replace("*Intended use, what you saw, what to know.*", text)
+
+    (folder / "README.md").write_text(noted("Mine.\n\n\n\nEnd."))
+    hub.repos[REPO].commit("main", {"README.md": noted("Theirs.").encode()}, "notes")
+    with pytest.raises(PublishError, match="--notes folder or --notes hub"):
+        publish(folder)
+    publish(folder, notes="hub")
+    assert b"Theirs." in files_of(hub)["README.md"]
+    publish(folder, notes="folder")
+    assert b"Mine.\n\n\n\nEnd." in files_of(hub)["README.md"]
+
+
+def test_what_is_out_of_date_is_deleted_and_what_is_others_stays(hub, encoder, tmp_path):
+    publish(encoder, eval_results=True)
+    hub.repos[REPO].commit("main", {"plots/own.png": b"own", "notes.txt": b"own"}, "own")
+    other = make_model()
+    with torch.no_grad():
+        other.network.fc.bias.add_(1)
+    other.save_pretrained(tmp_path)
+    publish(tmp_path)
+    assert set(files_of(hub)) == {
+        *("README.md", "config.json", "model.safetensors", "specreg.json"),
+        *("plots/own.png", "notes.txt"),
+    }
+    assert b"Not measured" in files_of(hub)["README.md"]
+
+
+def test_a_commit_that_lands_late_is_recognised_as_ours(hub, encoder):
+    publish(encoder)
+    mine = []
+
+    def late():  # the first attempt's commit lands when the second's is about to be made
+        if not mine:
+            mine.append(True)
+            hub.land_twice = True
+
+    hub.before_commit = late
+    pushed = publish(encoder, license="mit")
+    history = hub.repos[REPO].branches["main"]
+    assert pushed.commit == history[-1].oid
+    assert len(history) == 3
+
+
+def test_a_repository_that_was_moved(hub, encoder):
+    publish(encoder)
+    hub.moved[REPO] = "me/elsewhere"
+    with pytest.raises(PublishError, match="was moved to me/elsewhere: push there"):
+        publish(encoder, license="mit")
+
+
+def test_a_pull_request_makes_nothing_else(hub, encoder):
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a repository"):
+        publish(encoder, "stranger/resnet", create_pr=True)
+    assert hub.repos == {}
+
+
 def test_eval_results_are_an_option(hub, encoder):
     publish(encoder, eval_results=True)
     entries = yaml.safe_load(files_of(hub)[".eval_results/hf_specreg.yaml"])
@@ -248,8 +312,12 @@ class TestRefusedBeforeAnythingIsSent:
         with pytest.raises(HubError, match=r"401.*hf auth login"):
             publish(encoder, token="hf_old")
 
+    def test_an_organisation_that_one_may_only_read(self, hub, encoder):
+        with pytest.raises(PublishError, match="no writing member of readers"):
+            publish(encoder, "readers/resnet")
+
     def test_a_namespace_of_others(self, hub, encoder):
-        with pytest.raises(PublishError, match="not a member of stranger"):
+        with pytest.raises(PublishError, match="no writing member of stranger"):
             publish(encoder, "stranger/resnet")
 
     def test_offline(self, hub, encoder, monkeypatch):
@@ -260,12 +328,15 @@ class TestRefusedBeforeAnythingIsSent:
 
 def test_private_does_not_go_into_a_public_repository(hub, encoder):
     publish(encoder)
-    with pytest.raises(PublishError, match="is public already"):
+    with pytest.raises(PublishError, match="is public already: change that"):
         publish(encoder, private=True, license="mit")
 
 
-def test_the_token_is_in_no_log_message_or_process(hub, encoder, tmp_path, caplog, capfd):
+def test_the_token_is_in_no_log_message_or_process(hub, encoder, monkeypatch, caplog, capfd):
     caplog.set_level("DEBUG")
+    client = logging.getLogger("huggingface_hub")
+    caplog.set_level("DEBUG", logger="huggingface_hub")
+    monkeypatch.setattr(client, "propagate", True)
     hub.faults = lambda method, path: "403" if "/commit/" in path else None
     with pytest.raises(HubError) as refused:
         publish(encoder, token="hf_writer")

@@ -7,9 +7,12 @@ import shutil
 import struct
 import time
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.blueprint import FolderError
@@ -200,12 +203,67 @@ def changed(tmp_path, **entries):
         ({"layers": [10**9, 1, 1, 1]}, "no width, depth or size"),
         ({"pretrained_cfg_overlay": {"url": "http://elsewhere/x.pth"}}, "model_args"),
         ({"checkpoint_path": "/tmp/x.pth"}, "model_args"),
+        ({"num_classes": 5}, "num_classes is 3 and 5"),
         ({"no_such_argument": 1}, "do not make a network"),
     ],
 )
 def test_a_network_that_is_not_that_of_its_weights(tmp_path, model_args, message):
     with pytest.raises(FolderError, match=message):
         SpecRegModel.from_pretrained(changed(tmp_path, model_args=model_args))
+
+
+def test_a_network_whose_buffers_are_large(tmp_path):
+    swin = {"window_size": 400, "img_size": 1600, "embed_dim": 2, "depths": [1], "num_heads": [1]}
+    entries = {"architecture": "swin_tiny_patch4_window7_224", "model_args": swin}
+    with pytest.raises(FolderError, match="larger network than its weights"):
+        SpecRegModel.from_pretrained(changed(tmp_path, **entries))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "/tmp/x.pth"}},
+        {"model_type": "timm_backbone", "backbone": "hf-hub:evil/other"},
+        {"model_type": "resnet", "transformers_weights": "other.safetensors"},
+        {"model_type": "detr", "backbone": "resnet50", "use_timm_backbone": True},
+    ],
+)
+def test_a_configuration_that_points_elsewhere(tmp_path, config, monkeypatch):
+    read = []
+    monkeypatch.setattr("torch.load", lambda *a, **k: read.append(a))
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FolderError, match=r"config.json"):
+        SpecRegModel.from_pretrained(tmp_path)
+    assert read == []
+
+
+@pytest.mark.parametrize("num_classes", [None, 5])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_weights_that_are_missing_are_never_random(tmp_path, library, num_classes):
+    if library == "timm":
+        model = make_model()
+    else:
+        config = ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"
+        )
+        model = SpecRegModel.from_transformers(config, num_classes=3, input_size=(3, 32, 32))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    SpecRegModel.from_pretrained(tmp_path, num_classes=num_classes)
+    lost = next(n for n in tensors if n.endswith("weight") and not n.startswith(("cl", "fc")))
+    save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(FolderError):
+        SpecRegModel.from_pretrained(tmp_path, num_classes=num_classes)
+
+
+def test_a_report_that_would_fill_the_memory(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_specreg.robustness.report.LARGEST_ARRAYS", 2**20)
+    (tmp_path / "robustness.json").write_bytes((encoder / "robustness.json").read_bytes())
+    np.savez_compressed(tmp_path / "robustness.npz", **{"images/row": np.zeros(2**20)})
+    with pytest.raises(ReportError, match=r"robustness.npz cannot be read: it has more than"):
+        RobustnessReport.load(tmp_path)
 
 
 def test_weights_of_another_network(tmp_path):
@@ -219,7 +277,7 @@ def test_code_in_a_repository_is_not_run(tmp_path):
     (folder / "modeling.py").write_text(f"open({str(ran)!r}, 'w')\nclass Model: pass\n")
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "modeling.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FolderError, match="Unrecognized model identifier: mine"):
+    with pytest.raises(FolderError, match="has no image encoder 'mine'"):
         SpecRegModel.from_pretrained(folder)
     assert not ran.exists()
 

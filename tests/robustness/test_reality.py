@@ -38,7 +38,7 @@ def test_an_undefended_network_falls_to_autoattack(undefended):
 def test_tangent_attack_is_no_worse_than_hopskipjump_at_the_same_queries(undefended):
     settings = {"iterations": 20}
     attacks = {"tangent": settings, "hopskipjump": settings}
-    report = evaluate_robustness(undefended, str(CIFAR), attacks=attacks, samples=40)
+    report = evaluate_robustness(undefended, str(CIFAR), attacks=attacks, samples=100)
     print(report.to_markdown())
     tangent, hopskipjump = report.content["attacks"].values()
     queries = [attack["queries_per_image"] for attack in (tangent, hopskipjump)]
