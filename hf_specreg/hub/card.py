@@ -213,10 +213,10 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows.append(("batch size", config.get("batch_size")))
     if encoder.penalty:
-        steps = penalty.get("burn_in_steps")
-        start = (
-            f"step {steps}" if steps is not None else f"epoch {penalty.get('burn_in_epochs', 0)}"
-        )
+        if (steps := penalty.get("burn_in_steps")) is not None:
+            start = f"step {steps:g}"
+        else:
+            start = f"epoch {penalty.get('burn_in_epochs') or 0:g}"
         every = penalty.get("every", 1)
         often = "at every step" if every == 1 else f"at one step in {every}"
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
