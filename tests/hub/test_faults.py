@@ -96,24 +96,35 @@ def test_a_push_completes_or_leaves_the_repository_as_it_was(hub, bare, fault, t
     for kind, where in PUSH.items():
         hub.repos.clear()
         hub.objects.clear()
+        before = older_version(hub, bare) if kind != "create" else None
         inject(hub, fault, where, times)
         start = time.perf_counter()
         pushed = attempted(lambda: push(bare, REPO, license="mit"))
-        if pushed is None:
-            repo = hub.repos.get(REPO)
-            assert repo is None or len(repo.branches["main"]) == 1, kind
-        else:
-            history = hub.repos[REPO].branches["main"]
-            assert len(history) == 2, kind
-            assert pushed.commit == history[-1].oid
-            weights = (bare / "model.safetensors").read_bytes()
-            assert history[-1].files["model.safetensors"] == weights
         assert time.perf_counter() - start < LIMIT, kind
         hub.faults = lambda method, path: None
-        if times == 1 or fault in ("slow", "drop after"):
-            continue
-        push(bare, REPO, license="mit")  # the next try goes through
-        assert len(hub.repos[REPO].branches["main"]) == 2, kind
+        repo = hub.repos.get(REPO)
+        if pushed is None:
+            head = repo and repo.branches["main"][-1]
+            assert head is before or (before is None and head.files == {}), kind
+            push(bare, REPO, license="mit")  # the next try goes through
+        else:
+            assert pushed.commit == repo.branches["main"][-1].oid, kind
+        history = hub.repos[REPO].branches["main"]
+        assert len(history) == (2 if before is None else 4), kind
+        files = history[-1].files
+        for name in ("config.json", "model.safetensors"):
+            assert files[name] == (bare / name).read_bytes(), kind
+        assert b"license: mit" in files["README.md"], kind
+        assert before is None or b"Theirs." in files["README.md"], kind
+
+
+def older_version(hub, bare):
+    """Publish under another license, and write notes on the Hub; return the head."""
+    push(bare, REPO, license="apache-2.0")
+    card = hub.repos[REPO].branches["main"][-1].files["README.md"].decode()
+    noted = card.replace("*Intended use, what you saw, what to know.*", "Theirs.")
+    assert noted != card
+    return hub.repos[REPO].commit("main", {"README.md": noted.encode()}, "notes")
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "drop", "drop after", "stall", "slow", "garbage"])

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -332,7 +333,7 @@ def test_private_does_not_go_into_a_public_repository(hub, encoder):
         publish(encoder, private=True, license="mit")
 
 
-def test_the_token_is_in_no_log_message_or_process(hub, encoder, monkeypatch, caplog, capfd):
+def test_the_token_is_in_no_log_message_or_file(hub, encoder, monkeypatch, caplog, capfd):
     caplog.set_level("DEBUG")
     client = logging.getLogger("huggingface_hub")
     caplog.set_level("DEBUG", logger="huggingface_hub")
@@ -346,10 +347,22 @@ def test_the_token_is_in_no_log_message_or_process(hub, encoder, monkeypatch, ca
     assert "403" in chain
     out, err = capfd.readouterr()
     assert "hf_writer" not in chain + out + err + caplog.text
-    arguments = ["-m", "hf_specreg.cli", "push", "--help"]
-    shown = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    assert "--token" not in shown.stdout
     for folder, _, names in os.walk(os.environ["HF_HUB_CACHE"]):
         for name in names:
             with open(os.path.join(folder, name), "rb") as file:
                 assert b"hf_writer" not in file.read()
+
+
+def test_the_token_is_in_no_list_of_processes(hub, encoder):
+    lists = []
+    hub.before_commit = lambda: lists.append(Path(f"/proc/{process.pid}/cmdline").read_bytes())
+    code = "from hf_specreg.cli import main; main()"
+    command = [sys.executable, "-c", code, "push", str(encoder), REPO, "--license", "mit"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert b"published" in said
+    assert b"hf_writer" not in said
+    assert len(lists) == 1
+    assert b"--license" in lists[0]
+    assert b"hf_writer" not in lists[0]

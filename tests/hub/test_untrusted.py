@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.report import ReportError
 from tests.hub.conftest import make_model
 
-MUTATIONS = 600  # of each of the four kinds of file
+MUTATIONS = 300  # of each of the six kinds of file
 SLOWEST = 20  # seconds, for one folder
 STRANGE = st.one_of(
     st.none(),
@@ -122,14 +123,49 @@ def survives(load, allowed):
     assert time.perf_counter() - start < SLOWEST
 
 
+@pytest.fixture(scope="module")
+def of_transformers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    SpecRegModel.from_transformers(config, num_classes=3, input_size=(3, 32, 32)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def loads_its_file(folder):
+    """Load a folder, and see that every weight is the file's."""
+    network = SpecRegModel.from_pretrained(folder).network
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
 @FUZZ
 @given(st.data())
 def test_config(original, data):
-    path = original / "config.json"
+    mutated_file(original / "config.json", data, lambda: loads_its_file(original))
+
+
+@FUZZ
+@given(st.data())
+def test_config_of_transformers(of_transformers, data):
+    path = of_transformers / "config.json"
+    mutated_file(path, data, lambda: loads_its_file(of_transformers))
+
+
+@FUZZ
+@given(st.data())
+def test_processor_of_transformers(of_transformers, data):
+    path = of_transformers / "preprocessor_config.json"
+    mutated_file(path, data, lambda: loads_its_file(of_transformers))
+
+
+def mutated_file(path, data, load):
     text = path.read_bytes()
     path.write_bytes(data.draw(mutations(json.loads(text))))
     try:
-        survives(lambda: SpecRegModel.from_pretrained(original), FolderError)
+        survives(load, FolderError)
     finally:
         path.write_bytes(text)
 
