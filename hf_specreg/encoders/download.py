@@ -212,8 +212,9 @@ def _pickles(name_or_folder: str | Path, revision: str | None, token: str | None
         if Path(name_or_folder).is_dir():
             names = os.listdir(name_or_folder)
         else:
-            names = HfApi().list_repo_files(str(name_or_folder), revision=revision, token=token)
-    except Exception:  # it would have been a hint only
+            with translated(f"listing {name_or_folder}"):
+                names = HfApi().list_repo_files(str(name_or_folder), revision=revision, token=token)
+    except OSError:  # it would have been a hint only
         return ""
     pickles = sorted(name for name in names if PICKLES.search(name))
     if not pickles:

@@ -160,7 +160,9 @@ class SpecRegModel(nn.Module):
         if ":" in name:
             if not pretrained or model_args or input_size or pixel_mean or pixel_std:
                 raise ValueError(f"load {name} with SpecRegModel.from_pretrained, as it was saved")
-            where, _, revision = name.partition(":")[2].partition("@")
+            where, revision = name.partition(":")[2], ""
+            if not Path(where).is_dir():
+                where, _, revision = where.partition("@")
             return cls.from_pretrained(
                 where, num_classes=num_classes, revision=revision or None, label_names=label_names
             )

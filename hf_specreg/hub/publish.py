@@ -124,20 +124,23 @@ def push(
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no name of a repository: {error}") from error
     extra = eval_results_file(encoder) if eval_results else {}
-    draft = card_files(encoder, repo_id if "/" in repo_id else f"you/{repo_id}")[CARD_FILE]
     api = HfApi(token=token)
     with translated(f"pushing to {repo_id}"):
         repo_id = _writable(api, repo_id, create_pr)
-        _retried(lambda: ModelCard(draft.decode()).validate())
+    card = card_files(encoder, repo_id)
+    with translated(f"pushing to {repo_id}"):
+        _retried(lambda: ModelCard(card[CARD_FILE].decode()).validate())
         parent = _prepare(api, repo_id, private, revision, create_pr)
         remote = _retried(lambda: _remote_card(api, repo_id, parent))
-    encoder = _with_notes(encoder, remote, notes)
+    noted = _with_notes(encoder, remote, notes)
+    if noted is not encoder:
+        card = card_files(noted, repo_id)
     files: dict[str, bytes | Path] = {
         name: Path(folder) / name
         for name in LOADED_FILES
         if name != RUN_FILE and (Path(folder) / name).is_file()
     }
-    files |= report_files(encoder, repo_id) | card_files(encoder, repo_id) | extra
+    files |= report_files(encoder, repo_id) | card | extra
     with translated(f"pushing to {repo_id}"):
         return _commit(api, repo_id, files, parent, revision, create_pr, commit_message)
 
@@ -167,7 +170,7 @@ def _with_notes(encoder: Encoder, remote_card: str, choice: str | None) -> Encod
             f"the notes on the card in {encoder.folder} and on the Hub differ: say which to keep, "
             "--notes folder or --notes hub"
         )
-    if choice == "folder" or (choice is None and mine):
+    if choice == "folder" or mine == theirs or (choice is None and mine):
         return encoder
     return replace(encoder, notes=theirs)
 
