@@ -39,11 +39,9 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     set_seed(config.seed)
     splits = build_splits(config.data)
     model = build_model(config.model, splits.label_names)
-    objective = Supervised(model.num_classes, augment=config.augment)
+    objective = Supervised(model, augment=config.augment)
     images = build_images(splits, model, config)
-    loop = TrainingLoop(
-        model, objective, **images, config=config, metadata=run_metadata(splits, images)
-    )
+    loop = TrainingLoop(objective, **images, config=config, metadata=run_metadata(splits, images))
     return loop.run(resume=resume)
 
 

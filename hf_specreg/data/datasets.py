@@ -60,6 +60,7 @@ def load_splits(
     image_column: str | None = None,
     label_column: str | None = None,
     ignore_splits: Sequence[str] = (),
+    classes: Sequence[str] = (),
     validation_fraction: float = 0.1,
     seed: int = 0,
     streaming: bool = False,
@@ -73,6 +74,7 @@ def load_splits(
         label_column: default: the one column with the ClassLabel feature, else "label", "labels" or
             "fine_label".
         ignore_splits: splits of the source not to use, such as an unlabelled test split.
+        classes: names of the classes to use, in the order of their new labels; default: all.
         validation_fraction: of the training split, held out where there is no validation split; and
             again for a test split where there is none.
         seed: of that cut.
@@ -100,10 +102,14 @@ def load_splits(
         )
         for name, split in splits.items()
     }
+    if streaming and classes:
+        raise DataError("classes cannot be picked from a stream: load it whole")
     if streaming:
         return _streamed_splits(splits, source)
     splits = _with_class_labels(splits, source)
     splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
+    if classes:
+        splits = {name: _of_classes(split, classes, source) for name, split in splits.items()}
     label_names = splits["train"].features["label"].names
     for name, split in splits.items():
         _check(split, name, label_names, source)
@@ -231,6 +237,20 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
         split = split.remove_columns("label").add_column("label", labels)
         encoded[name] = split.cast_column("label", names)
     return encoded
+
+
+def _of_classes(split: Dataset, classes: Sequence[str], source: str) -> Dataset:
+    """The rows of these classes, labelled anew."""
+    names = split.features["label"].names
+    unknown = sorted(set(classes) - set(names))
+    if unknown or len(set(classes)) < len(classes):
+        raise DataError(f"classes {list(classes)} must be different ones of {source}: {names}")
+    new = {names.index(name): label for label, name in enumerate(classes)}
+    labels = split["label"][:]
+    split = split.select([i for i, label in enumerate(labels) if label in new])
+    kept = [new[label] for label in split["label"][:]]
+    feature = ClassLabel(names=list(classes))
+    return split.remove_columns("label").add_column("label", kept).cast_column("label", feature)
 
 
 def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Dataset, Dataset]:

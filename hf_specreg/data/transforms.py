@@ -82,6 +82,56 @@ def training_transform(
     )
 
 
+def two_view_transform(
+    kind: str, input_size: tuple[int, int, int], **options: Any
+) -> Callable[[Image.Image], Tensor]:
+    """Return lightly's transform without its normalisation: picture -> two views [2, C, H, W].
+
+    Args:
+        kind: "simclr", "byol" or "vicreg".
+        input_size: (C, H, W), square.
+        options: of lightly's transform; those of "byol" are for both views.
+
+    Raises:
+        ImportError: lightly is not installed.
+        ValueError: the images are not square.
+    """
+    try:
+        from lightly import transforms
+    except ModuleNotFoundError as error:
+        raise ImportError("two views need lightly: pip install 'hf-specreg[ssl]'") from error
+    _, height, width = input_size
+    if height != width:
+        raise ValueError(f"two views need square images, not {height} x {width}")
+    options = {"input_size": height, "normalize": None, **options}
+    if kind == "byol":
+        # Solarization is of the second view alone (Grill et al. 2020, table 6).
+        solarization = options.pop("solarization_prob", 0.2)
+        blur = options.pop("gaussian_blur", None)
+        views = transforms.MultiViewTransform(
+            [
+                transforms.BYOLView1Transform(
+                    **options, gaussian_blur=1.0 if blur is None else blur
+                ),
+                transforms.BYOLView2Transform(
+                    **options,
+                    gaussian_blur=0.1 if blur is None else blur,
+                    solarization_prob=solarization,
+                ),
+            ]
+        )
+    else:
+        views = {"simclr": transforms.SimCLRTransform, "vicreg": transforms.VICRegTransform}[kind](
+            **options
+        )
+
+    def transform(picture: Image.Image) -> Tensor:
+        pixels = torch.stack(views(picture))  # [0, 1], of 8-bit pictures
+        return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+    return transform
+
+
 def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
     """Shift images by up to `padding` pixels, with zeros from outside, and mirror half of them.
 

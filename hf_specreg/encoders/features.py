@@ -7,7 +7,7 @@ stands beside the base model); of any other module the user names it.
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,18 @@ def headless_output(output) -> Tensor:
             "features are not known: name the head of the model"
         )
     return tokens[:, 0]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _has_weights(model: nn.Module, name: str) -> bool:

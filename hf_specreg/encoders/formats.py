@@ -4,6 +4,7 @@ timm           config.json, model.safetensors
 transformers   config.json, model.safetensors, preprocessor_config.json
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import timm
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.features import find_head
@@ -24,6 +26,25 @@ def renew_head(network: nn.Module) -> None:
         for module in network.get_submodule(name).modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """Return the network as stock libraries have it: LoRA merged, parametrizations computed.
+
+    A network that has neither is returned as it is, else a copy.
+    """
+    adapted = any(hasattr(m, "get_base_layer") for m in network.modules())
+    if not adapted and not any(is_parametrized(m) for m in network.modules()):
+        return network
+    network = copy.deepcopy(network).eval()
+    for name, module in list(network.named_modules()):
+        if is_parametrized(module):
+            for tensor in list(module.parametrizations):
+                remove_parametrizations(module, tensor)
+        if hasattr(module, "get_base_layer"):
+            module.merge()
+            network.set_submodule(name, module.get_base_layer())
+    return network
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from hf_specreg.encoders.formats import (
     draw_timm,
     draw_transformers,
     load_transformers,
+    merged,
     save_timm,
     save_transformers,
     write_json,
@@ -304,7 +305,10 @@ class SpecRegModel(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, configuration, preprocessing and specreg.json into a folder."""
+        """Write weights, configuration, preprocessing and specreg.json into a folder.
+
+        LoRA is merged and parametrizations are computed: the folder holds plain weights.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {
@@ -313,11 +317,12 @@ class SpecRegModel(nn.Module):
             "std": list(self.std),
             **self.preprocessing,
         }
+        network = merged(self.network)
         if self.is_timm:
             arguments = {"model_args": self.model_args, "label_names": self.label_names}
-            save_timm(self.network, folder, **arguments, data=data)
+            save_timm(network, folder, **arguments, data=data)
         else:
-            save_transformers(self.network, folder, label_names=self.label_names, data=data)
+            save_transformers(network, folder, label_names=self.label_names, data=data)
         write_json(folder / RUN_FILE, self.metadata)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "Pushed | None":

@@ -58,6 +58,11 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return which parameters are of which layer, as timm's layer decay reads it."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^conv1|bn1", "blocks": blocks}
+
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.fc
@@ -107,6 +112,10 @@ class OneHiddenLayer(nn.Module):
         self.reset_classifier(num_classes)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.01)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return which parameters are of which layer, as timm's layer decay reads it."""
+        return {"stem": r"^hidden"}
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hf_specreg.encoders.features import evaluating
+
 # Fewer rows take other kernels, whose last bits differ: a decision must not depend on the company.
 MIN_ROWS = 8
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,16 +85,13 @@ class Classifier(nn.Module):
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluate a model, without gradients of its parameters; put both back afterwards."""
-    modes = {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -1,11 +1,12 @@
 """From a configuration to what it names: model, images, loaders, penalty, optimizer."""
 
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
@@ -14,10 +15,15 @@ from transformers import AutoConfig
 
 from hf_specreg.data.datasets import DataError, ImageSplits, load_splits
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate
-from hf_specreg.data.transforms import evaluation_transform, training_transform
+from hf_specreg.data.transforms import (
+    evaluation_transform,
+    training_transform,
+    two_view_transform,
+)
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from hf_specreg.training.config import VIEWS, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from hf_specreg.training.objectives import Objective
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
@@ -33,6 +39,7 @@ def build_splits(config: DataConfig) -> ImageSplits:
         validation_fraction=config.validation_fraction,
         seed=config.split_seed,
         ignore_splits=config.ignore_splits,
+        classes=config.classes,
         streaming=config.streaming,
     )
     if config.train_samples is None:
@@ -49,9 +56,9 @@ def build_splits(config: DataConfig) -> ImageSplits:
     return ImageSplits(**{**vars(splits), "train": train})
 
 
-def build_model(config: ModelConfig, label_names: list[str]) -> SpecRegModel:
-    """Create the model with a head for these classes."""
-    head = {"num_classes": len(label_names), "label_names": label_names}
+def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel:
+    """Create the model with a head for these classes; without one where there are none."""
+    head = {"num_classes": len(label_names), "label_names": label_names or None}
     if config.library == "saved":
         if config.args or config.input_size:
             raise ValueError("model.args and model.input_size are not for a saved encoder")
@@ -73,12 +80,12 @@ def build_model(config: ModelConfig, label_names: list[str]) -> SpecRegModel:
 def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) -> dict[str, Any]:
     """Return train_images, validation_images and test_images, as the model takes them."""
     evaluate = evaluation_transform(model.input_size, **model.preprocessing)
-    augment = config.augment.kind
+    augment, options = config.augment.kind, config.augment.options
     if augment == "timm":
         interpolation = model.preprocessing["interpolation"]
-        augment = training_transform(
-            model.input_size, interpolation=interpolation, **config.augment.options
-        )
+        augment = training_transform(model.input_size, interpolation=interpolation, **options)
+    elif augment in VIEWS:
+        augment = two_view_transform(augment, model.input_size, **options)
     common = {"input_size": model.input_size, "skip_unreadable": config.data.skip_unreadable}
     images = {}
     for name in ("train", "validation", "test"):
@@ -142,7 +149,7 @@ def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) 
         strength=settings.strength,
         scope=settings.scope,
         every=settings.every,
-        burn_in=settings.burn_in(steps_per_epoch),
+        burn_in=settings.burn_in(steps_per_epoch, config.epochs),
         power_iterations=settings.power_iterations,
         split_qkv=settings.split_qkv,
         skip=settings.skip,
@@ -159,21 +166,56 @@ def freeze_unused(model: SpecRegModel) -> None:
     model.eval()
     images = torch.zeros(2, *model.input_size, device=model.pixel_mean.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("every parameter of the model is frozen: there is nothing to train")
     gradients = torch.autograd.grad(model(images).sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             parameter.requires_grad_(False)
 
 
-def build_optimizer(model: SpecRegModel, config: OptimizerConfig) -> Optimizer:
-    """Return timm's optimizer, with no weight decay on biases and norms."""
+def build_optimizer(objective: Objective, config: OptimizerConfig) -> Optimizer:
+    """Return timm's optimizer, with no weight decay on biases and norms.
+
+    Raises:
+        ValueError: layer_decay for a network that is not timm's.
+    """
+    fractions = _rate_fractions(objective.encoder, config)
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or name.endswith(".bias")
+            key = fractions.get(id(parameter), 1.0), 0.0 if plain else config.weight_decay
+            groups.setdefault(key, []).append(parameter)
     return create_optimizer_v2(
-        model,
+        [
+            {"params": parameters, "lr": config.lr * fraction, "weight_decay": decay}
+            for (fraction, decay), parameters in groups.items()
+        ],
         opt=config.opt,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
+
+
+def _rate_fractions(encoder: SpecRegModel, config: OptimizerConfig) -> dict[int, float]:
+    """The learning rate of the encoder's parameters, but for the head's, as a fraction, by id."""
+    network, fractions = encoder.network, {}
+    if config.layer_decay is not None:
+        if not hasattr(network, "group_matcher"):
+            raise ValueError(
+                f"optimizer.layer_decay needs a timm network that says its layers' order, which "
+                f"{type(network).__name__} does not: use optimizer.encoder_lr"
+            )
+        for group in param_groups_layer_decay(network, layer_decay=config.layer_decay):
+            fractions |= {id(p): group["lr_scale"] for p in group["params"]}
+    heads = tuple(f"{name}." for name in encoder.head)
+    return {
+        id(p): config.encoder_lr * fractions.get(id(p), 1.0)
+        for name, p in network.named_parameters()
+        if not (heads and name.startswith(heads))
+    }
 
 
 def build_scheduler(

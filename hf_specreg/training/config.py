@@ -6,9 +6,12 @@ keys are errors.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from hf_specreg.training.regularizers import BURN_INS, PenaltyConfig, RegularizersConfig
+
+VIEWS = ("simclr", "byol", "vicreg")
 # What a run that is resumed may change: it has no part in the weights.
 MAY_CHANGE = (
     "output_dir",
@@ -34,6 +37,7 @@ class DataConfig:
         split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are
             tested on the same images.
         ignore_splits: splits of the source not to use, such as an unlabelled test split.
+        classes: names of the classes to use, the others are left out; default: all.
         train_samples: use that many of the (once shuffled) training images; the first ones of a
             stream; default: all.
         streaming: read from the Hub while training instead of downloading first.
@@ -49,6 +53,7 @@ class DataConfig:
     validation_fraction: float = 0.1
     split_seed: int = 0
     ignore_splits: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     train_samples: int | None = None
     streaming: bool = False
     in_memory: bool | None = None
@@ -61,15 +66,16 @@ class AugmentConfig:
     """How training images are varied.
 
     Args:
-        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; or "timm",
-            `timm.data.create_transform`.
-        options: of `timm.data.create_transform`, for "timm".
+        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; "timm",
+            `timm.data.create_transform`; or two views of each image for self-supervision, by
+            lightly's transforms "simclr", "byol" or "vicreg".
+        options: of timm's or lightly's transform.
         mixup: alpha of timm's mixup; 0: off.
         cutmix: alpha of timm's cutmix; 0: off.
         label_smoothing: in [0, 1).
     """
 
-    kind: Literal["none", "crop_flip", "timm"] = "none"
+    kind: Literal["none", "crop_flip", "timm", "simclr", "byol", "vicreg"] = "none"
     options: dict[str, Any] = field(default_factory=dict)
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -99,51 +105,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class PenaltyConfig:
-    """The spectral penalty: strength * sum of sigma^2; see `hf_specreg.SpectralPenalty`.
-
-    Args:
-        strength: lambda; 0 trains the baseline.
-        scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
-        every: one optimizer step in `every` has the penalty.
-        burn_in_epochs: epochs without it at first; may be a fraction. Not together with
-            `burn_in_steps`.
-        burn_in_steps: optimizer steps without it at first.
-        power_iterations: of each use; one is a product with W or W^T, in turn.
-        split_qkv: penalise stacked q, k and v each.
-        skip: dotted names of modules to leave out.
-    """
-
-    strength: float = 1e-2
-    scope: Literal["features", "all"] = "features"
-    every: int = 1
-    burn_in_epochs: float | None = None
-    burn_in_steps: int | None = None
-    power_iterations: int = 1
-    split_qkv: bool = True
-    skip: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.burn_in_epochs is not None and self.burn_in_steps is not None:
-            raise ValueError("give penalty.burn_in_epochs or penalty.burn_in_steps, not both")
-        for name in ("burn_in_epochs", "burn_in_steps", "strength"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"penalty.{name} ({getattr(self, name)}) must not be negative")
-
-    def burn_in(self, steps_per_epoch: int) -> int:
-        """Return the burn-in in optimizer steps."""
-        if self.burn_in_epochs is not None:
-            return round(self.burn_in_epochs * steps_per_epoch)
-        return self.burn_in_steps or 0
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """timm's optimizer and schedule.
 
     Args:
         opt: name for `timm.optim.create_optimizer_v2`.
         lr: at the end of the warm-up.
+        encoder_lr: rate of all but the head, as a fraction of `lr`.
+        layer_decay: rate of a layer as a fraction of that of the next one; timm networks only;
+            default: the same for all.
         momentum: or the first beta.
         weight_decay: not on biases and norms.
         clip_grad: largest norm of the gradient, loss and penalty together; default: not clipped.
@@ -160,6 +130,8 @@ class OptimizerConfig:
 
     opt: str = "sgd"
     lr: float = 0.1
+    encoder_lr: float = 1.0
+    layer_decay: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip_grad: float | None = None
@@ -204,12 +176,14 @@ class RunConfig:
         eval_batch_size: images a process and batch.
         seed: of weights, data order, augmentation and the penalty's vectors.
         mixed_precision: "no", "bf16" or "fp16"; default: what accelerate is configured to.
+        sync_batch_norm: take the statistics of batch norms over all processes.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
         data: the images.
         augment: their variation.
         model: the encoder.
-        penalty: the regularizer.
+        penalty: the spectral penalty.
+        regularizers: what it is compared with, or summed with.
         optimizer: the optimizer and its schedule.
         checkpoint: what is kept.
     """
@@ -222,12 +196,14 @@ class RunConfig:
     eval_batch_size: int = 500
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    sync_batch_norm: bool = False
     log_every: int = 50
     log_with: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -252,9 +228,150 @@ class RunConfig:
                 "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
+        if self.augment.kind in VIEWS and type(self) is RunConfig:
+            raise ValueError(
+                f"augment.kind {self.augment.kind!r} gives two views, for recipes/ssl.py"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         """Return nested dictionaries, for JSON and trackers."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SelfSupervisedConfig:
+    """A self-supervised method; `hf_specreg.training.objectives` has the losses.
+
+    Args:
+        method: which.
+        projector_hidden: width of the projector, which is thrown away after the training.
+        projector_out: width of the embeddings.
+        off_diagonal: lambda of Barlow Twins.
+        temperature: of SimCLR.
+        teacher_momentum: of BYOL's teacher at first; 1 at the end.
+        neighbours: images that vote on a class in the online measure of the features.
+        bank: training images that the neighbours are drawn from.
+        collapse: the run is called collapsed where the features' effective rank falls below this.
+    """
+
+    method: Literal["barlow-twins", "simclr", "vicreg", "byol"] = "barlow-twins"
+    projector_hidden: int = 256
+    projector_out: int = 256
+    off_diagonal: float = 5e-3
+    temperature: float = 0.07
+    teacher_momentum: float = 0.99
+    neighbours: int = 20
+    bank: int = 5000
+    collapse: float = 2.0
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Classifiers on frozen, un-augmented features.
+
+    Args:
+        images: of the training split, that they learn from; default: all.
+        l2: of the logistic regression: its loss is mean cross-entropy + l2 / 2 ||W||^2.
+        epochs: of the linear probe, AdamW with a cosine schedule.
+        lr: of the linear probe.
+    """
+
+    images: int | None = None
+    l2: float = 1e-4
+    epochs: int = 50
+    lr: float = 1e-2
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The robustness reports that a recipe ends with; see `hf_specreg.evaluate_robustness`.
+
+    Args:
+        attacks: from a name to its settings.
+        eps: where robust accuracy is stated, in [0, 1] pixels.
+        samples: test images, drawn by the run's seed; 0: no report.
+    """
+
+    attacks: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tangent": {}})
+    eps: tuple[float, ...] = (0.25, 0.5, 1.0)
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class SelfSupervisedRunConfig(RunConfig):
+    """A self-supervised training run.
+
+    All of `RunConfig`, with the statistics of batch norms taken over all processes, views by
+    lightly, and where nothing is said of the burn-in, the penalty in the last tenth of the training
+    (Yang et al., arXiv:2405.17181).
+
+    Args:
+        ssl: the method.
+        probe: the classifiers on the trained features.
+        report: their robustness.
+    """
+
+    output_dir: str = "runs/ssl"
+    sync_batch_norm: bool = True
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(kind="simclr"))
+    ssl: SelfSupervisedConfig = field(default_factory=SelfSupervisedConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.augment.kind not in VIEWS:
+            raise ValueError(
+                f"augment.kind ({self.augment.kind!r}) must give two views: one of {VIEWS}"
+            )
+        if self.augment.mixup or self.augment.cutmix or self.augment.label_smoothing:
+            raise ValueError("mixup, cutmix and label_smoothing need labels: set them to 0")
+        if self.data.streaming:
+            raise ValueError("the probes read the training images again: data.streaming must be no")
+        if all(getattr(self.penalty, name) is None for name in BURN_INS):
+            object.__setattr__(self, "penalty", replace(self.penalty, burn_in_fraction=0.9))
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """What of a pretrained encoder is trained on new data.
+
+    Args:
+        train: "head", a linear probe; "all"; or "lora", low-rank updates of the linear layers
+            (extra `lora`).
+        frozen_stages: of "all": the first so many stages are kept as they are.
+        keep_batch_norm: batch norms keep the statistics that they were pretrained with.
+        lora_rank: of "lora".
+        lora_targets: of "lora": the names of linear layers, or their endings; default: all before
+            the features.
+    """
+
+    train: Literal["head", "all", "lora"] = "all"
+    frozen_stages: int = 0
+    keep_batch_norm: bool = False
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TransferRunConfig(RunConfig):
+    """A transfer to other data: all of `RunConfig`, and what is transferred.
+
+    Args:
+        transfer: what is trained.
+        probe: the classifier on the frozen features, before.
+        report: robustness before, of the probe, and after.
+    """
+
+    output_dir: str = "runs/transfer"
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    report: ReportConfig = field(default_factory=lambda: ReportConfig(samples=100))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.streaming:
+            raise ValueError("the probe reads the training images again: data.streaming must be no")
 
 
 def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:

@@ -6,21 +6,21 @@ penalty's vectors are in the checkpoint. So a run that is resumed gives the weig
 uninterrupted one, on the CPU bit for bit.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hf_specreg.data.transforms import derived_seed
-from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.features import evaluating
 from hf_specreg.training.build import (
     build_loaders,
     build_optimizer,
@@ -38,44 +38,50 @@ from hf_specreg.training.checkpoints import (
     save_checkpoint,
 )
 from hf_specreg.training.config import RunConfig, changes_of_the_run
+from hf_specreg.training.distributed import synchronize_batch_norms
 from hf_specreg.training.metrics import (
     DivergedError,
     MetricsFile,
     StepLog,
     TrainingResult,
+    classification_scores,
     flat_settings,
     installed_trackers,
     progress_bar,
 )
 from hf_specreg.training.objectives import Objective
+from hf_specreg.training.regularizers import build_regularizers, normalize_spectra
+
+Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
 
 class TrainingLoop:
-    """Trains a model, with the spectral penalty added to the objective.
+    """Trains an objective's encoder, with the spectral penalty and other regularizers added.
 
     Args:
-        model: from [0, 1] pixels to what the objective takes.
-        objective: the loss over a batch.
-        train_images: of (uint8 image [C, H, W], label).
+        objective: the loss over a batch, with the encoder and what else is trained.
+        train_images: of (uint8 image [C, H, W], label), or of two views [2, C, H, W].
         validation_images: of the same, to choose the best epoch by.
         test_images: of the same, evaluated once at the end.
         config: of the run.
+        score: (encoder, loader, accelerator) -> what is said of the encoder after an epoch and at
+            the end, "accuracy" among it.
         metadata: what else `specreg.json` shall say, such as the data and versions.
     """
 
     def __init__(
         self,
-        model: SpecRegModel,
         objective: Objective,
         train_images: Dataset,
         validation_images: Dataset,
         test_images: Dataset,
         config: RunConfig,
         *,
+        score: Score = classification_scores,
         metadata: dict[str, Any] | None = None,
     ):
         self.config = config
-        self.objective = objective
+        self.score = score
         self.output = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -91,15 +97,26 @@ class TrainingLoop:
         loaders, self.steps_per_epoch = build_loaders(
             (train_images, validation_images, test_images), config, self.accelerator.num_processes
         )
-        model.to(self.accelerator.device)
-        freeze_unused(model)
-        self.penalty = build_penalty(model, config, self.steps_per_epoch)
-        optimizer = build_optimizer(model, config.optimizer)
+        self.plain = objective.to(self.accelerator.device)
+        self.encoder = objective.encoder
+        freeze_unused(self.encoder)
+        if config.sync_batch_norm and self.accelerator.num_processes > 1:
+            synchronize_batch_norms(objective)
+        if config.regularizers.spectral_norm:
+            normalize_spectra(self.encoder)
+        self.penalty = build_penalty(self.encoder, config, self.steps_per_epoch)
+        self.regularizers = build_regularizers(
+            self.encoder,
+            config.regularizers,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+        )
+        optimizer = build_optimizer(objective, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.optimizer.ema_decay
-        self.ema = ModelEmaV3(model, decay=decay) if decay else None
-        self.model, self.optimizer, self.loader, self.validation, self.test = (
-            self.accelerator.prepare(model, optimizer, *loaders)
+        self.ema = ModelEmaV3(self.encoder, decay=decay) if decay else None
+        self.objective, self.optimizer, self.loader, self.validation, self.test = (
+            self.accelerator.prepare(objective, optimizer, *loaders)
         )
         self.metadata = {**(metadata or {}), "config": config.as_dict()}
         self.step = 0
@@ -107,11 +124,6 @@ class TrainingLoop:
         self.metrics: dict[str, float] = {}
         self.steps = StepLog(self.accelerator.device)
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
-
-    @property
-    def network(self) -> SpecRegModel:
-        """The model without what accelerate wrapped around it."""
-        return self.accelerator.unwrap_model(self.model)
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the end, from the latest checkpoint if `resume`.
@@ -141,7 +153,7 @@ class TrainingLoop:
         return TrainingResult(folder, self.metrics, self.step)
 
     def _train_epoch(self, epoch: int, first_batch: int) -> None:
-        self.model.train()
+        self.objective.train()
         self.steps.restart()
         self.loader.set_epoch(epoch)
         if hasattr(self.train_images, "set_epoch"):
@@ -154,7 +166,7 @@ class TrainingLoop:
         for batch, (images, labels) in enumerate(loader, first_batch):
             if batch >= last:
                 break
-            with self.accelerator.accumulate(self.model):
+            with self.accelerator.accumulate(self.objective):
                 self._train_batch(epoch, batch, images, labels)
             if self.accelerator.sync_gradients:
                 self._end_step(epoch, batch)
@@ -167,31 +179,48 @@ class TrainingLoop:
 
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
         set_seed(derived_seed(self.config.seed, epoch, batch, self.accelerator.process_index))
+        images = images.float() / 255
         with self.accelerator.autocast():
-            loss = self.objective(self.model, images.float() / 255, labels)
+            loss = self.objective(images, labels)
+        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, loss)
         penalty = loss.new_zeros(())
         if self.accelerator.sync_gradients and self.penalty.strength:
             with self.steps.penalty_time():
                 penalty = self.penalty()
             self.steps.count_backward(penalty, loss)
-        # accelerate divides what it is given by the micro-batches; the penalty enters once a step,
-        # whole.
-        self.accelerator.backward(loss + penalty * self.config.accumulation)
+        # accelerate divides what it is given by the micro-batches; what is of the weights enters
+        # once a step, whole.
+        whole = [terms[r.name] for r in self.regularizers if r.of_weights]
+        shared = [terms[r.name] for r in self.regularizers if not r.of_weights]
+        total = sum(shared, loss) + sum(whole, penalty) * self.config.accumulation
+        self.accelerator.backward(total)
         if self.accelerator.sync_gradients and self.config.optimizer.clip_grad:
             self.accelerator.clip_grad_norm_(
-                self.model.parameters(), self.config.optimizer.clip_grad
+                self.objective.parameters(), self.config.optimizer.clip_grad
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = len(images) * self.accelerator.num_processes
-        self.steps.add(self.step + 1, epoch, batch, loss=loss, penalty=penalty, images=seen)
+        terms = {"loss": loss, "penalty": penalty, **terms}
+        self.steps.add(self.step + 1, epoch, batch, images=seen, **terms)
+
+    def _regularizers(self, images: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The regularizers beside the spectral penalty, by name; 0 where not due."""
+        features, sync = self.plain.features, self.accelerator.sync_gradients
+        return {
+            r.name: r(images, features)
+            if r.due(self.step) and (sync or not r.of_weights)
+            else loss.new_zeros(())
+            for r in self.regularizers
+        }
 
     def _end_step(self, epoch: int, batch: int) -> None:
         self.step += 1
+        self.plain.after_step(self.step / (self.config.epochs * self.steps_per_epoch))
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         if self.ema is not None:
-            self.ema.update(self.network, step=self.step)
+            self.ema.update(self.encoder, step=self.step)
         self.progress.update(self.task, completed=self.step)
         if self.step % self.config.log_every == 0:
             self._log_training(epoch)
@@ -227,21 +256,13 @@ class TrainingLoop:
 
     @torch.no_grad()
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
-        """Return accuracy, mean cross-entropy and how many images; of averaged weights, if any."""
-        model = self.ema.module if self.ema else self.model
+        """Return what `score` says of the encoder; of its averaged weights, if any."""
+        encoder = self.ema.module if self.ema else self.encoder
         if self.ema:  # averaged on each process, of statistics that differ
-            for buffer in model.buffers():
+            for buffer in encoder.buffers():
                 buffer.copy_(broadcast(buffer))
-        model.eval()
-        right, total, loss = 0, 0, 0.0
-        for images, labels in loader:
-            with self.accelerator.autocast():
-                logits = model(images.float() / 255)
-            logits, labels = self.accelerator.gather_for_metrics((logits.float(), labels))
-            right += (logits.argmax(1) == labels).sum().item()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            total += len(labels)
-        return {"accuracy": right / total, "loss": loss / total, "images": total}
+        with evaluating(encoder):
+            return self.score(encoder, loader, self.accelerator)
 
     def _log_training(self, epoch: int) -> None:
         """Log the steps since the last time, having looked for a NaN among them."""
@@ -339,14 +360,14 @@ class TrainingLoop:
         replace_folder(folder, self._write_model)
 
     def _write_model(self, folder: Path) -> None:
-        model = self.ema.module if self.ema else self.network
+        model = self.ema.module if self.ema else self.encoder
         share = self.metrics_file.mean("penalty_share")
         progress = {"step": self.step, "metrics": self.metrics, "penalty_share": share}
         model.metadata = {**self.metadata, **progress}
         model.save_pretrained(folder)
 
     def _check_weights(self) -> None:
-        for name, tensor in self.network.state_dict().items():
+        for name, tensor in self.plain.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise self._diverged(f"{name} is not finite after step {self.step}")
 

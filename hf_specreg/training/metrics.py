@@ -1,7 +1,6 @@
 """What a run says of itself: loss, speed, the penalty's share of the time; metrics.jsonl."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class DivergedError(RuntimeError):
@@ -48,16 +50,26 @@ class StepLog:
 
     def restart(self) -> None:
         """Forget what was collected and start the clock."""
-        self._batches: list[tuple[int, int, int, Tensor, Tensor]] = []
+        self._batches: list[tuple[int, int, int, dict[str, Tensor]]] = []
         self._images = 0
         self._marks: list[Any] = []
         self._start = time.perf_counter()
 
     def add(
-        self, step: int, epoch: int, batch: int, *, loss: Tensor, penalty: Tensor, images: int
+        self, step: int, epoch: int, batch: int, *, images: int, loss: Tensor, **terms: Tensor
     ) -> None:
-        """Take note of a micro-batch; loss and penalty are 0-d, images over all processes."""
-        self._batches.append((step, epoch, batch, loss.detach(), penalty.detach()))
+        """Take note of a micro-batch.
+
+        Args:
+            step: optimizer step, from 1.
+            epoch: from 0.
+            batch: of the epoch, from 0.
+            images: over all processes.
+            loss: 0-d.
+            terms: beside it, 0-d, such as penalty; the same names in every micro-batch.
+        """
+        values = {"loss": loss, **terms}
+        self._batches.append((step, epoch, batch, {n: v.detach() for n, v in values.items()}))
         self._images += images
 
     @contextmanager
@@ -92,27 +104,32 @@ class StepLog:
         return sum(end - start for start, end in spans)
 
     def summary(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return mean loss, the last penalty that was not 0, speed and share of time; then restart.
+        """Return mean loss, each term's last value but 0, speed and share of time; then restart.
 
         Args:
             gather: collects a tensor from all processes, along its first dimension.
 
         Raises:
-            DivergedError: a loss or a penalty is NaN or infinite, on any process; says where.
+            DivergedError: the loss or a term is NaN or infinite, on any process; says where.
         """
-        losses = gather(torch.stack([loss for *_, loss, _ in self._batches])[None])
-        penalties = torch.stack([penalty for *_, penalty in self._batches]).tolist()
-        for i, (step, epoch, batch, *_) in enumerate(self._batches):
-            if not losses[:, i].isfinite().all() or not math.isfinite(penalties[i]):
-                raise DivergedError(
-                    f"the loss is {losses[:, i].tolist()} (by process) and the penalty "
-                    f"{penalties[i]} "
-                    f"at step {step} (epoch {epoch}, batch {batch})"
-                )
+        names = list(self._batches[0][-1])
+        values = torch.stack([torch.stack(list(terms.values())) for *_, terms in self._batches])
+        values = gather(values[None].float())  # [processes, batches, terms]
+        for i, (step, epoch, batch, _) in enumerate(self._batches):
+            for name, by_process in zip(names, values[:, i].T, strict=True):
+                if not by_process.isfinite().all():
+                    raise DivergedError(
+                        f"the {name} is {by_process.tolist()} (by process) at step {step} (epoch "
+                        f"{epoch}, batch {batch})"
+                    )
         elapsed = time.perf_counter() - self._start
+        means = values.mean(0).T.tolist()
         summary = {
-            "loss": losses.mean().item(),
-            "penalty": next((p for p in reversed(penalties) if p), 0.0),
+            "loss": sum(means[0]) / len(means[0]),
+            **{
+                name: next((v for v in reversed(series) if v), 0.0)
+                for name, series in zip(names[1:], means[1:], strict=True)
+            },
             "images_per_second": self._images / elapsed,
             "penalty_share": self._penalty_seconds() / elapsed,
         }
@@ -150,6 +167,28 @@ class MetricsFile:
             except ValueError:
                 continue
         self.path.write_text("".join(kept))
+
+
+@torch.no_grad()
+def classification_scores(
+    encoder: nn.Module, loader: DataLoader, accelerator: Accelerator
+) -> dict[str, float]:
+    """Return accuracy, mean cross-entropy and how many images, over all processes.
+
+    Args:
+        encoder: from images in [0, 1] to logits, in evaluation mode.
+        loader: of uint8 images and labels, prepared.
+        accelerator: of the run.
+    """
+    right, total, loss = 0, 0, 0.0
+    for images, labels in loader:
+        with accelerator.autocast():
+            logits = encoder(images.float() / 255)
+        logits, labels = accelerator.gather_for_metrics((logits.float(), labels))
+        right += (logits.argmax(1) == labels).sum().item()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        total += len(labels)
+    return {"accuracy": right / total, "loss": loss / total, "images": total}
 
 
 def progress_bar(console: Console) -> Progress:

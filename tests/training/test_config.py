@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.config import (
     AugmentConfig,
     DataConfig,
@@ -15,16 +16,17 @@ from hf_specreg.training.config import (
 from hf_specreg.training.objectives import Supervised
 
 
-def test_burn_in_is_counted_in_epochs_or_steps():
-    assert PenaltyConfig(burn_in_epochs=1.5).burn_in(10) == 15
-    assert PenaltyConfig(burn_in_steps=7).burn_in(10) == 7
-    assert PenaltyConfig().burn_in(10) == 0
-    with pytest.raises(ValueError, match="not both"):
+def test_burn_in_is_counted_in_epochs_steps_or_a_fraction():
+    assert PenaltyConfig(burn_in_epochs=1.5).burn_in(10, 4) == 15
+    assert PenaltyConfig(burn_in_steps=7).burn_in(10, 4) == 7
+    assert PenaltyConfig(burn_in_fraction=0.9).burn_in(10, 4) == 36
+    assert PenaltyConfig().burn_in(10, 4) == 0
+    with pytest.raises(ValueError, match="not several"):
         PenaltyConfig(burn_in_epochs=1, burn_in_steps=7)
 
 
 def test_values_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"penalty.strength \(-1\)"):
+    with pytest.raises(ValueError, match=r"strength \(-1\)"):
         PenaltyConfig(strength=-1)
     with pytest.raises(ValueError, match=r"epochs \(0\) must be at least 1"):
         RunConfig(epochs=0)
@@ -40,14 +42,16 @@ def test_differences_name_the_key_and_both_values():
 
 def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-    images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
-    plain = Supervised(3, augment=AugmentConfig())
-    expected = F.cross_entropy(model(images), labels)
-    torch.testing.assert_close(plain(model, images, labels), expected)
-    mixed = Supervised(3, augment=AugmentConfig(mixup=1.0))
+    args = {"img_size": 2, "hidden_features": 5}
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=3, input_size=(1, 2, 2), **args)
+    images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    plain = Supervised(model, augment=AugmentConfig())
+    expected, features = F.cross_entropy(model(images), labels), model.features(images)
+    torch.testing.assert_close(plain(images, labels), expected)
+    torch.testing.assert_close(plain.features, [features])
+    mixed = Supervised(model, augment=AugmentConfig(mixup=1.0))
     losses = []
     for seed in (1, 1, 2):
         np.random.seed(seed)
-        losses.append(mixed(model, images.clone(), labels).item())
+        losses.append(mixed(images.clone(), labels).item())
     assert losses[0] == losses[1] != losses[2]

@@ -53,30 +53,28 @@ class Interrupted(Exception):
     pass
 
 
-def build(run, *, objective=None):
+def build(run, *, objective=Supervised):
     torch.manual_seed(run.seed)
     splits = build_splits(run.data)
     model = build_model(run.model, splits.label_names)
-    objective = objective or Supervised(model.num_classes, augment=run.augment)
     images = build_images(splits, model, run)
-    return TrainingLoop(
-        model, objective, **images, config=run, metadata=run_metadata(splits, images)
-    )
+    objective = objective(model, augment=run.augment)
+    return TrainingLoop(objective, **images, config=run, metadata=run_metadata(splits, images))
 
 
-def interrupted_at(call, run):
+def interrupted_at(call):
     """An objective that fails at its n-th call, as a killed process would."""
-    objective = Supervised(10, augment=run.augment)
-    calls = 0
 
-    def fail(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Interrupted
-        return objective(*args, **kwargs)
+    class Broken(Supervised):
+        calls = 0
 
-    return fail
+        def forward(self, images, labels):
+            self.calls += 1
+            if self.calls == call:
+                raise Interrupted
+            return super().forward(images, labels)
+
+    return Broken
 
 
 def weights(folder):
@@ -122,7 +120,7 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(tm
     expected = weights(build(whole).run().model_folder)
     broken = config(tmp_path / "broken")
     with pytest.raises(Interrupted):
-        build(broken, objective=interrupted_at(call, broken)).run()
+        build(broken, objective=interrupted_at(call)).run()
     torch.manual_seed(99)
     resumed = weights(build(broken).run(resume=True).model_folder)
     assert expected.keys() == resumed.keys()
@@ -142,7 +140,7 @@ def test_the_seed_decides_the_run(tmp_path):
 def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_it_used(tmp_path, caplog):
     run = config(tmp_path)
     with pytest.raises(Interrupted):
-        build(run, objective=interrupted_at(15, run)).run()
+        build(run, objective=interrupted_at(15)).run()
     *_, before, latest = checkpoints.all_checkpoints(tmp_path / "run/checkpoints")
     file = latest / "state/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -155,18 +153,18 @@ def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_it_used(tmp_path, 
 
 def test_nan_stops_the_run_with_step_batch_and_last_good_checkpoint(tmp_path):
     run = config(tmp_path)
-    objective = Supervised(10, augment=run.augment)
-    calls = 0
 
-    def poisoned(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        return objective(*args, **kwargs) * (torch.nan if calls == 10 else 1.0)
+    class Poisoned(Supervised):
+        calls = 0
+
+        def forward(self, images, labels):
+            self.calls += 1
+            return super().forward(images, labels) * (torch.nan if self.calls == 10 else 1.0)
 
     with pytest.raises(
         DivergedError, match=r"loss is \[nan\].*step 5 \(epoch 1, batch 1\).*step_00000004"
     ):
-        build(run, objective=poisoned).run()
+        build(run, objective=Poisoned).run()
     for checkpoint in checkpoints.all_checkpoints(tmp_path / "run/checkpoints"):
         assert all(w.isfinite().all() for w in weights(checkpoint / "model").values())
 

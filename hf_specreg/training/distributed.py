@@ -1,0 +1,85 @@
+"""What the processes agree on: embeddings and batch statistics are those of the whole batch.
+
+Both collect with a gradient: backwards, the gradients of all processes' losses are summed. As
+DistributedDataParallel averages over the processes, each weight gets the gradient of the mean of
+their losses, as if one process had the whole batch.
+"""
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return all processes' [B, ...] as one [processes * B, ...], differentiable."""
+    return _Gather.apply(tensor) if processes() > 1 else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        parts = [tensor.new_empty(tensor.shape) for _ in range(processes())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(processes())[dist.get_rank()]
+
+
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
+    """Let batch norms take their statistics over all processes; parameters stay the same objects.
+
+    On a GPU that is torch's SyncBatchNorm, which refuses to work on the CPU.
+    """
+    model = convert_sync_batchnorm(model)
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.__class__ = CpuSyncBatchNorm
+    return model
+
+
+class CpuSyncBatchNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm for processes without a GPU; the same values and gradients, slower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [B, C, ...] normalised, and activated where timm's layer does that too."""
+        x = self._normalize(x) if self.training and processes() > 1 else super().forward(x)
+        for name in ("drop", "act"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        values = x.float()
+        count = values.numel() / values.shape[1] * processes()  # batches have equal sizes
+        mean = gathered(values.sum(dims)[None]).sum(0) / count
+        centred = values - mean.reshape(shape)
+        variance = gathered(centred.square().sum(dims)[None]).sum(0) / count
+        self._track(mean.detach(), variance.detach() * count / (count - 1))
+        normal = centred * (variance + self.eps).rsqrt().reshape(shape)
+        if self.affine:
+            normal = normal * self.weight.reshape(shape) + self.bias.reshape(shape)
+        return normal.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked += 1
+        share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
