@@ -9,13 +9,21 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 if TYPE_CHECKING:
     from hf_specreg.robustness.evaluate import evaluate_robustness
     from hf_specreg.robustness.report import RobustnessReport
+    from hf_specreg.training.trainer import SpecRegTrainer
 
-__all__ = ["RobustnessReport", "SpecRegModel", "SpectralPenalty", "evaluate_robustness"]
+__all__ = [
+    "RobustnessReport",
+    "SpecRegModel",
+    "SpecRegTrainer",
+    "SpectralPenalty",
+    "evaluate_robustness",
+]
 __version__ = "0.1.0"
 
 # Imported on first use: a training loop that adds the penalty needs no data sets, scipy or schemas.
 _ON_FIRST_USE = {
     "RobustnessReport": "hf_specreg.robustness.report",
+    "SpecRegTrainer": "hf_specreg.training.trainer",
     "evaluate_robustness": "hf_specreg.robustness.evaluate",
 }
 

@@ -1,21 +1,19 @@
 """Train a classifier with the spectral penalty up to its features.
 
     python recipes/supervised.py --config recipes/configs/digits.yaml
-    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --penalty.strength
-    0.1 python recipes/supervised.py --config recipes/configs/digits.yaml --resume
+    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --seed 1
+    python recipes/supervised.py --config recipes/configs/digits.yaml --resume
 
 All keys and their defaults: hf_specreg/training/config.py, or --help.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
-from jsonargparse import ArgumentParser
 
 from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
+from hf_specreg.training.command import parse_run, print_result
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
@@ -24,14 +22,7 @@ from hf_specreg.training.objectives import Supervised
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     """Return the configuration and whether to resume."""
-    parser = ArgumentParser(prog="supervised.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
-    parser.add_class_arguments(RunConfig)
-    settings = parser.parse_args(arguments)
-    resume = settings.pop("resume")
-    settings.pop("config")
-    return RunConfig(**vars(parser.instantiate(settings))), resume
+    return parse_run(RunConfig, __doc__, arguments)
 
 
 def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
@@ -48,10 +39,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
-    result = train(config, resume=resume)
-    if PartialState().is_main_process:
-        summary = {"model": str(result.model_folder), "step": result.step, **result.metrics}
-        print(json.dumps(summary, indent=2))
+    print_result(train(config, resume=resume))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,14 @@ def load_transformers(
             renew_head(network)
         else:
             label_names = label_names or _stated_labels(config)
-    processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
+    except OSError as error:
+        raise FolderError(
+            f"{name_or_config} has no image processor (preprocessor_config.json), so its pixel "
+            "normalisation is not known: save the processor beside the model, with Trainer as "
+            "processing_class"
+        ) from error
     return network, label_names, _processor_data(processor)
 
 

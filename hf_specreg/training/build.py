@@ -108,6 +108,22 @@ def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) ->
     return images
 
 
+def plain_training_images(
+    splits: ImageSplits, model: SpecRegModel, config: RunConfig, count: int | None
+) -> LabelledImages:
+    """Return training images without augmentation, the first `count` of a shuffled split."""
+    rows = splits.train
+    if count is not None and count < len(rows):
+        rows = rows.shuffle(seed=config.data.split_seed).take(count)
+    return LabelledImages(
+        rows,
+        input_size=model.input_size,
+        evaluate=evaluation_transform(model.input_size, **model.preprocessing),
+        in_memory=config.data.in_memory,
+        skip_unreadable=config.data.skip_unreadable,
+    )
+
+
 def build_loaders(
     splits: tuple[Dataset, Dataset, Dataset], config: RunConfig, processes: int
 ) -> tuple[list[DataLoader], int]:

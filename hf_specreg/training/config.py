@@ -230,7 +230,7 @@ class RunConfig:
 
         if self.augment.kind in VIEWS and type(self) is RunConfig:
             raise ValueError(
-                f"augment.kind {self.augment.kind!r} gives two views, for recipes/ssl.py"
+                f"augment.kind {self.augment.kind!r} gives two views: for self-supervision only"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -251,7 +251,6 @@ class SelfSupervisedConfig:
         teacher_momentum: of BYOL's teacher at first; 1 at the end.
         neighbours: images that vote on a class in the online measure of the features.
         bank: training images that the neighbours are drawn from.
-        collapse: the run is called collapsed where the features' effective rank falls below this.
     """
 
     method: Literal["barlow-twins", "simclr", "vicreg", "byol"] = "barlow-twins"
@@ -262,7 +261,6 @@ class SelfSupervisedConfig:
     teacher_momentum: float = 0.99
     neighbours: int = 20
     bank: int = 5000
-    collapse: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -339,6 +337,8 @@ class TransferConfig:
     Args:
         train: "head", a linear probe; "all"; or "lora", low-rank updates of the linear layers
             (extra `lora`).
+        head: it starts "fresh", or as the logistic "probe" on the frozen features, which distorts
+            them less (Kumar et al., ICLR 2022).
         frozen_stages: of "all": the first so many stages are kept as they are.
         keep_batch_norm: batch norms keep the statistics that they were pretrained with.
         lora_rank: of "lora".
@@ -347,6 +347,7 @@ class TransferConfig:
     """
 
     train: Literal["head", "all", "lora"] = "all"
+    head: Literal["fresh", "probe"] = "fresh"
     frozen_stages: int = 0
     keep_batch_norm: bool = False
     lora_rank: int = 8
@@ -372,6 +373,13 @@ class TransferRunConfig(RunConfig):
         super().__post_init__()
         if self.data.streaming:
             raise ValueError("the probe reads the training images again: data.streaming must be no")
+        if self.transfer.train != "all" and self.transfer.frozen_stages:
+            raise ValueError("transfer.frozen_stages is for transfer.train 'all'")
+        if self.transfer.train == "lora" and self.regularizers.l2_sp.strength:
+            raise ValueError(
+                "regularizers.l2_sp keeps trained weights near where they began, and LoRA's begin "
+                "at 0: use optimizer.weight_decay"
+            )
 
 
 def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:

@@ -1,0 +1,343 @@
+"""How good frozen features are: neighbours, a logistic regression, a linear probe; and collapse.
+
+All read features [N, D] of un-augmented images. The paper puts a logistic regression (lbfgs) on
+them (Yang et al., arXiv:2405.17181); `attach_head` makes of it, or of a linear probe, a classifier
+whose robustness can be measured.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from hf_specreg.data.images import collate
+from hf_specreg.encoders.features import evaluating
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.training.config import ProbeConfig
+
+logger = logging.getLogger(__name__)
+COLLAPSED_DEVIATION, COLLAPSED_RANK = 0.02, 2.0
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits = features W^T + b.
+
+    Attributes:
+        weight: W, [K, D].
+        bias: b, [K].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Return the share of features [N, D] that are classified as their label [N]."""
+        return (features @ self.weight.T + self.bias).argmax(1).eq(labels).float().mean().item()
+
+
+@torch.no_grad()
+def collect_features(
+    encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return features [N, D], float32, and labels [N], on the encoder's device.
+
+    Args:
+        encoder: evaluated as it is, in evaluation mode.
+        loader: of uint8 images [B, C, H, W] and labels.
+        accelerator: collects from all processes, where `loader` is prepared by it.
+    """
+    device = next(encoder.parameters()).device
+    collected = []
+    with evaluating(encoder):
+        for images, labels in loader:
+            batch = encoder.features(images.to(device).float() / 255).float(), labels.to(device)
+            collected.append(accelerator.gather_for_metrics(batch) if accelerator else batch)
+    features, labels = zip(*collected, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def features_of(
+    encoder: SpecRegModel, images: Dataset, *, batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Return features [N, D] and labels [N] of a set of (uint8 image, label), on this process."""
+    return collect_features(encoder, DataLoader(images, batch_size, collate_fn=collate))
+
+
+def knn_accuracy(
+    bank: tuple[Tensor, Tensor],
+    queries: tuple[Tensor, Tensor],
+    *,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Return the accuracy of a vote of the nearest features, weighted by exp(cosine / temperature).
+
+    Args:
+        bank: features [M, D] and labels [M].
+        queries: features [N, D] and labels [N].
+        neighbours: that vote; all of a smaller bank.
+        temperature: of the weights.
+
+    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
+    CVPR 2018, sec. 3.4.
+    """
+    normal = F.normalize(bank[0], dim=1)
+    classes = F.one_hot(bank[1]).float()
+    right = 0
+    for features, labels in zip(queries[0].split(1000), queries[1].split(1000), strict=True):
+        cosine, nearest = (F.normalize(features, dim=1) @ normal.T).topk(
+            min(neighbours, len(normal))
+        )
+        votes = ((cosine / temperature).exp()[:, :, None] * classes[nearest]).sum(1)
+        right += votes.argmax(1).eq(labels).sum().item()
+    return right / len(queries[0])
+
+
+def feature_deviation(features: Tensor) -> float:
+    """Return sqrt(D) times the mean standard deviation of the normalised features' entries.
+
+    About 1 for directions spread evenly over the sphere, 0 where all are the same.
+
+    Args:
+        features: [N, D].
+
+    Source: Chen, He, "Exploring Simple Siamese Representation Learning", CVPR 2021, sec. 4.1.
+    """
+    normal = F.normalize(features, dim=1)
+    return (normal.std(0).mean() * features.shape[1] ** 0.5).item()
+
+
+def effective_rank(features: Tensor) -> float:
+    """Return exp of the entropy of the centred features' normalised singular values, 1 to D.
+
+    Features that do not vary at all have effective rank 1.
+
+    Args:
+        features: [N, D].
+
+    Source: Roy, Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., "RankMe", ICML 2023,
+    which does not centre. Centred, a constant does not count as a direction.
+    """
+    centred = (features - features.mean(0)).double()
+    sigmas = torch.linalg.svdvals(centred)
+    noise = torch.finfo(features.dtype).eps * features.double().norm()
+    if sigmas[0] <= noise:
+        return 1.0
+    shares = sigmas / sigmas.sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+class NeighbourScores:
+    """What is said of an encoder without a head after each epoch of a self-supervised training.
+
+    A collapsed encoder, one whose features say next to nothing of the image, is warned of.
+
+    Args:
+        bank: of (uint8 image, label), un-augmented training images.
+        neighbours: that vote.
+        batch_size: images a process and batch.
+    """
+
+    def __init__(self, bank: Dataset, *, neighbours: int, batch_size: int):
+        self.loader = DataLoader(bank, batch_size, collate_fn=collate)
+        self.neighbours = neighbours
+        self._prepared = False
+
+    def __call__(
+        self, encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Return the neighbours' accuracy, deviation and effective rank of the features, whether
+        they have collapsed, and how many images.
+        """
+        if not self._prepared:
+            self.loader, self._prepared = accelerator.prepare(self.loader), True
+        bank = collect_features(encoder, self.loader, accelerator)
+        queries = collect_features(encoder, loader, accelerator)
+        deviation, rank = feature_deviation(queries[0]), effective_rank(queries[0])
+        collapsed = deviation < COLLAPSED_DEVIATION or rank < COLLAPSED_RANK
+        if collapsed and accelerator.is_main_process:
+            logger.warning(
+                "the features have collapsed: their deviation is %.2g (1 is spread evenly, below "
+                "%g collapsed), their effective rank %.3g (below %g collapsed). Lower the learning "
+                "rate or penalty.strength, or take a larger batch",
+                *(deviation, COLLAPSED_DEVIATION, rank, COLLAPSED_RANK),
+            )
+        return {
+            "accuracy": knn_accuracy(bank, queries, neighbours=self.neighbours),
+            "feature_deviation": deviation,
+            "effective_rank": rank,
+            "collapsed": float(collapsed),
+            "images": len(queries[0]),
+        }
+
+
+def logistic_regression(
+    features: Tensor, labels: Tensor, *, classes: int, l2: float = 1e-4
+) -> LinearHead:
+    """Fit mean cross-entropy + l2 / 2 ||W||^2 by lbfgs on standardised features.
+
+    The features are scaled by their overall deviation, which makes the result, and what l2 means,
+    independent of the features' scale.
+
+    Args:
+        features: [N, D].
+        labels: [N].
+        classes: K.
+        l2: of W, on the scaled features.
+
+    Raises:
+        ValueError: the features do not vary, or are not finite.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = _scale(features)
+    scaled = ((features - mean) / scale).double().cpu().numpy()
+    regression = LogisticRegression(C=1 / (l2 * len(features)), max_iter=2000)
+    regression.fit(scaled, labels.cpu().numpy())
+    weight, bias = torch.zeros(classes, features.shape[1]), torch.full((classes,), -1e4)
+    found = torch.as_tensor(regression.classes_)
+    if len(found) == 2:  # one row, of the second class's logit above the first's
+        weight[found[1]] = torch.as_tensor(regression.coef_[0]).float()
+        bias[found] = torch.tensor([0.0, regression.intercept_.item()])
+    else:
+        weight[found] = torch.as_tensor(regression.coef_).float()
+        bias[found] = torch.as_tensor(regression.intercept_).float()
+    return _unscaled(weight.to(features), bias.to(features), mean, scale)
+
+
+def linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    epochs: int = 50,
+    lr: float = 1e-2,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> LinearHead:
+    """Train a linear layer on scaled features by AdamW with a cosine schedule.
+
+    Args:
+        features: [N, D].
+        labels: [N].
+        classes: K.
+        epochs: over the features.
+        lr: at the start.
+        batch_size: features a step.
+        seed: of the order.
+
+    Raises:
+        ValueError: the features do not vary, or are not finite.
+    """
+    mean, scale = _scale(features)
+    layer = nn.Linear(features.shape[1], classes).to(features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    data = TensorDataset((features - mean) / scale, labels)
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(data, batch_size, shuffle=True, generator=order)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(layer(x), y).backward()
+                optimizer.step()
+                schedule.step()
+    return _unscaled(layer.weight.detach(), layer.bias.detach(), mean, scale)
+
+
+@torch.no_grad()
+def attach_head(model: SpecRegModel, head: LinearHead) -> None:
+    """Write a linear head into a model's own, so that it gives these logits.
+
+    Where the model scales its logits, as the paper's network does, that is undone.
+
+    Args:
+        model: with a head of K classes, one linear layer on the features.
+        head: of the same K and D.
+
+    Raises:
+        ValueError: the model's head is not one linear layer on its features.
+    """
+    modules = [m for n in model.head for m in model.network.get_submodule(n).modules()]
+    linear = [m for m in modules if isinstance(m, nn.Linear)]
+    shape = tuple(head.weight.shape)
+    if len(linear) != 1 or tuple(linear[0].weight.shape) != shape or linear[0].bias is None:
+        raise ValueError(
+            f"the head {model.head} of {type(model.network).__name__} is not one linear layer "
+            f"{shape} with a bias, so a probe cannot take its place"
+        )
+    linear[0].weight.copy_(head.weight)
+    linear[0].bias.copy_(head.bias)
+    images = torch.rand(4, *model.input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(linear[0].weight.device)
+    with evaluating(model):
+        expected = model.features(images) @ head.weight.T.to(images) + head.bias.to(images)
+        scale = ((model(images) * expected).sum() / expected.square().sum()).item()
+        if scale > 0 and math.isfinite(scale):
+            linear[0].weight.div_(scale)
+            linear[0].bias.div_(scale)
+        if not torch.allclose(model(images), expected, rtol=1e-3, atol=1e-3 * expected.std()):
+            raise ValueError(
+                f"the head {model.head} of {type(model.network).__name__} does more than one "
+                "linear layer on the features, so a probe cannot take its place"
+            )
+
+
+def probe_classifier(
+    classifier: SpecRegModel,
+    train_images: Dataset,
+    test_images: Dataset,
+    config: ProbeConfig,
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Fit a logistic regression and a linear probe on a classifier's frozen features.
+
+    The logistic regression takes the place of its head.
+
+    Args:
+        classifier: changed in place: its head.
+        train_images: of (uint8 image, label), un-augmented.
+        test_images: of the same.
+        config: of the probes.
+        seed: of the linear probe.
+
+    Returns:
+        Both test accuracies, and how many images they learned from.
+    """
+    train, test = features_of(classifier, train_images), features_of(classifier, test_images)
+    classes = classifier.num_classes
+    logistic = logistic_regression(*train, classes=classes, l2=config.l2)
+    linear = linear_probe(*train, classes=classes, epochs=config.epochs, lr=config.lr, seed=seed)
+    attach_head(classifier, logistic)
+    return {
+        "logistic_accuracy": logistic.accuracy(*test),
+        "linear_probe_accuracy": linear.accuracy(*test),
+        "probe_images": len(train[0]),
+    }
+
+
+def _scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The features' mean [D], and one number: the root mean square of their deviation from it."""
+    if not features.isfinite().all():
+        raise ValueError("the features are not finite: the encoder's weights or its images are not")
+    mean = features.mean(0)
+    scale = (features - mean).square().mean().sqrt()
+    if scale <= torch.finfo(features.dtype).eps * features.abs().max():
+        raise ValueError("the features are the same for all images: the encoder has collapsed")
+    return mean, scale
+
+
+def _unscaled(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearHead:
+    """The head on (features - mean) / scale as one on the features."""
+    weight = weight / scale
+    return LinearHead(weight, bias - weight @ mean)

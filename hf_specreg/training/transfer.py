@@ -1,0 +1,132 @@
+"""What of a pretrained encoder is trained on new data: its head, some of its stages, LoRA, or all.
+
+Stage 0 is the stem. timm networks say their stages themselves; of others, the first whole number in
+a parameter's dotted name is its place in the list of stages or blocks
+(`encoder.layer.3.output.dense.weight` is of the fourth), what stands before the first of them is
+the stem, and what comes after the last is never frozen.
+"""
+
+from torch import nn
+
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.config import TransferConfig
+
+
+def prepare_transfer(encoder: SpecRegModel, config: TransferConfig) -> None:
+    """Freeze what is not trained, or put LoRA on the encoder, in place.
+
+    Args:
+        encoder: pretrained, with a head for the new classes.
+        config: what is trained.
+
+    Raises:
+        ValueError: more frozen stages than there are, or nothing for LoRA to be put on.
+        ImportError: peft is not installed.
+    """
+    if config.train == "head":
+        for name, parameter in encoder.network.named_parameters():
+            parameter.requires_grad_(of_head(encoder, name))
+    elif config.train == "lora":
+        add_lora(encoder, config)
+    elif config.frozen_stages:
+        freeze_stages(encoder, config.frozen_stages)
+
+
+def copy_head(source: SpecRegModel, target: SpecRegModel) -> None:
+    """Give a model the head's weights of another of the same architecture."""
+    for name in target.head:
+        state = source.network.get_submodule(name).state_dict()
+        target.network.get_submodule(name).load_state_dict(state)
+
+
+def of_head(encoder: SpecRegModel, name: str) -> bool:
+    """Whether a parameter of the network, by its dotted name, is of the head."""
+    return any(name.startswith(f"{head}.") for head in encoder.head)
+
+
+def stages(encoder: SpecRegModel) -> dict[str, int]:
+    """Return the stage of every parameter that is of one, by dotted name; the stem's is 0.
+
+    Args:
+        encoder: of timm or of transformers.
+    """
+    network = encoder.network
+    names = [n for n, _ in network.named_parameters() if not of_head(encoder, n)]
+    if hasattr(network, "group_matcher"):
+        from timm.models import group_parameters
+
+        groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
+        last = max(groups.values())
+        # The last group is what comes after all blocks: the head, or the norm before it.
+        after = {g for n, g in groups.items() if of_head(encoder, n)} or {last}
+        return {n: groups[n] for n in names if groups[n] not in after}
+    numbers = {n: [int(part) for part in n.split(".") if part.isdigit()] for n in names}
+    first = next((i for i, n in enumerate(names) if numbers[n]), len(names))
+    return {
+        n: numbers[n][0] + 1 if numbers[n] else 0
+        for i, n in enumerate(names)
+        if numbers[n] or i < first
+    }
+
+
+def freeze_stages(encoder: SpecRegModel, count: int) -> None:
+    """Freeze the first `count` stages, the stem among them.
+
+    Raises:
+        ValueError: there are not that many.
+    """
+    found = stages(encoder)
+    available = sorted(set(found.values()))
+    if not 0 <= count <= len(available):
+        raise ValueError(
+            f"transfer.frozen_stages ({count}) must be at most {len(available)}, the stages of "
+            f"{type(encoder.network).__name__}, with its stem"
+        )
+    frozen = set(available[:count])
+    for name, parameter in encoder.network.named_parameters():
+        if found.get(name) in frozen:
+            parameter.requires_grad_(False)
+
+
+def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
+    """Put low-rank updates on linear layers before the features; only they and the head train.
+
+    `save_pretrained` merges them, so that what is saved is a plain model.
+
+    Raises:
+        ValueError: no linear layer or convolution is left to put them on.
+        ImportError: peft is not installed.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ImportError("LoRA needs peft: pip install 'hf-specreg[lora]'") from error
+
+    targets = list(config.lora_targets) or _linear_names(encoder)
+    if not targets:
+        raise ValueError(
+            f"{type(encoder.network).__name__} has no linear layer or ungrouped convolution before "
+            "its features to put LoRA on"
+        )
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
+    inject_adapter_in_model(lora, encoder.network)
+    for name, parameter in encoder.network.named_parameters():
+        if of_head(encoder, name):
+            parameter.requires_grad_(True)
+
+
+def _linear_names(encoder: SpecRegModel) -> list[str]:
+    """Linear layers before the features; of a network that has none, its convolutions."""
+    penalty = SpectralPenalty(encoder, input_size=encoder.input_size, split_qkv=False)
+    penalty.detach()
+    modules = {layer.name: encoder.network.get_submodule(layer.name) for layer in penalty.layers}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    convolutions = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d) and module.groups == 1
+    ]
+    return linear or convolutions

@@ -1,0 +1,213 @@
+"""SpecRegTrainer: Trainer's results plus the penalty's gradient, under accumulation and resume."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_specreg import SpecRegModel, SpecRegTrainer, SpectralPenalty
+from hf_specreg.data.datasets import load_splits
+from hf_specreg.data.images import LabelledImages
+from hf_specreg.data.transforms import evaluation_transform
+from hf_specreg.encoders.blueprint import FolderError
+
+
+class Digits(Dataset):
+    def __init__(self, count=64):
+        splits = load_splits("digits")
+        transform = evaluation_transform((1, 8, 8))
+        self.images = LabelledImages(splits.train, input_size=(1, 8, 8), evaluate=transform)
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return {"pixel_values": image.float() / 255, "labels": label}
+
+
+def vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config)
+
+
+def resnet():
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=10
+    )
+    config.image_size = 8
+    return ResNetForImageClassification(config)
+
+
+def arguments(folder, *, batch=8, accumulation=1, **kwargs):
+    settings = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 3,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(str(folder), **{**settings, **kwargs})
+
+
+def trained(folder, model, *, kind=SpecRegTrainer, **kwargs):
+    options = {"penalty": {"strength": 0.05}} if kind is SpecRegTrainer else {}
+    trainer = kind(model, arguments(folder, **kwargs), train_dataset=Digits(), **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_accumulation_gives_the_penaltys_gradient_once_and_whole(tmp_path, make):
+    """1 x 8 and 4 x 2 images a step; the weights after one step differ by rounding only.
+
+    ViT's Trainer divides the loss by the micro-batches, and where the model scales it by the number
+    of items itself, it does not: both kinds occur. Batch norm's statistics are of the micro-batch,
+    so the ResNet is held to the difference that the penalty makes.
+    """
+    steps = {}
+    for accumulation in (1, 4):
+        for kind in (Trainer, SpecRegTrainer):
+            model = make()
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            batch = 8 // accumulation
+            settings = {"batch": batch, "accumulation": accumulation, "max_steps": 1}
+            trained(tmp_path, model, kind=kind, **settings)
+            after = dict(model.named_parameters())
+            steps[accumulation, kind] = {n: after[n].detach() - before[n] for n in before}
+    reference = make()
+    penalty = SpectralPenalty(reference, strength=0.05)
+    penalty().backward()
+    for name, parameter in reference.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for accumulation in (1, 4):
+            plain, ours = (steps[accumulation, kind][name] for kind in (Trainer, SpecRegTrainer))
+            torch.testing.assert_close(plain - ours, 0.1 * expected, rtol=1e-3, atol=1e-6)
+    assert any(p.grad is not None and p.grad.norm() > 1e-3 for p in reference.parameters())
+
+
+def test_a_loss_that_is_scaled_already_is_not_divided_and_neither_is_the_penalty(tmp_path):
+    def mean_loss(outputs, labels, num_items_in_batch=None):
+        loss = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+        return loss / num_items_in_batch
+
+    found = []
+    for accumulation in (1, 4):
+        model = vit()
+        args = arguments(tmp_path, batch=8 // accumulation, accumulation=accumulation, max_steps=1)
+        SpecRegTrainer(
+            model,
+            args,
+            train_dataset=Digits(),
+            compute_loss_func=mean_loss,
+            penalty={"strength": 0.5},
+        ).train()
+        found.append(model.state_dict())
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(tmp_path / "run", vit(), **settings)
+    again = SpecRegTrainer(
+        vit(),
+        arguments(tmp_path / "run", **settings),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05},
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert again.penalty.step == whole.penalty.step == 6
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path / "run", vit(), kind=Trainer, **settings)
+    with pytest.raises(FileNotFoundError, match="not a checkpoint of SpecRegTrainer"):
+        SpecRegTrainer(
+            vit(), arguments(tmp_path / "run", **settings), train_dataset=Digits()
+        ).train(resume_from_checkpoint=True)
+
+
+def test_what_it_saves_is_loaded_by_transformers_and_by_this_package(tmp_path):
+    trainer = trained(tmp_path / "run", vit())
+    trainer.save_model(str(tmp_path / "saved"))
+    with pytest.raises(FolderError, match="no image processor.*processing_class"):
+        SpecRegModel.from_pretrained(tmp_path / "saved")
+    size = {"height": 8, "width": 8}
+    trainer.processing_class = ViTImageProcessor(size=size, image_mean=[0.2], image_std=[0.3])
+    trainer.save_model(str(tmp_path / "saved"))
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    trainer.model.eval()
+    expected = trainer.model(images).logits
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(stock(images).logits, expected)
+    ours = SpecRegModel.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(ours(images * 0.3 + 0.2), expected)
+    assert ours.metadata["config"]["penalty"] == {"strength": 0.05, "burn_in_steps": 0}
+    assert load_file(tmp_path / "saved/model.safetensors").keys() == stock.state_dict().keys()
+
+
+def test_the_penalty_is_logged_and_evaluation_is_without_it(tmp_path):
+    trainer = trained(tmp_path, vit())
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["penalty"] > 0 for line in logs)
+    steps = trainer.penalty.step
+    loss = trainer.evaluate(Digits())["eval_loss"]
+    assert trainer.penalty.step == steps
+    plain = Trainer(trainer.model, arguments(tmp_path)).evaluate(Digits())["eval_loss"]
+    assert loss == pytest.approx(plain, rel=1e-6)
+
+
+def test_burn_in_and_every_count_optimizer_steps(tmp_path):
+    trainer = SpecRegTrainer(
+        vit(),
+        arguments(tmp_path, batch=2, accumulation=4, max_steps=4),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05, "burn_in": 2},
+    )
+    trainer.train()
+    assert trainer.penalty.step == 4
+    penalties = [line["penalty"] for line in trainer.state.log_history if "loss" in line]
+    assert penalties[:2] == [0, 0]
+    assert all(p > 0 for p in penalties[2:])
+
+
+def test_a_model_whose_head_is_not_known_is_an_error_before_training(tmp_path):
+    with pytest.raises(ValueError, match="cannot find the head"):
+        SpecRegTrainer(torch.nn.Linear(3, 2), arguments(tmp_path))
