@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageClassification,
@@ -167,7 +166,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
 def test_what_it_saves_is_loaded_by_transformers_and_by_this_package(tmp_path):
     trainer = trained(tmp_path / "run", vit())
     trainer.save_model(str(tmp_path / "saved"))
-    with pytest.raises(FolderError, match="no image processor.*processing_class"):
+    with pytest.raises(FolderError, match=r"no image processor.*processing_class"):
         SpecRegModel.from_pretrained(tmp_path / "saved")
     size = {"height": 8, "width": 8}
     trainer.processing_class = ViTImageProcessor(size=size, image_mean=[0.2], image_std=[0.3])
@@ -180,7 +179,6 @@ def test_what_it_saves_is_loaded_by_transformers_and_by_this_package(tmp_path):
     ours = SpecRegModel.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(ours(images * 0.3 + 0.2), expected)
     assert ours.metadata["config"]["penalty"] == {"strength": 0.05, "burn_in_steps": 0}
-    assert load_file(tmp_path / "saved/model.safetensors").keys() == stock.state_dict().keys()
 
 
 def test_the_penalty_is_logged_and_evaluation_is_without_it(tmp_path):
