@@ -17,19 +17,22 @@ HEAD_NAMES = re.compile(r"classifier|head|score|^fc$")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside DistributedDataParallel, torch.compile, peft and SpecRegModel."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "network", None), nn.Module) and hasattr(
-            model, "pixel_mean"
-        ):
-            model = model.network
-        else:
-            return model
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What stands in one wrapper; None if it is none."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return model.module
+    if hasattr(model, "_orig_mod"):
+        return model._orig_mod
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    if isinstance(getattr(model, "network", None), nn.Module) and hasattr(model, "pixel_mean"):
+        return model.network
+    return None
 
 
 def find_head(model: nn.Module) -> tuple[str, ...]:
@@ -97,6 +100,8 @@ def find_input_size(model: nn.Module) -> tuple[int, int, int]:
     stated = getattr(model, "input_size", None)
     if isinstance(stated, tuple) and len(stated) == 3:
         return stated
+    if (wrapped := _wrapped(model)) is not None:
+        return find_input_size(wrapped)
     inner = getattr(model, "timm_model", None)
     if inner is not None:
         return find_input_size(inner)

@@ -117,7 +117,7 @@ class SpectralPenalty:
         self._skip = _check_skip(self._network, skip)
         self._split_qkv = split_qkv
         self._seen = _SeenInput()
-        self.set_input_size(input_size or find_input_size(self._network))
+        self.set_input_size(input_size or find_input_size(model))
 
     def set_input_size(self, input_size: tuple[int, int, int]) -> None:
         """Measure convolutions at another image size (C, H, W) from now on; the vectors start

@@ -22,6 +22,11 @@ def gathered(tensor: Tensor) -> Tensor:
     return _Gather.apply(tensor) if processes() > 1 else tensor
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision as float32, any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -42,29 +47,32 @@ def synchronize_batch_norms(model: nn.Module) -> nn.Module:
 
     On a GPU that is torch's SyncBatchNorm, which refuses to work on the CPU.
     """
-    model = convert_sync_batchnorm(model)
-    if next(model.parameters()).device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = CpuSyncBatchNorm
+    if next(model.parameters()).device.type != "cpu":
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = CpuSyncBatchNorm
     return model
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for processes without a GPU; the same values and gradients, slower."""
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """SyncBatchNorm for processes without a GPU: the same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [B, C, ...] normalised, and activated where timm's layer does that too."""
-        x = self._normalize(x) if self.training and processes() > 1 else super().forward(x)
+        x = self._normalize(x) if self.training else super().forward(x)
         for name in ("drop", "act"):
             if hasattr(self, name):
                 x = getattr(self, name)(x)
         return x
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions."""
+
     def _normalize(self, x: Tensor) -> Tensor:
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        values = x.float()
+        values = full_precision(x)
         count = values.numel() / values.shape[1] * processes()  # batches have equal sizes
         mean = gathered(values.sum(dims)[None]).sum(0) / count
         centred = values - mean.reshape(shape)

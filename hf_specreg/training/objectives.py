@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
-from hf_specreg.training.distributed import gathered
+from hf_specreg.training.distributed import full_precision, gathered
 
 
 class Objective(nn.Module):
@@ -163,14 +163,14 @@ class SelfSupervised(Objective):
         embeddings = [self.projector(features) for features in self.features]
         with torch.autocast(images.device.type, enabled=False):
             if self.teacher is None:
-                return self.criterion(*(gathered(z.float()) for z in embeddings))
+                return self.criterion(*(gathered(full_precision(z)) for z in embeddings))
         encoder, projector = self.teacher
         with torch.no_grad():
             targets = [projector(encoder(view)) for view in reversed(views)]
         predictions = [self.predictor(z) for z in embeddings]
         with torch.autocast(images.device.type, enabled=False):
             terms = [
-                1 + self.criterion(p.float(), z.float())
+                1 + self.criterion(full_precision(p), full_precision(z))
                 for p, z in zip(predictions, targets, strict=True)
             ]
             return torch.stack(terms).mean()

@@ -1,0 +1,75 @@
+"""Trains each objective for 20 steps, on as many processes as it is launched with.
+
+    python -m torch.distributed.run --nproc_per_node 2 data_parallel.py FOLDER
+
+The batches are the same for any number of processes, each of which takes its part; the weights that
+result are left in FOLDER.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_specreg import SpecRegModel, SpectralPenalty
+from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
+from hf_specreg.training.distributed import synchronize_batch_norms
+from hf_specreg.training.objectives import SelfSupervised, Supervised
+
+METHODS = ("supervised", "barlow-twins", "simclr", "vicreg", "byol")
+STEPS, BATCH = 20, 16
+
+
+def build(method):
+    torch.manual_seed(0)
+    classes = 10 if method == "supervised" else 0
+    encoder = SpecRegModel.from_timm(
+        "resnet20_cifar",
+        num_classes=classes,
+        input_size=(1, 8, 8),
+        channels=[4, 8],
+        layers=[1, 1],
+    )
+    if classes:
+        return Supervised(encoder, augment=AugmentConfig())
+    return SelfSupervised(
+        encoder, SelfSupervisedConfig(method=method, projector_hidden=12, projector_out=8)
+    )
+
+
+def train(method, rank, processes):
+    objective = build(method).double()
+    if processes > 1:
+        synchronize_batch_norms(objective)
+    penalty = SpectralPenalty(objective.encoder, strength=0.01)
+    model = DistributedDataParallel(objective) if processes > 1 else objective
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
+    draws = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        views = (2,) if method != "supervised" else ()
+        images = torch.rand(BATCH, *views, 1, 8, 8, generator=draws, dtype=torch.float64)
+        labels = torch.randint(10, (BATCH,), generator=draws)
+        part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
+        optimizer.zero_grad()
+        (model(images[part], labels[part]) + penalty()).backward()
+        optimizer.step()
+        objective.after_step((step + 1) / STEPS)
+    vectors = {f"vector.{n}": v.contiguous() for n, v in penalty.state_dict()["vectors"].items()}
+    return {**objective.state_dict(), **vectors}
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    for method in METHODS:
+        state = {k: v.contiguous() for k, v in train(method, rank, processes).items()}
+        save_file(state, Path(folder) / f"{method}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
