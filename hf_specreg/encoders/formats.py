@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.features import find_head
@@ -39,12 +39,23 @@ def merged(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network).eval()
     for name, module in list(network.named_modules()):
         if is_parametrized(module):
-            for tensor in list(module.parametrizations):
-                remove_parametrizations(module, tensor)
+            _compute(module)
         if hasattr(module, "get_base_layer"):
             module.merge()
             network.set_submodule(name, module.get_base_layer())
     return network
+
+
+def _compute(module: nn.Module) -> None:
+    """Put a copy's parametrized tensors in the place of their parametrizations.
+
+    torch's remove_parametrizations changes the class, which a copy shares with its original.
+    """
+    tensors = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__base__
+    del module._modules["parametrizations"]
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,193 @@
+"""Probes on features whose answer is known, and heads that give the probe's logits."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.neighbors import KNeighborsClassifier
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_specreg import SpecRegModel
+from hf_specreg.data.images import collate
+from hf_specreg.training.config import ProbeConfig
+from hf_specreg.training.probe import (
+    LinearHead,
+    NeighbourScores,
+    attach_head,
+    effective_rank,
+    feature_deviation,
+    features_of,
+    knn_accuracy,
+    linear_probe,
+    logistic_regression,
+    probe_classifier,
+)
+
+
+def clusters(count=300, classes=3, spread=0.3, scale=1.0):
+    """Features around the corners of a simplex, and their classes."""
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=draws)
+    noise = spread * torch.randn(count, 6, generator=draws)
+    return scale * (torch.eye(classes, 6)[labels] + noise), labels
+
+
+def test_knn_is_scikit_learns_where_one_neighbour_votes():
+    bank, queries = clusters(spread=0.5), clusters(200, spread=0.8)
+    reference = KNeighborsClassifier(1, metric="cosine").fit(*(t.numpy() for t in bank))
+    expected = reference.score(queries[0].numpy(), queries[1].numpy())
+    assert knn_accuracy(bank, queries, neighbours=1) == pytest.approx(expected)
+
+
+def test_nearer_neighbours_weigh_more():
+    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]), torch.tensor([0, 1, 1])
+    query = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
+    assert knn_accuracy(bank, query, neighbours=3, temperature=0.07) == 1.0
+    assert knn_accuracy(bank, query, neighbours=3, temperature=100.0) == 0.0
+
+
+def test_effective_rank_counts_the_directions_of_equal_size():
+    draws = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=draws))
+    orthogonal, _ = torch.linalg.qr(torch.randn(101, 4, generator=draws, dtype=torch.float64))
+    centred = orthogonal - orthogonal.mean(0)
+    centred, _ = torch.linalg.qr(centred)
+    features = centred.float() @ basis[:4]
+    assert effective_rank(features) == pytest.approx(4, rel=1e-3)
+    assert effective_rank(features + 7.0) == pytest.approx(4, rel=1e-2)
+    assert effective_rank(torch.ones(50, 8) / 3) == 1.0
+
+
+def test_deviation_is_one_on_the_sphere_and_zero_for_a_constant():
+    spread = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
+    assert feature_deviation(spread) == pytest.approx(1, rel=0.05)
+    assert feature_deviation(torch.ones(100, 16)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_logistic_regression_is_stationary_and_does_not_depend_on_the_features_scale(scale):
+    features, labels = clusters(scale=scale)
+    head = logistic_regression(features, labels, classes=3, l2=0.1)
+    base = logistic_regression(*clusters(), classes=3, l2=0.1)
+    torch.testing.assert_close(head.weight * scale, base.weight, rtol=1e-3, atol=1e-3)
+    deviation = (features - features.mean(0)).square().mean().sqrt()
+    weight = (head.weight * deviation).requires_grad_()
+    logits = (features / deviation) @ weight.T + head.bias
+    loss = torch.nn.functional.cross_entropy(logits, labels) + 0.05 * weight.square().sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.abs().max() < 1e-3
+
+
+def test_both_probes_find_separable_classes_and_two_classes_too():
+    for classes in (2, 3):
+        train, test = clusters(classes=classes), clusters(100, classes=classes)
+        for probe in (logistic_regression, linear_probe):
+            head = probe(*train, classes=classes)
+            assert head.accuracy(*test) > 0.95
+            assert tuple(head.weight.shape) == (classes, 6)
+
+
+def test_a_class_that_no_training_image_has_is_never_predicted():
+    features, labels = clusters(classes=3)
+    head = logistic_regression(features, labels + (labels == 2), classes=5)
+    predicted = (features @ head.weight.T + head.bias).argmax(1)
+    assert set(predicted.tolist()) == {0, 1, 3}
+
+
+def test_constant_or_infinite_features_are_errors():
+    labels = torch.arange(30) % 3
+    with pytest.raises(ValueError, match="collapsed"):
+        logistic_regression(torch.ones(30, 4), labels, classes=3)
+    with pytest.raises(ValueError, match="not finite"):
+        linear_probe(torch.full((30, 4), torch.nan), labels, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("mlp_2000", {"img_size": 8, "hidden_features": 12}),  # divides its logits
+        ("resnet20_cifar", {"channels": [4, 8], "layers": [1, 1]}),
+        ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "depth": 1}),
+        ("convnext_atto", {"patch_size": 1, "depths": [1] * 4, "dims": [4, 4, 8, 8]}),
+    ],
+)
+def test_an_attached_head_gives_the_probes_logits(name, args):
+    torch.manual_seed(0)
+    model = SpecRegModel.from_timm(name, num_classes=3, input_size=(1, 8, 8), **args)
+    images = torch.rand(9, 1, 8, 8)
+    model.eval()
+    width = model.features(images).shape[1]
+    head = LinearHead(torch.randn(3, width), torch.randn(3))
+    attach_head(model, head)
+    expected = model.features(images) @ head.weight.T + head.bias
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_head_that_is_not_one_linear_layer_is_refused():
+    model = SpecRegModel.from_timm("resnet20_cifar", num_classes=3, channels=[4, 8], layers=[1, 1])
+    with pytest.raises(ValueError, match="not one linear layer"):
+        attach_head(model, LinearHead(torch.zeros(4, 8), torch.zeros(4)))
+    model.network.fc = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Tanh())
+    with pytest.raises(ValueError, match="more than one linear layer"):
+        attach_head(model, LinearHead(torch.randn(3, 8), torch.randn(3)))
+
+
+def images_of(count=60):
+    """Bright and dark images, which any encoder tells apart."""
+    draws = np.random.default_rng(0)
+    labels = torch.arange(count) % 2
+    pixels = (
+        torch.as_tensor(draws.integers(0, 100, (count, 1, 8, 8)))
+        + 150 * labels[:, None, None, None]
+    )
+    return TensorDataset(pixels.to(torch.uint8), labels)
+
+
+def test_a_probed_classifier_classifies_as_its_probe():
+    torch.manual_seed(0)
+    args = {"img_size": 8, "hidden_features": 12}
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=2, input_size=(1, 8, 8), **args)
+    found = probe_classifier(model, images_of(), images_of(), ProbeConfig(epochs=5))
+    assert found["logistic_accuracy"] == 1.0
+    assert found["probe_images"] == 60
+    images, labels = images_of()[:]
+    assert torch.equal(model(images.float() / 255).argmax(1), labels)
+
+
+def test_a_collapsed_encoder_is_said_to_be_collapsed(caplog):
+    torch.manual_seed(0)
+    args = {"img_size": 8, "hidden_features": 12}
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 8, 8), **args)
+    score = NeighbourScores(images_of(), neighbours=5, batch_size=16)
+    loader, accelerator = DataLoader(images_of(), 16, collate_fn=collate), Accelerator(cpu=True)
+    with torch.no_grad():
+        model.network.hidden.weight.normal_(std=1.0)
+    alive = score(model, loader, accelerator)
+    assert alive["collapsed"] == 0.0
+    assert alive["accuracy"] > 0.6
+    assert alive["images"] == 60
+    assert not caplog.records
+    with torch.no_grad():
+        model.network.hidden.weight.zero_()
+        model.network.hidden.bias.fill_(1.0)
+    with caplog.at_level(logging.WARNING):
+        dead = score(model, loader, accelerator)
+    assert dead["collapsed"] == 1.0
+    assert dead["effective_rank"] == 1.0
+    assert "the features have collapsed" in caplog.text
+
+
+def test_features_are_collected_in_evaluation_mode_and_the_mode_is_put_back():
+    model = SpecRegModel.from_timm(
+        "resnet20_cifar", num_classes=3, input_size=(1, 8, 8), channels=[4, 8], layers=[1, 1]
+    ).train()
+    features, labels = features_of(model, images_of(), batch_size=7)
+    assert model.training
+    images, expected = images_of()[:]
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(features, model.features(images.float() / 255))
+    assert torch.equal(labels, expected)
