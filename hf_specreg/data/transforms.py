@@ -98,6 +98,7 @@ def two_view_transform(
     """
     try:
         from lightly import transforms
+        from lightly.transforms.multi_view_transform import MultiViewTransform
     except ModuleNotFoundError as error:
         raise ImportError("two views need lightly: pip install 'hf-specreg[ssl]'") from error
     _, height, width = input_size
@@ -108,7 +109,7 @@ def two_view_transform(
         # Solarization is of the second view alone (Grill et al. 2020, table 6).
         solarization = options.pop("solarization_prob", 0.2)
         blur = options.pop("gaussian_blur", None)
-        views = transforms.MultiViewTransform(
+        views = MultiViewTransform(
             [
                 transforms.BYOLView1Transform(
                     **options, gaussian_blur=1.0 if blur is None else blur

@@ -365,6 +365,7 @@ class TransferRunConfig(RunConfig):
     """
 
     output_dir: str = "runs/transfer"
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("runs/model", "saved"))
     transfer: TransferConfig = field(default_factory=TransferConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     report: ReportConfig = field(default_factory=lambda: ReportConfig(samples=100))
@@ -373,6 +374,11 @@ class TransferRunConfig(RunConfig):
         super().__post_init__()
         if self.data.streaming:
             raise ValueError("the probe reads the training images again: data.streaming must be no")
+        if self.model.library != "saved" and not self.model.pretrained:
+            raise ValueError(
+                f"model.name ({self.model.name!r}) has random weights, so there is nothing to "
+                "transfer: set model.library to saved, or model.pretrained"
+            )
         if self.transfer.train != "all" and self.transfer.frozen_stages:
             raise ValueError("transfer.frozen_stages is for transfer.train 'all'")
         if self.transfer.train == "lora" and self.regularizers.l2_sp.strength:

@@ -1,6 +1,7 @@
 """Image sets from every kind of source, and what is wrong with those that cannot be used."""
 
 import io
+import sys
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from hf_specreg.data.transforms import (
     seeded,
     to_channels,
     training_transform,
+    two_view_transform,
 )
 
 SIZE = (3, 8, 8)
@@ -292,3 +294,57 @@ def test_seeded_puts_the_random_state_back():
 def test_random_erasing_is_refused():
     with pytest.raises(ValueError, match="re_prob"):
         training_transform(SIZE, re_prob=0.2)
+
+
+def test_classes_are_picked_and_labelled_anew_in_the_order_given():
+    splits = load_splits("digits", classes=["7", "1"])
+    everything = load_splits("digits")
+    assert splits.label_names == ["7", "1"]
+    for name in ("train", "validation", "test"):
+        assert set(getattr(splits, name)["label"]) == {0, 1}
+    originals = {
+        row["row"]: row["label"]
+        for s in ("train", "validation", "test")
+        for row in getattr(everything, s).select_columns(["row", "label"])
+    }
+    for row, label in zip(splits.test["row"], splits.test["label"], strict=True):
+        assert originals[row] == (7, 1)[label]
+    with pytest.raises(DataError, match=r"classes \['seven'\] must be different ones of digits"):
+        load_splits("digits", classes=["seven"])
+    with pytest.raises(DataError, match="classes"):
+        load_splits("digits", classes=["1", "1"])
+
+
+@pytest.mark.parametrize("kind", ["simclr", "byol", "vicreg"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_two_views_are_8_bit_pixels_that_depend_on_the_seed_alone(kind, channels):
+    picture = to_channels(random_picture(0, (12, 12)), channels)
+    transform = two_view_transform(kind, (channels, 8, 8))
+    with seeded(1, 2, 3):
+        first = transform(picture)
+    with seeded(1, 2, 3):
+        again = transform(picture)
+    with seeded(1, 2, 4):
+        other = transform(picture)
+    assert first.dtype == torch.uint8
+    assert first.shape == (2, channels, 8, 8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_two_views_without_any_variation_are_the_picture_itself():
+    picture = random_picture(0)
+    still = {"min_scale": 1.0, "hf_prob": 0.0, "cj_prob": 0.0, "random_gray_scale": 0.0}
+    views = two_view_transform("simclr", SIZE, **still, gaussian_blur=0.0)(picture)
+    plain = torch.as_tensor(np.array(picture)).permute(2, 0, 1)
+    # A crop of the whole area may still have another aspect ratio, where that fits into the square.
+    assert torch.equal(views[0], plain)
+
+
+def test_views_of_a_picture_that_is_not_square_and_without_lightly_are_errors(monkeypatch):
+    with pytest.raises(ValueError, match="square images, not 8 x 9"):
+        two_view_transform("simclr", (3, 8, 9))
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    with pytest.raises(ImportError, match=r"hf-specreg\[ssl\]"):
+        two_view_transform("simclr", SIZE)

@@ -1,0 +1,128 @@
+"""The real script on real digits: encoder, classifier, report; exact resume of every method."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_specreg import RobustnessReport, SpecRegModel
+from hf_specreg.data.datasets import load_splits
+from hf_specreg.training.build import plain_training_images
+from hf_specreg.training.config import AugmentConfig, SelfSupervisedRunConfig
+from hf_specreg.training.objectives import SelfSupervised
+from hf_specreg.training.probe import features_of
+from recipes import self_supervised
+from recipes.self_supervised import main, parse, train
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--config", str(ROOT / "recipes/configs/digits_barlow_twins.yaml")),
+    *("--epochs", "2", "--data.train_samples", "256", "--batch_size", "64"),
+    *("--model.args", '{"img_size": 8, "hidden_features": 32}', "--log_every", "1"),
+    *("--ssl.projector_hidden", "16", "--ssl.projector_out", "8", "--checkpoint.every_steps", "3"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ssl")
+    arguments = ["--report.samples", "8", "--report.attacks", '{"tangent": {"iterations": 2}}']
+    config, _ = parse([*TINY, *arguments, "--output_dir", str(folder)])
+    return folder, config, train(config)
+
+
+def test_it_leaves_a_headless_encoder_and_a_classifier_of_the_same_features(run):
+    folder, config, result = run
+    encoder = SpecRegModel.from_pretrained(folder / "model")
+    classifier = SpecRegModel.from_pretrained(folder / "classifier")
+    assert encoder.num_classes == 0
+    assert classifier.label_names == [str(n) for n in range(10)]
+    splits = load_splits("digits", validation_fraction=0.2)
+    images = plain_training_images(splits, encoder, config, None)
+    features, _ = features_of(encoder, images)
+    again, labels = features_of(classifier, images)
+    assert torch.equal(features, again)
+    test = plain_training_images(
+        load_splits("digits", validation_fraction=0.2), classifier, config, None
+    )
+    pixels, labels = test.__getitems__(range(len(test)))
+    with torch.no_grad():
+        accuracy = classifier.eval()(pixels.float() / 255).argmax(1).eq(labels).float().mean()
+    assert accuracy > 0.6
+    assert result.metrics["logistic_accuracy"] > 0.6
+    assert classifier.metadata["metrics"]["logistic_accuracy"] == pytest.approx(
+        result.metrics["logistic_accuracy"]
+    )
+
+
+def test_features_are_measured_while_training_and_the_penalty_comes_last(run):
+    folder, config, result = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "validation_effective_rank" in line]
+    assert len(epochs) == 3  # after each epoch, and at the end with the test images
+    assert all(line["validation_effective_rank"] >= 1 for line in epochs)
+    assert result.metrics["test_collapsed"] == 0.0
+    assert config.penalty.burn_in_fraction == 0.9
+    penalties = [line["penalty"] for line in lines if "penalty" in line]
+    assert penalties[:7] == [0] * 7
+    assert penalties[7] > 0
+
+
+def test_the_report_is_of_the_classifier(run):
+    folder, _, result = run
+    report = RobustnessReport.load(folder / "report")
+    assert report.content["n"] == 8
+    assert report.content["data"]["id"] == "digits"
+    assert report.content["attacks"].keys() == {"tangent"}
+    assert 0 <= report.content["clean"]["accuracy"]["value"] <= 1
+    assert result.metrics["probe_images"] == 256
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["barlow-twins", "simclr", "vicreg", "byol"])
+def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, monkeypatch, method):
+    """BYOL's teacher is in the checkpoint too."""
+    arguments = [*TINY, "--ssl.method", method, "--penalty.burn_in_fraction", "0.2"]
+    whole, _ = parse([*arguments, "--output_dir", str(tmp_path / "whole")])
+    expected = load_file(train(whole).model_folder / "model.safetensors")
+
+    class Broken(SelfSupervised):
+        calls = 0
+
+        def forward(self, images, labels):
+            self.calls += 1
+            if self.calls == 6:
+                raise Interrupted
+            return super().forward(images, labels)
+
+    broken, _ = parse([*arguments, "--output_dir", str(tmp_path / "broken")])
+    with monkeypatch.context() as patch:
+        patch.setattr(self_supervised, "SelfSupervised", Broken)
+        with pytest.raises(Interrupted):
+            train(broken)
+    resumed = load_file(train(broken, resume=True).model_folder / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_the_result_is_printed(tmp_path, capsys):
+    main([*TINY, "--epochs", "1", "--output_dir", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out)
+    assert {"logistic_accuracy", "linear_probe_accuracy", "test_accuracy"} <= result.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"augment": AugmentConfig(kind="none")}, r"augment.kind \('none'\) must give two views"),
+        ({"augment": AugmentConfig(kind="byol", mixup=0.2)}, "need labels"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SelfSupervisedRunConfig(**settings)

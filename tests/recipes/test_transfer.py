@@ -1,0 +1,111 @@
+"""The real script: from one set of digits to another, what it trains, and before against after."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_specreg import RobustnessReport, SpecRegModel
+from recipes import supervised
+from recipes.transfer import main, parse, train
+
+ROOT = Path(__file__).parents[2]
+ARGS = '{"channels": [4, 8], "layers": [1, 1]}'
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A small ResNet, trained on the digits 0 to 4."""
+    folder = tmp_path_factory.mktemp("source")
+    arguments = ["--config", str(ROOT / "recipes/configs/digits.yaml"), "--epochs", "2"]
+    arguments += ["--model.name", "resnet20_cifar", "--model.args", ARGS, "--penalty.strength", "0"]
+    arguments += ["--model.input_size", "[1, 8, 8]", "--data.classes", "['0', '1', '2', '3', '4']"]
+    config, _ = supervised.parse([*arguments, "--output_dir", str(folder)])
+    return supervised.train(config).model_folder
+
+
+def arguments(source, folder, *more):
+    return [
+        *("--config", str(ROOT / "recipes/configs/digits_transfer.yaml")),
+        *("--model.name", str(source), "--data.classes", "['5', '6', '7', '8', '9']"),
+        *("--epochs", "2", "--batch_size", "64", "--penalty.burn_in_epochs", "1"),
+        *("--report.samples", "0", "--output_dir", str(folder)),
+        *more,
+    ]
+
+
+def test_before_and_after_are_compared_on_the_same_images(source, tmp_path, capsys):
+    attack = ["--report.samples", "8", "--report.attacks", '{"tangent": {"iterations": 2}}']
+    main(arguments(source, tmp_path, *attack))
+    result = json.loads(capsys.readouterr().out)
+    assert result["before_logistic_accuracy"] > 0.5
+    before, after = (RobustnessReport.load(tmp_path / f"{n}_report") for n in ("before", "model"))
+    assert before.content["model"]["id"] == "before (probe)"
+    assert after.content["model"]["id"] == "after"
+    assert before.content["data"] == after.content["data"]
+    assert "against before (probe)" in RobustnessReport.compare([before, after]).to_markdown()
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert SpecRegModel.from_pretrained(tmp_path / "model").label_names == list("56789")
+    metadata = SpecRegModel.from_pretrained(tmp_path / "model").metadata
+    assert metadata["before"]["config"]["data"]["classes"] == list("01234")
+
+
+def test_frozen_stages_and_kept_statistics_are_the_pretrained_ones_bit_for_bit(source, tmp_path):
+    more = ["--transfer.frozen_stages", "2", "--transfer.keep_batch_norm", "true"]
+    trained = train(parse(arguments(source, tmp_path, *more))[0]).model_folder
+    before, after = (load_file(f / "model.safetensors") for f in (source, trained))
+    frozen = {n for n in before if n.startswith(("conv1", "bn1", "stages.0"))}
+    statistics = {n for n in before if "running" in n}
+    assert all(torch.equal(before[n], after[n]) for n in frozen | statistics)
+    assert not torch.equal(before["stages.1.0.conv1.weight"], after["stages.1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("mode", ["head", "lora"])
+def test_a_linear_probe_and_lora_leave_plain_models_that_can_be_loaded(source, tmp_path, mode):
+    config, _ = parse(arguments(source, tmp_path, "--transfer.train", mode))
+    trained = train(config).model_folder
+    before, after = (load_file(f / "model.safetensors") for f in (source, trained))
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    if mode == "head":
+        assert changed == {"fc.weight", "fc.bias"}
+    else:
+        assert any(n.startswith("stages") for n in changed)
+        assert "bn1.weight" not in changed
+
+
+def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
+    more = ["--transfer.head", "probe", "--optimizer.lr", "0", "--penalty.strength", "0"]
+    trained = train(parse(arguments(source, tmp_path, *more))[0]).model_folder
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "before", trained))
+    assert torch.equal(before["fc.weight"], after["fc.weight"])
+    fresh, _ = parse(arguments(source, tmp_path / "fresh", *more, "--transfer.head", "fresh"))
+    other = load_file(train(fresh).model_folder / "model.safetensors")
+    assert not torch.equal(before["fc.weight"], other["fc.weight"])
+
+
+def test_regularizers_are_summed_and_a_stopped_transfer_goes_on(source, tmp_path):
+    more = ["--regularizers.l2_sp.strength", "0.1", "--regularizers.bss.strength", "0.001"]
+    run, _ = parse(arguments(source, tmp_path, *more))
+    expected = load_file(train(run).model_folder / "model.safetensors")
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    assert all(last[name] > 0 for name in ("penalty", "l2_sp", "bss"))
+    again = load_file(train(run, resume=True).model_folder / "model.safetensors")
+    assert all(torch.equal(expected[n], again[n]) for n in expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--transfer.train", "head", "--transfer.frozen_stages", "1"], "frozen_stages is for"),
+        (["--transfer.train", "lora", "--regularizers.l2_sp.strength", "1"], "LoRA's begin at 0"),
+        (["--model.library", "timm", "--model.name", "resnet18_cifar"], "nothing to transfer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(more, message, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parse(arguments("anything", tmp_path, *more))
+    assert message in f"{error.value}{capsys.readouterr().err}"
