@@ -53,7 +53,7 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     set_seed(config.seed)
     splits = build_splits(config.data)
     encoder = build_model(config.model, splits.label_names)
-    came_with = dict(encoder.metadata)
+    came_with = {key: value for key, value in encoder.metadata.items() if key != "before"}
     images = build_images(splits, encoder, config)
     before = Path(config.output_dir) / "before"
     probed = {}

@@ -16,8 +16,8 @@ from hf_specreg.data.transforms import evaluation_transform
 README = Path(__file__).parents[1] / "README.md"
 
 
-def snippets():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def snippets(text=None):
+    return re.findall(r"```python\n(.*?)```", text or README.read_text(), re.DOTALL)
 
 
 def test_three_lines_add_the_penalty_to_a_loss():
@@ -35,13 +35,34 @@ def test_three_lines_add_the_penalty_to_a_loss():
     assert names["penalty"].step == 1
 
 
+def test_the_trainer_is_a_drop_in(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    names = {
+        "model": transformers.ViTForImageClassification(config),
+        "args": transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, use_cpu=True, report_to="none", remove_unused_columns=False
+        ),
+        "images": [{"pixel_values": torch.rand(3, 8, 8), "labels": 1}] * 8,
+    }
+    (snippet,) = [s for s in snippets() if "SpecRegTrainer" in s]
+    exec(snippet, names)
+    names["trainer"].train()
+    assert names["trainer"].penalty.step == 1
+    assert names["trainer"].penalty.strength == 1e-2
+
+
 def test_what_is_saved_loads_as_shown(tmp_path):
     torch.manual_seed(0)
     saved = SpecRegModel.from_timm("resnet10t", num_classes=3, input_size=(3, 64, 64))
     saved.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 64, 64)
     names = {"images": images, "timm": timm, "transformers": transformers}
-    for snippet in snippets()[1:3]:
+    text = README.read_text()
+    section = text[text.index("## Load, fine-tune, publish") :]
+    for snippet in snippets(section)[:2]:
         exec(snippet.replace("runs/digits/model", str(tmp_path)), names)
     assert names["model"].num_classes == 3
     assert names["tuned"].num_classes == 5

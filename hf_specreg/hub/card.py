@@ -212,22 +212,21 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
     if optimizer:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows.append(("batch size", config.get("batch_size")))
+    if method := config.get("ssl", {}).get("method"):
+        rows.append(("self-supervision", method))
+    if trained := config.get("transfer", {}).get("train"):
+        rows.append(("transfer", f"{trained} of the weights trained" if trained != "all" else None))
     if encoder.penalty:
-        if (steps := penalty.get("burn_in_steps")) is not None:
-            start = f"step {steps:g}"
-        else:
-            start = f"epoch {penalty.get('burn_in_epochs') or 0:g}"
-        every = penalty.get("every", 1)
-        often = "at every step" if every == 1 else f"at one step in {every}"
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
-        rows.append(
-            (
-                "penalty",
-                f"{penalty['strength']:g} x sum of sigma^2 of {scope}, {often} from {start} on",
-            )
-        )
+        strength = f"{penalty['strength']:g} x sum of sigma^2 of {scope}"
+        rows.append(("penalty", f"{strength}, {_when(penalty)}"))
     elif penalty:
         rows.append(("penalty", "none"))
+    for name, settings in config.get("regularizers", {}).items():
+        if isinstance(settings, Mapping) and settings.get("strength"):
+            rows.append((name, f"strength {settings['strength']:g}, {_when(settings)}"))
+        elif settings is True:
+            rows.append((name, "yes"))
     share = encoder.run.get("penalty_share")
     if encoder.penalty and share is not None:
         rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))
@@ -235,8 +234,27 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
         rows.append(("sum of sigma^2 at the end", f"{metrics['sum_sigma2']:.4g}"))
     if isinstance(metrics.get("test_accuracy"), int | float):
         n = metrics.get("test_images")
-        rows.append(("test accuracy", f"{100 * metrics['test_accuracy']:.2f} % (n = {n})"))
+        of = " of nearest neighbours" if method else ""
+        rows.append((f"test accuracy{of}", f"{100 * metrics['test_accuracy']:.2f} % (n = {n})"))
+    if isinstance(metrics.get("logistic_accuracy"), int | float):
+        accuracy = f"{100 * metrics['logistic_accuracy']:.2f} %"
+        rows.append(("test accuracy of a logistic regression on the features", accuracy))
+    if metrics.get("test_collapsed"):
+        rows.append(("warning", "the features have collapsed"))
     return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _when(settings: Mapping[str, Any]) -> str:
+    """When a regularizer enters."""
+    every = settings.get("every", 1)
+    often = "at every step" if every == 1 else f"at one step in {every}"
+    if (steps := settings.get("burn_in_steps")) is not None:
+        start = f"step {steps:g}"
+    elif (fraction := settings.get("burn_in_fraction")) is not None:
+        start = f"{100 * fraction:g} % of the training"
+    else:
+        start = f"epoch {settings.get('burn_in_epochs') or 0:g}"
+    return f"{often} from {start} on"
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -26,7 +26,15 @@ HINT = "*Intended use, what you saw, what to know.*\n"
 
 _TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
 _NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
-RUN_SCHEMA = {  # of what is read here of specreg.json; all of it may be missing
+_REGULARIZER = {
+    "strength": _NUMBER,
+    "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
+    "burn_in_epochs": _NUMBER,
+    "burn_in_steps": _NUMBER,
+    "burn_in_fraction": _NUMBER,
+}
+_RUN = {  # of what is read here of specreg.json; all of it may be missing
+    **_OBJECT,
     "properties": {
         "data": {**_OBJECT, "properties": {"source": _TEXT}},
         "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
@@ -47,18 +55,24 @@ RUN_SCHEMA = {  # of what is read here of specreg.json; all of it may be missing
                 "penalty": {
                     **_OBJECT,
                     "required": ["strength", "scope"],
-                    "properties": {
-                        "strength": _NUMBER,
-                        "scope": {"enum": ["features", "all"]},
-                        "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
-                        "burn_in_epochs": _NUMBER,
-                        "burn_in_steps": _NUMBER,
+                    "properties": {**_REGULARIZER, "scope": {"enum": ["features", "all"]}},
+                },
+                "regularizers": {
+                    **_OBJECT,
+                    "additionalProperties": {
+                        "type": ["object", "boolean"],
+                        "properties": _REGULARIZER,
                     },
                 },
+                "ssl": {**_OBJECT, "properties": {"method": _TEXT}},
+                "transfer": {**_OBJECT, "properties": {"train": _TEXT}},
             },
         },
-    }
+    },
 }
+
+# Of a transfer: what was known of the encoder before.
+RUN_SCHEMA = {**_RUN, "properties": {**_RUN["properties"], "before": _RUN}}
 
 
 class CardError(ValueError):
@@ -217,6 +231,8 @@ def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
     ):
         if key in holder:
             holder[key] = public_name(holder[key])
+    if "before" in run:
+        run["before"] = _without_paths(run["before"])
     return run
 
 

@@ -98,14 +98,16 @@ class SpecRegTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            settings = {"strength": self.penalty.strength, **self._settings}
-            metadata = {
-                "config": {
-                    "penalty": {**settings, "burn_in_steps": settings.pop("burn_in", 0)},
-                    "seed": self.args.seed,
-                },
-                "step": self.state.global_step,
+            penalty = self.penalty
+            settings = {
+                "strength": penalty.strength,
+                "scope": penalty.scope,
+                "every": penalty.every,
+                "burn_in_steps": penalty.burn_in,
+                "power_iterations": penalty.power_iterations,
             }
+            config = {"penalty": settings, "seed": self.args.seed}
+            metadata = {"config": config, "step": self.state.global_step}
             write_json(Path(output_dir or self.args.output_dir) / RUN_FILE, metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -174,3 +174,38 @@ def test_the_started_from_license_and_base_model(tmp_path):
     front = yaml.safe_load(card_files(opened, "me/m")["README.md"].split(b"---")[1])
     assert front["base_model"] == "timm/test_resnet.r160_in1k"
     assert front["license"] == "apache-2.0"
+
+
+def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(folder):
+    encoder = SpecRegModel.from_pretrained(folder)
+    off = {"strength": 0.0, "every": 1}
+    encoder.metadata = {
+        "config": {
+            "penalty": {"strength": 0.1, "scope": "features", "every": 24, "burn_in_fraction": 0.9},
+            "regularizers": {
+                "l2_sp": {"strength": 0.5, "every": 1, "burn_in_steps": 7},
+                "jacobian": off,
+                "spectral_norm": True,
+            },
+            "ssl": {"method": "simclr"},
+            "transfer": {"train": "lora"},
+        },
+        "metrics": {"test_accuracy": 0.5, "test_images": 10, "logistic_accuracy": 0.75},
+        "before": {"config": {"output_dir": "/home/me/secret", "data": {"source": "/home/me/set"}}},
+    }
+    encoder.save_pretrained(folder)
+    (folder / "robustness.json").unlink()
+    card = card_of(folder)
+    for said in (
+        "at one step in 24 from 90 % of the training on",
+        "| self-supervision | simclr |",
+        "lora of the weights trained",
+        "| l2_sp | strength 0.5, at every step from step 7 on |",
+        "| spectral_norm | yes |",
+        "| test accuracy of nearest neighbours | 50.00 % (n = 10) |",
+        "| test accuracy of a logistic regression on the features | 75.00 % |",
+    ):
+        assert said in card, said
+    assert "jacobian" not in card
+    run = Encoder.open(folder, license="mit").run
+    assert "/home/me" not in json.dumps(run)

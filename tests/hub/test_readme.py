@@ -10,7 +10,7 @@ from PIL import Image
 from hf_specreg import RobustnessReport, SpecRegModel, evaluate_robustness
 from hf_specreg.cli import main
 from hf_specreg.hub.publish import push
-from recipes import publish, supervised
+from recipes import publish, transfer
 from tests.hub.conftest import make_model
 
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -33,8 +33,9 @@ def test_from_an_encoder_on_the_hub_to_one_of_your_own(hub, section, tmp_path, m
     SpecRegModel.from_timm("mlp_2000", **small).push_to_hub("org/encoder", license="mit")
     (lines,) = [text for kind, text in BLOCK.findall(section) if not kind]
     train, *commands = [shlex.split(line) for line in lines.strip().splitlines()]
-    assert train[:3] == ["accelerate", "launch", "recipes/supervised.py"]
-    supervised.main([*train[3:], "--epochs", "20", "--batch_size", "64", "--optimizer.lr", "0.5"])
+    assert train[:3] == ["accelerate", "launch", "recipes/transfer.py"]
+    quick = ["--epochs", "20", "--batch_size", "64", "--optimizer.lr", "0.5"]
+    transfer.main([*train[3:], *quick, "--report.samples", "0"])
     for command in commands:
         assert command[0] == "hf-specreg"
         main(["8" if part == "200" else part for part in command[1:]])

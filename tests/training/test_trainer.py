@@ -19,6 +19,8 @@ from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
 from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.hub.card import card_files
+from hf_specreg.hub.encoder import Encoder
 
 
 class Digits(Dataset):
@@ -178,7 +180,14 @@ def test_what_it_saves_is_loaded_by_transformers_and_by_this_package(tmp_path):
     torch.testing.assert_close(stock(images).logits, expected)
     ours = SpecRegModel.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(ours(images * 0.3 + 0.2), expected)
-    assert ours.metadata["config"]["penalty"] == {"strength": 0.05, "burn_in_steps": 0}
+    penalty = ours.metadata["config"]["penalty"]
+    assert (penalty["strength"], penalty["scope"], penalty["burn_in_steps"]) == (
+        0.05,
+        "features",
+        0,
+    )
+    card = Encoder.open(tmp_path / "saved", license="mit")
+    assert "0.05 x sum of sigma^2" in card_files(card, "org/name")["README.md"].decode()
 
 
 def test_the_penalty_is_logged_and_evaluation_is_without_it(tmp_path):
