@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
@@ -30,7 +29,7 @@ from hf_specreg.training.build import (
     plain_training_images,
     run_metadata,
 )
-from hf_specreg.training.command import add_metrics, parse_run, print_result
+from hf_specreg.training.command import add_metrics, finish, parse_run, process_state
 from hf_specreg.training.config import SelfSupervisedRunConfig
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
@@ -45,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[SelfSupervisedRunConf
 
 def train(config: SelfSupervisedRunConfig, *, resume: bool = False) -> TrainingResult:
     """Train the encoder, probe its features, attack the classifier that they give."""
+    state = process_state()
     set_seed(config.seed)
     splits = build_splits(config.data)
     encoder = build_model(config.model, ())
@@ -58,10 +58,10 @@ def train(config: SelfSupervisedRunConfig, *, resume: bool = False) -> TrainingR
     loop = TrainingLoop(objective, **images, config=config, score=score, metadata=metadata)
     result = loop.run(resume=resume)
     folder = Path(config.output_dir) / "classifier"
-    if PartialState().is_main_process:
+    if state.is_main_process:
         found = probe(result.model_folder, splits, images["test_images"], config, folder)
         result = add_metrics(result, found)
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     if config.report.samples:
         attack(folder, splits, config)
     return result
@@ -86,7 +86,7 @@ def probe(
 
 def attack(folder: Path, splits: ImageSplits, config: SelfSupervisedRunConfig) -> None:
     """Attack the classifier on test images, by all processes; leave output_dir/report/."""
-    state = PartialState()
+    state = process_state()
     output = Path(config.output_dir) / "report"
     report = evaluate_robustness(
         SpecRegModel.from_pretrained(folder),
@@ -111,7 +111,7 @@ def attack(folder: Path, splits: ImageSplits, config: SelfSupervisedRunConfig) -
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
-    print_result(train(config, resume=resume))
+    finish(train(config, resume=resume))
 
 
 if __name__ == "__main__":

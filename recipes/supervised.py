@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 
 from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
-from hf_specreg.training.command import parse_run, print_result
+from hf_specreg.training.command import finish, parse_run
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
@@ -39,7 +39,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
-    print_result(train(config, resume=resume))
+    finish(train(config, resume=resume))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
@@ -34,7 +33,7 @@ from hf_specreg.training.build import (
     plain_training_images,
     run_metadata,
 )
-from hf_specreg.training.command import add_metrics, parse_run, print_result
+from hf_specreg.training.command import add_metrics, finish, parse_run, process_state
 from hf_specreg.training.config import TransferRunConfig
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
@@ -50,6 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TransferRunConfig, bo
 
 def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     """Probe the encoder, fine-tune it, attack both."""
+    state = process_state()
     set_seed(config.seed)
     splits = build_splits(config.data)
     encoder = build_model(config.model, splits.label_names)
@@ -57,9 +57,9 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     images = build_images(splits, encoder, config)
     before = Path(config.output_dir) / "before"
     probed = {}
-    if PartialState().is_main_process:
+    if state.is_main_process:
         probed = probe(splits, images["test_images"], config, before)
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     if config.transfer.head == "probe":
         copy_head(SpecRegModel.from_pretrained(before), encoder)
     prepare_transfer(encoder, config.transfer)
@@ -91,7 +91,7 @@ def attack(
     folders: dict[str, Path], splits: ImageSplits, config: TransferRunConfig
 ) -> list[RobustnessReport]:
     """Attack the classifiers on the same test images, by all processes; leave a comparison."""
-    state = PartialState()
+    state = process_state()
     reports = []
     for name, folder in folders.items():
         output = folder.parent / f"{folder.name}_report"
@@ -123,7 +123,7 @@ def attack(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Transfer as the command line says, and print the result as JSON."""
     config, resume = parse(arguments)
-    print_result(train(config, resume=resume))
+    finish(train(config, resume=resume))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from jsonargparse import ArgumentParser
 
 from hf_specreg.training.config import RunConfig
@@ -34,11 +35,22 @@ def parse_run(
     return config(**vars(parser.instantiate(settings))), resume
 
 
-def print_result(result: TrainingResult) -> None:
-    """Print where the model is and what was measured, as JSON, on the main process."""
-    if PartialState().is_main_process:
+def process_state() -> PartialState:
+    """Return which process this is of how many, also before the training loop is there.
+
+    Unlike Accelerator, PartialState does not read ACCELERATE_USE_CPU by itself, and without it
+    would take each of several CPU processes for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def finish(result: TrainingResult) -> None:
+    """Print where the model is and what was measured, as JSON; part from the other processes."""
+    state = process_state()
+    if state.is_main_process:
         summary = {"model": str(result.model_folder), "step": result.step, **result.metrics}
         print(json.dumps(summary, indent=2))
+    state.destroy_process_group()
 
 
 def add_metrics(result: TrainingResult, metrics: dict[str, float]) -> TrainingResult:

@@ -149,7 +149,8 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             self._save_model(folder)
         self.accelerator.wait_for_everyone()  # a process that leaves early can keep the others
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return TrainingResult(folder, self.metrics, self.step)
 
     def _train_epoch(self, epoch: int, first_batch: int) -> None:

@@ -15,6 +15,7 @@ from hf_specreg.training.objectives import SelfSupervised
 from hf_specreg.training.probe import features_of
 from recipes import self_supervised
 from recipes.self_supervised import main, parse, train
+from tests.recipes.conftest import launch, run_on_cpu, script
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -126,3 +127,19 @@ def test_the_result_is_printed(tmp_path, capsys):
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         SelfSupervisedRunConfig(**settings)
+
+
+def test_two_processes_leave_the_encoder_of_one_with_classifier_and_report(tmp_path):
+    """No image is drawn at random differently: augmentation is by seed, epoch and index."""
+    arguments = [*TINY, "--ssl.method", "byol", "--report.samples", "8", "--optimizer.opt", "sgd"]
+    arguments += ["--report.attacks", '{"tangent": {"iterations": 2}}', "--epochs", "1"]
+    results = []
+    for command, folder in ((script, tmp_path / "one"), (launch, tmp_path / "two")):
+        output = run_on_cpu(command("self_supervised", *arguments, "--output_dir", str(folder)))
+        results.append(json.loads(output))
+        assert RobustnessReport.load(folder / "report").content["n"] == 8
+    assert results[0]["test_images"] == results[1]["test_images"] == 360
+    one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+    assert results[0]["test_accuracy"] == pytest.approx(results[1]["test_accuracy"], abs=0.02)

@@ -1,12 +1,9 @@
 """The real scripts: train, resume and report on real digits; every configuration is valid."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from hf_specreg.training.build import build_model
 from hf_specreg.training.checkpoints import all_checkpoints
 from recipes import self_supervised, supervised, transfer
 from recipes.supervised import main, parse
+from tests.recipes.conftest import ENVIRONMENT, launch, run_on_cpu, script
 
 RECIPES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
 ROOT = Path(__file__).parents[2]
@@ -34,23 +32,6 @@ TINY = [
     ),
     *("--penalty.burn_in_epochs", "1", "--checkpoint.every_steps", "4", "--log_every", "4"),
 ]
-
-
-def script(*arguments):
-    return [sys.executable, str(ROOT / "recipes/supervised.py"), *arguments]
-
-
-def launch():
-    """Two processes, meeting at a port that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    return [*command, "--master_port", port, str(ROOT / "recipes/supervised.py")]
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -87,16 +68,16 @@ def test_command_line_overrides_the_file():
 
 def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    subprocess.run(script(*TINY, "--output_dir", whole), env=environment(), check=True)
-    run = subprocess.Popen(script(*TINY, "--output_dir", killed), env=environment())
+    subprocess.run(script("supervised", *TINY, "--output_dir", whole), env=ENVIRONMENT, check=True)
+    run = subprocess.Popen(script("supervised", *TINY, "--output_dir", killed), env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not all_checkpoints(Path(killed) / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (Path(killed) / "model").exists()
-    resumed = script(*TINY, "--output_dir", killed, "--resume")
-    output = subprocess.run(resumed, env=environment(), check=True, capture_output=True, text=True)
+    resumed = script("supervised", *TINY, "--output_dir", killed, "--resume")
+    output = subprocess.run(resumed, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert "resuming from" in output.stderr
     result = json.loads(output.stdout)
     assert result["model"] == str(Path(killed) / "model")
@@ -111,15 +92,12 @@ def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
 def test_two_processes_give_the_weights_of_one(tmp_path):
     """The same global batches, split over two processes; without batch norm, so nothing else "
     "differs."""
-    settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     arguments = [*TINY, "--epochs", "1", "--augment.kind", "none", "--optimizer.opt", "momentum"]
     arguments += ["--penalty.burn_in_epochs", "0", "--optimizer.lr", "0.01", "--log_every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
-    for command, folder in ((script(), one), (launch(), two)):
-        command = [*command, *arguments, "--output_dir", str(folder)]
-        output = subprocess.run(command, env=settings, capture_output=True, text=True)
-        assert output.returncode == 0, output.stderr[-2000:]
-        assert json.loads(output.stdout)["test_images"] == 360
+    for command, folder in ((script, one), (launch, two)):
+        output = run_on_cpu(command("supervised", *arguments, "--output_dir", str(folder)))
+        assert json.loads(output)["test_images"] == 360
     expected, found = [load_file(p / "model/model.safetensors") for p in (one, two)]
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -133,20 +111,13 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 
 def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     """DINOv2 has a mask token that classification does not touch."""
-    settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     network = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
     network["num_attention_heads"] = 2
-    command = launch()
-    command += [
-        "--config",
-        str(ROOT / "recipes/configs/digits_transformers_vit.yaml"),
-        "--epochs",
-        "1",
-    ]
+    config = ROOT / "recipes/configs/digits_transformers_vit.yaml"
+    command = launch("supervised", "--config", str(config), "--epochs", "1")
     command += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
     command += ["--optimizer.warmup_epochs", "0", "--output_dir", str(tmp_path / "run")]
-    output = subprocess.run(command, env=settings, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr[-2000:]
+    assert json.loads(run_on_cpu(command))["step"] == 17
 
 
 def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):

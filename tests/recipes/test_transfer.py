@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from hf_specreg import RobustnessReport, SpecRegModel
 from recipes import supervised
 from recipes.transfer import main, parse, train
+from tests.recipes.conftest import launch, run_on_cpu
 
 ROOT = Path(__file__).parents[2]
 ARGS = '{"channels": [4, 8], "layers": [1, 1]}'
@@ -109,3 +110,12 @@ def test_settings_that_do_not_fit_are_named(more, message, tmp_path, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(arguments("anything", tmp_path, *more))
     assert message in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_two_processes_transfer_and_report(source, tmp_path):
+    attack = ["--report.samples", "8", "--report.attacks", '{"tangent": {"iterations": 2}}']
+    command = launch("transfer", *arguments(source, tmp_path, *attack, "--transfer.head", "probe"))
+    result = json.loads(run_on_cpu(command))
+    assert result["before_logistic_accuracy"] > 0.5
+    assert RobustnessReport.load(tmp_path / "model_report").content["n"] == 8
+    assert (tmp_path / "report.html").is_file()
