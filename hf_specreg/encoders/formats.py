@@ -131,8 +131,8 @@ def load_transformers(
         token: for private repositories.
 
     Returns:
-        The network, its label names, and what its image processor says of mean, std, interpolation
-        and crop_pct.
+        The network, its label names, and what its image processor says of mean, std, interpolation,
+        crop_pct and size (height, width).
     """
     from transformers import (
         AutoConfig,
@@ -244,8 +244,14 @@ def _processor_data(processor: Any) -> dict[str, Any]:
         if getattr(processor, f"image_{key}", None):
             data[key] = tuple(getattr(processor, f"image_{key}"))
     size, crop = (dict(getattr(processor, k, None) or {}) for k in ("size", "crop_size"))
-    if getattr(processor, "do_center_crop", False) and "shortest_edge" in size:
-        data["crop_pct"] = crop["height"] / size["shortest_edge"]
+    edge = size.get("shortest_edge")
+    if getattr(processor, "do_center_crop", False) and crop.get("height"):
+        if edge:
+            data["crop_pct"] = crop["height"] / edge
+        size = crop
+    height, width = size.get("height") or edge, size.get("width") or edge
+    if height and width:
+        data["size"] = (height, width)
     return data
 
 

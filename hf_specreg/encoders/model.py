@@ -208,7 +208,8 @@ class SpecRegModel(nn.Module):
                 checkpoint has, which is none where it was saved without a head.
             revision: branch, tag or commit on the Hub.
             token: for private repositories.
-            input_size: (C, H, W); default: the model's configuration.
+            input_size: (C, H, W); default: what the checkpoint's image processor makes of images,
+                else the model's configuration.
             pixel_mean: per channel; default: the checkpoint's image processor, else 0.5.
             pixel_std: per channel; default: the checkpoint's image processor, else 0.5.
             label_names: of the classes; default: the checkpoint's.
@@ -220,7 +221,9 @@ class SpecRegModel(nn.Module):
             revision=revision,
             token=token,
         )
-        size = tuple(input_size or find_input_size(network))
+        channels, *stated = find_input_size(network)
+        recorded = data.pop("size", stated)
+        size = tuple(input_size or (channels, *recorded))
         mean, std = data.pop("mean", (0.5,)), data.pop("std", (0.5,))
         return cls(
             network,

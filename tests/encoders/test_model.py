@@ -153,6 +153,26 @@ def test_grey_models_and_the_papers_network_keep_their_size(tmp_path):
     assert grey.preprocessing["crop_pct"] == 1.0
 
 
+@pytest.mark.parametrize("num_classes", [0, 4])
+def test_convolutional_transformers_models_keep_the_size_they_were_trained_at(
+    tmp_path, num_classes
+):
+    """Their configuration leaves it open, or says 224: the saved image processor has it."""
+    for config in (
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+        transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4),
+    ):
+        saved = SpecRegModel.from_transformers(
+            config, num_classes=num_classes, input_size=(3, 40, 32)
+        )
+        saved.save_pretrained(tmp_path)
+        for again in (num_classes, 5):
+            model = SpecRegModel.from_pretrained(tmp_path, num_classes=again or None)
+            assert model.input_size == (3, 40, 32)
+            assert SpectralPenalty(model).input_size == (3, 40, 32)
+            assert "size" not in model.preprocessing
+
+
 def test_the_papers_network_is_made_as_in_the_paper():
     torch.manual_seed(0)
     network = timm.create_model("mlp_2000")
