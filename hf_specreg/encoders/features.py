@@ -160,6 +160,8 @@ def headless_output(output) -> Tensor:
     """Return the feature tensor in the output of a model without a head."""
     if isinstance(output, Tensor):
         return output
+    if getattr(output, "logits", None) is not None:  # of an image classifier of no classes
+        return output.logits
     pooled = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled

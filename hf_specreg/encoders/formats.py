@@ -146,7 +146,11 @@ def load_transformers(
         config = name_or_config
         config.architectures = config.architectures or []  # from_config iterates over them
         if num_classes == 0:
-            return AutoModel.from_config(config), None, {}
+            config.update(_class_entries(0, None))
+            network = _headless_class(config).from_config(config)
+            if find_head(network):  # it has no place for none
+                network = AutoModel.from_config(config)
+            return network, None, {}
         if num_classes:
             config.update(_class_entries(num_classes, label_names))
         return AutoModelForImageClassification.from_config(config), label_names, {}
@@ -155,7 +159,7 @@ def load_transformers(
     config = AutoConfig.from_pretrained(name_or_config, **where)
     bare = not any("ForImageClassification" in a for a in config.architectures or [])
     if num_classes == 0 or (num_classes is None and bare):
-        network, label_names = _load_headless(name_or_config, **where), None
+        network, label_names = _load_headless(name_or_config, config, **where), None
     else:
         fresh = {}
         if num_classes and (bare or num_classes != config.num_labels):
@@ -206,21 +210,33 @@ def save_transformers(
     processor.save_pretrained(folder)
 
 
-def _load_headless(name: Any, **where: Any) -> nn.Module:
+def _headless_class(config: Any) -> Any:
+    """The class whose output is what a head would be fed: an image classifier of no classes.
+
+    A base model may put a pooler of its own there, or leave half of the features out. It serves
+    where there is no image classifier.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        AutoModel,
+        AutoModelForImageClassification,
+    )
+
+    known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return AutoModelForImageClassification if known else AutoModel
+
+
+def _load_headless(name: Any, config: Any, **where: Any) -> nn.Module:
     """Load a transformers model without a head, nor a pooler that was saved without weights."""
     from transformers import AutoModel
 
-    network, info = AutoModel.from_pretrained(
-        name, use_safetensors=True, output_loading_info=True, **where
-    )
+    where = {**where, "use_safetensors": True, "output_loading_info": True}
+    labels = _class_entries(0, None)
+    network, info = _headless_class(config).from_pretrained(name, **labels, **where)
+    if find_head(network):
+        network, info = AutoModel.from_pretrained(name, **where)
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        network, info = AutoModel.from_pretrained(
-            name,
-            use_safetensors=True,
-            add_pooling_layer=False,
-            output_loading_info=True,
-            **where,
-        )
+        network, info = AutoModel.from_pretrained(name, add_pooling_layer=False, **where)
     _check_is_complete(info, name, ())
     return network
 

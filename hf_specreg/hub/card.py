@@ -59,6 +59,8 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
             drawn.append({"path": f"plots/{name}.png", "title": title, "caption": caption})
     model, config = encoder.model, read_json(encoder.folder / "config.json")
     architecture = type(model.network).__name__
+    classifier = architecture.endswith("ForImageClassification")
+    auto_class = "AutoModelForImageClassification" if classifier else "AutoModel"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         trim_blocks=True,
@@ -74,6 +76,7 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         name=config.get("architecture", config.get("model_type")),
         architecture=architecture,
         library_name="timm" if model.is_timm else "transformers",
+        auto_class=auto_class,
         registered=encoder.is_registered,
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.input_size,

@@ -153,6 +153,64 @@ def test_grey_models_and_the_papers_network_keep_their_size(tmp_path):
     assert grey.preprocessing["crop_pct"] == 1.0
 
 
+def tiny(kind):
+    """A transformers configuration of next to nothing."""
+    shared = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 1}
+    shared |= {"num_attention_heads": 2, "intermediate_size": 16}
+    configs = {
+        "vit": lambda: transformers.ViTConfig(**shared),
+        "dinov2": lambda: transformers.Dinov2Config(**shared),
+        "beit": lambda: transformers.BeitConfig(**shared),
+        "swin": lambda: transformers.SwinConfig(
+            image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+        ),
+        "resnet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+        "convnext": lambda: transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4),
+        "mobilenet_v2": lambda: transformers.MobileNetV2Config(depth_multiplier=0.25),
+        "segformer": lambda: transformers.SegformerConfig(
+            hidden_sizes=[8] * 4, depths=[1] * 4, num_attention_heads=[1] * 4
+        ),
+        "clip": lambda: transformers.CLIPVisionConfig(**shared),
+    }
+    return configs[kind]()
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "beit", "swin", "resnet", "convnext"])
+def test_transformers_features_are_the_same_with_a_head_without_and_with_another(tmp_path, kind):
+    """A base model's pooler, or the half of DINOv2's features, is not what a head is fed."""
+    torch.manual_seed(0)
+    size = (3, 32, 32)
+    images = torch.rand(2, *size)
+    bare = SpecRegModel.from_transformers(tiny(kind), num_classes=0, input_size=size).eval()
+    assert bare.num_classes == 0
+    bare.save_pretrained(tmp_path / "bare")
+    again = SpecRegModel.from_pretrained(tmp_path / "bare").eval()
+    assert (again.num_classes, again.head) == (0, ())
+    features = bare(images)
+    assert torch.equal(again(images), features)
+    headed = SpecRegModel.from_pretrained(tmp_path / "bare", num_classes=3).eval()
+    assert torch.equal(headed.features(images), features)
+    headed.save_pretrained(tmp_path / "headed")
+    for num_classes in (0, 7):
+        model = SpecRegModel.from_pretrained(tmp_path / "headed", num_classes=num_classes).eval()
+        assert model.num_classes == num_classes
+        assert torch.equal(model.features(images), features)
+    names = {layer.name.removeprefix("vit.") for layer in SpectralPenalty(bare).layers}
+    assert names == {layer.name.removeprefix("vit.") for layer in SpectralPenalty(headed).layers}
+
+
+@pytest.mark.parametrize("kind", ["mobilenet_v2", "segformer", "clip"])
+def test_headless_transformers_models_of_other_kinds_can_be_saved_too(tmp_path, kind):
+    torch.manual_seed(0)
+    size = (3, 32, 32)
+    bare = SpecRegModel.from_transformers(tiny(kind), num_classes=0, input_size=size).eval()
+    bare.save_pretrained(tmp_path)
+    again = SpecRegModel.from_pretrained(tmp_path).eval()
+    images = torch.rand(2, *size)
+    assert again.num_classes == 0
+    assert torch.equal(again(images), bare(images))
+
+
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_convolutional_transformers_models_keep_the_size_they_were_trained_at(
     tmp_path, num_classes
