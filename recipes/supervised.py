@@ -4,7 +4,7 @@
     accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --seed 1
     python recipes/supervised.py --config recipes/configs/digits.yaml --resume
 
-All keys and their defaults: hf_specreg/training/config.py, or --help.
+All keys and their defaults: --help, or hf_specreg/training/config.py and regularizers.py.
 """
 
 import sys
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
-from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
+from hf_specreg.training.build import build_encoder, build_images, build_splits, run_metadata
 from hf_specreg.training.command import finish, parse_run
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.loop import TrainingLoop
@@ -29,7 +29,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     """Build what the configuration names, and train."""
     set_seed(config.seed)
     splits = build_splits(config.data)
-    model = build_model(config.model, splits.label_names)
+    model = build_encoder(config, splits.label_names)
     objective = Supervised(model, augment=config.augment)
     images = build_images(splits, model, config)
     loop = TrainingLoop(objective, **images, config=config, metadata=run_metadata(splits, images))

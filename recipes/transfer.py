@@ -5,35 +5,39 @@
     python recipes/transfer.py --config recipes/configs/digits_transfer.yaml --resume
 
 ENCODER is a folder or a Hub id (model.library saved), or a name of timm's or transformers' with
-published weights (model.pretrained yes). It leaves in output_dir, beside what recipes/supervised.py
-leaves:
+published weights (model.pretrained true). It leaves in output_dir, beside what
+recipes/supervised.py leaves:
 
-    before/        the encoder as it came, with a logistic regression on its frozen features
-    report.html    before and after, on the same test images
+    before/                         the encoder as it came, with a logistic regression on its
+                                    frozen features
+    before_report/, model_report/   robustness of both, on the same test images
+    report.html                     the two side by side
 
-All keys and their defaults: hf_specreg/training/config.py, or --help.
+All keys and their defaults: --help, or hf_specreg/training/config.py and regularizers.py.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
 from hf_specreg.data.datasets import ImageSplits
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.robustness.evaluate import evaluate_robustness
-from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.side_by_side import check_evaluation, evaluate_side_by_side
 from hf_specreg.training.build import (
+    build_accelerator,
+    build_encoder,
     build_images,
     build_model,
     build_splits,
     plain_training_images,
     run_metadata,
 )
-from hf_specreg.training.command import add_metrics, finish, parse_run, process_state
+from hf_specreg.training.checkpoints import replace_folder, starting_point
+from hf_specreg.training.command import add_metrics, finish, of_report, parse_run
 from hf_specreg.training.config import TransferRunConfig
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
@@ -49,75 +53,61 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TransferRunConfig, bo
 
 def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     """Probe the encoder, fine-tune it, attack both."""
-    state = process_state()
+    accelerator = build_accelerator(config)
+    starting_point(config, resume=resume)
+    check_evaluation(config.report.attacks, config.report.eps, samples=config.report.samples)
     set_seed(config.seed)
     splits = build_splits(config.data)
-    encoder = build_model(config.model, splits.label_names)
+    encoder = build_encoder(config, splits.label_names)
     came_with = {key: value for key, value in encoder.metadata.items() if key != "before"}
     images = build_images(splits, encoder, config)
-    before = Path(config.output_dir) / "before"
-    probed = {}
-    if state.is_main_process:
-        probed = probe(splits, images["test_images"], config, before)
-    state.wait_for_everyone()
+    probed, before = {}, Path(config.output_dir) / "before"
+    if config.report.samples or config.transfer.head == "probe":
+        probed = probe(splits, images["test_images"], config, accelerator, before)
     if config.transfer.head == "probe":
         copy_head(SpecRegModel.from_pretrained(before), encoder)
+    set_seed(config.seed)  # the probe drew random numbers
     prepare_transfer(encoder, config.transfer)
-    objective = Supervised(
-        encoder, augment=config.augment, keep_batch_norm=config.transfer.keep_batch_norm
+    loop = TrainingLoop(
+        Supervised(
+            encoder, augment=config.augment, keep_batch_norm=config.transfer.keep_batch_norm
+        ),
+        **images,
+        config=config,
+        accelerator=accelerator,
+        metadata={**run_metadata(splits, images), "before": came_with},
     )
-    metadata = {**run_metadata(splits, images), "before": came_with}
-    loop = TrainingLoop(objective, **images, config=config, metadata=metadata)
     result = add_metrics(loop.run(resume=resume), probed)
     if config.report.samples:
         folders = {"before (probe)": before, "after": result.model_folder}
-        attack(folders, splits, config)
+        evaluate_side_by_side(folders, splits.test, **of_report(config, accelerator))
     return result
 
 
 def probe(
-    splits: ImageSplits, test_images: Dataset, config: TransferRunConfig, folder: Path
+    splits: ImageSplits,
+    test_images: Dataset,
+    config: TransferRunConfig,
+    accelerator: Accelerator,
+    folder: Path,
 ) -> dict[str, float]:
-    """Save the encoder as it came, with a logistic regression; return its accuracy."""
+    """Save the encoder as it came, with a logistic regression; return what both probes reach."""
     classifier = build_model(config.model, splits.label_names)
     images = plain_training_images(splits, classifier, config, config.probe.images)
-    found = probe_classifier(classifier, images, test_images, config.probe, seed=config.seed)
-    classifier.metadata = {**copy.deepcopy(classifier.metadata), "metrics": found}
-    classifier.save_pretrained(folder)
+    found = probe_classifier(
+        classifier,
+        images,
+        test_images,
+        config.probe,
+        accelerator,
+        batch_size=config.eval_batch_size,
+        seed=config.seed,
+    )
+    classifier.metadata = {**classifier.metadata, "metrics": found}
+    if accelerator.is_main_process:
+        replace_folder(folder, classifier.save_pretrained)
+    accelerator.wait_for_everyone()
     return {f"before_{name}": value for name, value in found.items()}
-
-
-def attack(
-    folders: dict[str, Path], splits: ImageSplits, config: TransferRunConfig
-) -> list[RobustnessReport]:
-    """Attack the classifiers on the same test images, by all processes; leave a comparison."""
-    state = process_state()
-    reports = []
-    for name, folder in folders.items():
-        output = folder.parent / f"{folder.name}_report"
-        reports.append(
-            evaluate_robustness(
-                SpecRegModel.from_pretrained(folder),
-                splits.test,
-                attacks=config.report.attacks,
-                eps=config.report.eps,
-                samples=min(config.report.samples, len(splits.test)),
-                seed=config.seed,
-                name=name,
-                data={"id": config.data.source, "revision": config.data.revision, "split": "test"},
-                device=state.device,
-                output=output,
-                shard=(state.process_index, state.num_processes),
-                barrier=state.wait_for_everyone,
-            )
-        )
-        if state.is_main_process:
-            reports[-1].save(output / "robustness.json")
-    if state.is_main_process:
-        compared = RobustnessReport.compare(reports)
-        compared.to_html(Path(config.output_dir) / "report.html")
-        print(compared.to_markdown(), file=sys.stderr)
-    return reports
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -112,6 +112,10 @@ class SpecRegModel(nn.Module):
             return 0
         return self.network.num_classes if self.is_timm else self.network.config.num_labels
 
+    def of_head(self, name: str) -> bool:
+        """Whether a parameter of the network, by its dotted name, is of the head."""
+        return any(name.startswith(f"{head}.") for head in self.head)
+
     @property
     def is_timm(self) -> bool:
         """Whether the network is timm's, else it is transformers'."""

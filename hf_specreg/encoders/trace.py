@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hf_specreg.encoders.features import headless_output
+from hf_specreg.encoders.features import evaluating, headless_output
 
 LINEAR_FUNCTIONS = frozenset(
     {
@@ -69,7 +69,7 @@ def trace_layers(
     meta = {n: _as_meta(t) for n, t in _tensors(model)}
     recorder.owners = {id(meta[n]): n for n, _ in model.named_parameters()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.device("meta"))
         for hook in recorder.hooks():
@@ -201,18 +201,6 @@ def _as_meta(tensor: Tensor) -> Tensor:
     """
     dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
     return torch.empty_like(tensor, device="meta", dtype=dtype)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and back to its own mode afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _computes_weight(module: nn.Module) -> bool:

@@ -218,7 +218,10 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
     if method := config.get("ssl", {}).get("method"):
         rows.append(("self-supervision", method))
     if trained := config.get("transfer", {}).get("train"):
-        rows.append(("transfer", f"{trained} of the weights trained" if trained != "all" else None))
+        what = {"head": "the head alone", "lora": "low-rank updates (LoRA) and the head"}
+        frozen = config["transfer"].get("frozen_stages") or 0
+        rest = f"all but the first {frozen} stages" if frozen else "all weights"
+        rows.append(("trained", what.get(trained, rest)))
     if encoder.penalty:
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
         strength = f"{penalty['strength']:g} x sum of sigma^2 of {scope}"

@@ -65,7 +65,10 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                     },
                 },
                 "ssl": {**_OBJECT, "properties": {"method": _TEXT}},
-                "transfer": {**_OBJECT, "properties": {"train": _TEXT}},
+                "transfer": {
+                    **_OBJECT,
+                    "properties": {"train": _TEXT, "frozen_stages": _NUMBER},
+                },
             },
         },
     },

@@ -266,6 +266,14 @@ def _work(
                 show.update(task, advance=len(part), queries=classifier.queries)
 
 
+def check_settings(
+    attacks: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    eps: Sequence[float] | Mapping[str, Sequence[float]] | None,
+) -> None:
+    """Raise what `evaluate_robustness` would raise of its attacks and eps."""
+    _eps_grid(eps, make_attacks(attacks))
+
+
 def _eps_grid(
     eps: Sequence[float] | Mapping[str, Sequence[float]] | None, attacks: Mapping[str, Attack]
 ) -> dict[str, list[float]]:

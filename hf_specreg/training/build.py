@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from hf_specreg.data.datasets import DataError, ImageSplits, load_splits
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate
 from hf_specreg.data.transforms import (
+    derived_seed,
     evaluation_transform,
     training_transform,
     two_view_transform,
@@ -23,7 +25,9 @@ from hf_specreg.data.transforms import (
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.config import VIEWS, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from hf_specreg.training.metrics import installed_trackers
 from hf_specreg.training.objectives import Objective
+from hf_specreg.training.regularizers import normalize_spectra
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
@@ -56,13 +60,21 @@ def build_splits(config: DataConfig) -> ImageSplits:
     return ImageSplits(**{**vars(splits), "train": train})
 
 
+def build_encoder(config: RunConfig, label_names: Sequence[str]) -> SpecRegModel:
+    """Create what the run trains: the model, under spectral normalisation if that is wanted."""
+    encoder = build_model(config.model, label_names)
+    if config.regularizers.spectral_norm:
+        normalize_spectra(encoder)
+    return encoder
+
+
 def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel:
     """Create the model with a head for these classes; without one where there are none."""
     head = {"num_classes": len(label_names), "label_names": label_names or None}
     if config.library == "saved":
         if config.args or config.input_size:
             raise ValueError("model.args and model.input_size are not for a saved encoder")
-        return SpecRegModel.from_pretrained(config.name, **head)
+        return SpecRegModel.from_pretrained(config.name, revision=config.revision, **head)
     shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
         return SpecRegModel.from_timm(
@@ -71,9 +83,22 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
     if config.pretrained:
         if config.args:
             raise ValueError("model.args are for transformers models that are not pretrained")
-        return SpecRegModel.from_transformers(config.name, **shared)
+        return SpecRegModel.from_transformers(config.name, revision=config.revision, **shared)
     return SpecRegModel.from_transformers(
         AutoConfig.for_model(config.name, **config.args), **shared
+    )
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Return accelerate's state of the run: devices, processes, precision, trackers."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=derived_seed(config.seed)
+        ),
+        log_with=installed_trackers(config.log_with),
+        project_dir=config.output_dir,
     )
 
 
@@ -226,11 +251,10 @@ def _rate_fractions(encoder: SpecRegModel, config: OptimizerConfig) -> dict[int,
             )
         for group in param_groups_layer_decay(network, layer_decay=config.layer_decay):
             fractions |= {id(p): group["lr_scale"] for p in group["params"]}
-    heads = tuple(f"{name}." for name in encoder.head)
     return {
         id(p): config.encoder_lr * fractions.get(id(p), 1.0)
         for name, p in network.named_parameters()
-        if not (heads and name.startswith(heads))
+        if not encoder.of_head(name)
     }
 
 

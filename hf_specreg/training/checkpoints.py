@@ -18,6 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from hf_specreg.training.config import RunConfig, changes_of_the_run
+
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
@@ -122,6 +124,32 @@ def find_fault(checkpoint: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} was cut short or changed"
     return None
+
+
+def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
+    """Return the checkpoint that a run goes on from, None for a new run.
+
+    Raises:
+        CheckpointError: the output folder holds another run, or there is nothing to resume.
+    """
+    output = Path(config.output_dir)
+    if not resume:
+        if all_checkpoints(output / "checkpoints"):
+            raise CheckpointError(
+                f"{output} already holds a run: resume it with --resume, or choose another "
+                "output_dir"
+            )
+        return None
+    checkpoint = latest_checkpoint(output / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{output / 'checkpoints'} has no whole checkpoint to resume from")
+    changed = changes_of_the_run(read_progress(checkpoint)["config"], config)
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} is of a run with another configuration (there and here): "
+            f"{'; '.join(changed)}"
+        )
+    return checkpoint
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

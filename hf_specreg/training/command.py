@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, PartialState
 from jsonargparse import ArgumentParser
 
 from hf_specreg.training.config import RunConfig
@@ -35,18 +35,29 @@ def parse_run(
     return config(**vars(parser.instantiate(settings))), resume
 
 
-def process_state() -> PartialState:
-    """Return which process this is of how many, also before the training loop is there.
+def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the arguments of `evaluate_side_by_side` that a run's `report` stands for.
 
-    Unlike Accelerator, PartialState does not read ACCELERATE_USE_CPU by itself, and without it
-    would take each of several CPU processes for the only one.
+    Args:
+        config: of a self-supervised run or a transfer.
+        accelerator: of the run; its processes share the images out.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return {
+        "attacks": config.report.attacks,
+        "eps": config.report.eps,
+        "samples": config.report.samples,
+        "seed": config.seed,
+        "data": {"id": config.data.source, "revision": config.data.revision, "split": "test"},
+        "device": accelerator.device,
+        "shard": (accelerator.process_index, accelerator.num_processes),
+        "barrier": accelerator.wait_for_everyone,
+        "output": Path(config.output_dir),
+    }
 
 
 def finish(result: TrainingResult) -> None:
     """Print where the model is and what was measured, as JSON; part from the other processes."""
-    state = process_state()
+    state = PartialState()
     if state.is_main_process:
         summary = {"model": str(result.model_folder), "step": result.step, **result.metrics}
         print(json.dumps(summary, indent=2))

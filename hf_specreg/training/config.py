@@ -9,7 +9,12 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from hf_specreg.training.regularizers import BURN_INS, PenaltyConfig, RegularizersConfig
+from hf_specreg.training.regularizers import (
+    BURN_INS,
+    PenaltyConfig,
+    RegularizersConfig,
+    require,
+)
 
 VIEWS = ("simclr", "byol", "vicreg")
 # What a run that is resumed may change: it has no part in the weights.
@@ -20,6 +25,10 @@ MAY_CHANGE = (
     "eval_batch_size",
     "checkpoint.",
     "data.num_workers",
+    "ssl.neighbours",
+    "ssl.bank",
+    "probe.",
+    "report.",
 )
 
 
@@ -91,6 +100,7 @@ class ModelConfig:
             pretrained, else a model type ("vit"); or of a saved encoder a Hub id or folder.
         library: "timm", "transformers", or "saved" for an encoder that this package saved or
             published: its weights, with a fresh head.
+        revision: of a Hub id: branch, tag or commit; for timm it is part of the name ("@v1").
         pretrained: start from published weights.
         input_size: [C, H, W]; default: the model's.
         args: further arguments of `timm.create_model`, or of the transformers configuration if not
@@ -99,6 +109,7 @@ class ModelConfig:
 
     name: str = "resnet18_cifar"
     library: Literal["timm", "transformers", "saved"] = "timm"
+    revision: str | None = None
     pretrained: bool = False
     input_size: tuple[int, int, int] | None = None
     args: dict[str, Any] = field(default_factory=dict)
@@ -142,6 +153,10 @@ class OptimizerConfig:
     decay_rate: float = 0.1
     decay_epochs: int = 30
     ema_decay: float | None = None
+
+    def __post_init__(self):
+        require(self, "not negative", "lr", "encoder_lr", "weight_decay", "clip_grad")
+        require(self, "in [0, 1]", "layer_decay", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -262,6 +277,12 @@ class SelfSupervisedConfig:
     neighbours: int = 20
     bank: int = 5000
 
+    def __post_init__(self):
+        require(self, "at least 1", "projector_hidden", "projector_out", "neighbours", "bank")
+        require(self, "positive", "temperature")
+        require(self, "not negative", "off_diagonal")
+        require(self, "in [0, 1]", "teacher_momentum")
+
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -279,6 +300,10 @@ class ProbeConfig:
     epochs: int = 50
     lr: float = 1e-2
 
+    def __post_init__(self):
+        require(self, "at least 1", "images", "epochs")
+        require(self, "positive", "l2", "lr")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -293,6 +318,9 @@ class ReportConfig:
     attacks: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tangent": {}})
     eps: tuple[float, ...] = (0.25, 0.5, 1.0)
     samples: int = 0
+
+    def __post_init__(self):
+        require(self, "not negative", "samples")
 
 
 @dataclass(frozen=True)
@@ -353,6 +381,10 @@ class TransferConfig:
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        require(self, "not negative", "frozen_stages")
+        require(self, "at least 1", "lora_rank")
+
 
 @dataclass(frozen=True)
 class TransferRunConfig(RunConfig):
@@ -381,6 +413,12 @@ class TransferRunConfig(RunConfig):
             )
         if self.transfer.train != "all" and self.transfer.frozen_stages:
             raise ValueError("transfer.frozen_stages is for transfer.train 'all'")
+        whole = self.transfer == replace(self.transfer, train="all", head="fresh", frozen_stages=0)
+        if self.regularizers.spectral_norm and not whole:
+            raise ValueError(
+                "regularizers.spectral_norm changes all weights before the features, so it is for "
+                "transfer.train 'all' with a fresh head and no frozen stages"
+            )
         if self.transfer.train == "lora" and self.regularizers.l2_sp.strength:
             raise ValueError(
                 "regularizers.l2_sp keeps trained weights near where they began, and LoRA's begin "

@@ -37,7 +37,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # reduced in place
         dist.all_reduce(gradient)
         return gradient.chunk(processes())[dist.get_rank()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.features import evaluating
+from hf_specreg.encoders.model import weights_sha256
 from hf_specreg.training.build import (
+    build_accelerator,
     build_loaders,
     build_optimizer,
     build_penalty,
@@ -30,14 +32,14 @@ from hf_specreg.training.build import (
 )
 from hf_specreg.training.checkpoints import (
     CheckpointError,
-    all_checkpoints,
     latest_checkpoint,
     naming_the_last_good,
     read_progress,
     replace_folder,
     save_checkpoint,
+    starting_point,
 )
-from hf_specreg.training.config import RunConfig, changes_of_the_run
+from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import synchronize_batch_norms
 from hf_specreg.training.metrics import (
     DivergedError,
@@ -46,11 +48,10 @@ from hf_specreg.training.metrics import (
     TrainingResult,
     classification_scores,
     flat_settings,
-    installed_trackers,
     progress_bar,
 )
 from hf_specreg.training.objectives import Objective
-from hf_specreg.training.regularizers import build_regularizers, normalize_spectra
+from hf_specreg.training.regularizers import build_regularizers
 
 Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
@@ -64,6 +65,7 @@ class TrainingLoop:
         validation_images: of the same, to choose the best epoch by.
         test_images: of the same, evaluated once at the end.
         config: of the run.
+        accelerator: of the run, where it exists already; default: a new one.
         score: (encoder, loader, accelerator) -> what is said of the encoder after an epoch and at
             the end, "accuracy" among it.
         metadata: what else `specreg.json` shall say, such as the data and versions.
@@ -77,21 +79,14 @@ class TrainingLoop:
         test_images: Dataset,
         config: RunConfig,
         *,
+        accelerator: Accelerator | None = None,
         score: Score = classification_scores,
         metadata: dict[str, Any] | None = None,
     ):
         self.config = config
         self.score = score
         self.output = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulation,
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=derived_seed(config.seed)
-            ),
-            log_with=installed_trackers(config.log_with),
-            project_dir=str(self.output),
-        )
+        self.accelerator = accelerator or build_accelerator(config)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         self.train_images = train_images
         loaders, self.steps_per_epoch = build_loaders(
@@ -102,8 +97,6 @@ class TrainingLoop:
         freeze_unused(self.encoder)
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
-        if config.regularizers.spectral_norm:
-            normalize_spectra(self.encoder)
         self.penalty = build_penalty(self.encoder, config, self.steps_per_epoch)
         self.regularizers = build_regularizers(
             self.encoder,
@@ -111,13 +104,16 @@ class TrainingLoop:
             steps_per_epoch=self.steps_per_epoch,
             epochs=config.epochs,
         )
+        near_start = any(r.name == "l2_sp" for r in self.regularizers)
+        self.start_sha256 = weights_sha256(self.encoder) if near_start else None
         optimizer = build_optimizer(objective, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.optimizer.ema_decay
-        self.ema = ModelEmaV3(self.encoder, decay=decay) if decay else None
         self.objective, self.optimizer, self.loader, self.validation, self.test = (
             self.accelerator.prepare(objective, optimizer, *loaders)
         )
+        # Of weights that are the same on all processes, as they are once prepared.
+        self.ema = ModelEmaV3(self.encoder, decay=decay) if decay else None
         self.metadata = {**(metadata or {}), "config": config.as_dict()}
         self.step = 0
         self.best_accuracy = -1.0
@@ -133,7 +129,8 @@ class TrainingLoop:
             DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the
                 last good one.
         """
-        epoch, batch = self._resume() if resume else self._start()
+        checkpoint = starting_point(self.config, resume=resume)
+        epoch, batch = self._resume(checkpoint) if checkpoint else self._start()
         self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
         with progress_bar(self.console) as self.progress:
@@ -183,12 +180,12 @@ class TrainingLoop:
         images = images.float() / 255
         with self.accelerator.autocast():
             loss = self.objective(images, labels)
-        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, loss)
         penalty = loss.new_zeros(())
         if self.accelerator.sync_gradients and self.penalty.strength:
             with self.steps.penalty_time():
                 penalty = self.penalty()
             self.steps.count_backward(penalty, loss)
+        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, loss)
         # accelerate divides what it is given by the micro-batches; what is of the weights enters
         # once a step, whole.
         whole = [terms[r.name] for r in self.regularizers if r.of_weights]
@@ -240,10 +237,11 @@ class TrainingLoop:
             **{f"sigma/{name}": sigma for name, sigma in top},
         }
         self._log({"epoch": epochs_done, **self.metrics})
+        said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scores.items())
         self.console.print(
-            f"epoch {epochs_done}/{self.config.epochs}: validation accuracy "
-            f"{scores['accuracy']:.4f}, "
-            f"sum of sigma^2 {self.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}"
+            f"epoch {epochs_done}/{self.config.epochs}: {said}, sum of sigma^2 "
+            f"{self.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}",
+            soft_wrap=True,
         )
         better = scores["accuracy"] > self.best_accuracy
         self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
@@ -273,7 +271,8 @@ class TrainingLoop:
             summary = self.steps.summary(self.accelerator.gather)
         except DivergedError as error:
             raise self._diverged(error) from error
-        self._log({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **summary})
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._log({"epoch": epoch, "lr": max(rates), **summary})
 
     def _log(self, values: dict[str, Any]) -> None:
         self.accelerator.log(values, step=self.step)
@@ -281,11 +280,6 @@ class TrainingLoop:
             self.metrics_file.append(self.step, values)
 
     def _start(self) -> tuple[int, int]:
-        if all_checkpoints(self.output / "checkpoints"):
-            raise CheckpointError(
-                f"{self.output} already holds a run: resume it with --resume, or choose another "
-                "output_dir"
-            )
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             self.metrics_file.path.write_text("")
@@ -293,18 +287,13 @@ class TrainingLoop:
             raise CheckpointError(f"output_dir {self.output} cannot be written: {error}") from error
         return 0, 0
 
-    def _resume(self) -> tuple[int, int]:
-        checkpoint = latest_checkpoint(self.output / "checkpoints")
-        if checkpoint is None:
-            raise CheckpointError(
-                f"{self.output / 'checkpoints'} has no whole checkpoint to resume from"
-            )
+    def _resume(self, checkpoint: Path) -> tuple[int, int]:
         progress = read_progress(checkpoint)
-        changed = changes_of_the_run(progress["config"], self.config)
-        if changed:
+        if self.start_sha256 != progress.get("start_sha256"):
             raise CheckpointError(
-                f"{checkpoint} is of a run with another configuration (there and here): "
-                f"{'; '.join(changed)}"
+                f"{self.config.model.name} is no longer the encoder that the run of {checkpoint} "
+                "began with, and regularizers.l2_sp keeps the weights near it: give it back, or "
+                "name its commit as model.revision"
             )
         self.accelerator.load_state(str(checkpoint / "state"))
         vectors = load_file(checkpoint / "penalty.safetensors")
@@ -353,6 +342,7 @@ class TrainingLoop:
             "best_accuracy": self.best_accuracy,
             "metrics": self.metrics,
             "config": self.config.as_dict(),
+            "start_sha256": self.start_sha256,
         }
         save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
 

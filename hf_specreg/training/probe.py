@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -22,6 +23,7 @@ from hf_specreg.training.config import ProbeConfig
 
 logger = logging.getLogger(__name__)
 COLLAPSED_DEVIATION, COLLAPSED_RANK = 0.02, 2.0
+NEVER = -100.0  # the logit of a class that no training image is of
 
 
 @dataclass(frozen=True)
@@ -43,30 +45,44 @@ class LinearHead:
 
 @torch.no_grad()
 def collect_features(
-    encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator | None = None
+    encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Return features [N, D], float32, and labels [N], on the encoder's device.
+    """Return features [N, D], float32, and labels [N] of all processes, to each of them.
 
     Args:
         encoder: evaluated as it is, in evaluation mode.
-        loader: of uint8 images [B, C, H, W] and labels.
-        accelerator: collects from all processes, where `loader` is prepared by it.
+        loader: of uint8 images [B, C, H, W] and labels, shared out over the processes.
+        accelerator: of the run.
     """
-    device = next(encoder.parameters()).device
     collected = []
     with evaluating(encoder):
         for images, labels in loader:
-            batch = encoder.features(images.to(device).float() / 255).float(), labels.to(device)
-            collected.append(accelerator.gather_for_metrics(batch) if accelerator else batch)
+            with accelerator.autocast():
+                features = encoder.features(images.float() / 255).float()
+            collected.append(accelerator.gather_for_metrics((features, labels)))
     features, labels = zip(*collected, strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
 def features_of(
-    encoder: SpecRegModel, images: Dataset, *, batch_size: int = 500
+    encoder: SpecRegModel, images: Dataset, accelerator: Accelerator, *, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Return features [N, D] and labels [N] of a set of (uint8 image, label), on this process."""
-    return collect_features(encoder, DataLoader(images, batch_size, collate_fn=collate))
+    """Return features [N, D] and labels [N] of a set of (uint8 image, label), in its order.
+
+    Args:
+        encoder: on the accelerator's device.
+        images: of (uint8 image [C, H, W], label).
+        accelerator: of the run; its processes share the images out.
+        batch_size: images a process and batch.
+    """
+    loader = prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler
+        DataLoader(images, batch_size, collate_fn=collate),
+        accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        put_on_device=True,
+    )
+    return collect_features(encoder, loader, accelerator)
 
 
 def knn_accuracy(
@@ -125,9 +141,10 @@ def effective_rank(features: Tensor) -> float:
     which does not centre. Centred, a constant does not count as a direction.
     """
     centred = (features - features.mean(0)).double()
-    sigmas = torch.linalg.svdvals(centred)
+    gram = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T
+    sigmas = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     noise = torch.finfo(features.dtype).eps * features.double().norm()
-    if sigmas[0] <= noise:
+    if sigmas[-1] <= noise:
         return 1.0
     shares = sigmas / sigmas.sum()
     return torch.special.entr(shares).sum().exp().item()
@@ -145,9 +162,9 @@ class NeighbourScores:
     """
 
     def __init__(self, bank: Dataset, *, neighbours: int, batch_size: int):
-        self.loader = DataLoader(bank, batch_size, collate_fn=collate)
+        self.bank = bank
         self.neighbours = neighbours
-        self._prepared = False
+        self.batch_size = batch_size
 
     def __call__(
         self, encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
@@ -155,9 +172,7 @@ class NeighbourScores:
         """Return the neighbours' accuracy, deviation and effective rank of the features, whether
         they have collapsed, and how many images.
         """
-        if not self._prepared:
-            self.loader, self._prepared = accelerator.prepare(self.loader), True
-        bank = collect_features(encoder, self.loader, accelerator)
+        bank = features_of(encoder, self.bank, accelerator, batch_size=self.batch_size)
         queries = collect_features(encoder, loader, accelerator)
         deviation, rank = feature_deviation(queries[0]), effective_rank(queries[0])
         collapsed = deviation < COLLAPSED_DEVIATION or rank < COLLAPSED_RANK
@@ -183,7 +198,8 @@ def logistic_regression(
     """Fit mean cross-entropy + l2 / 2 ||W||^2 by lbfgs on standardised features.
 
     The features are scaled by their overall deviation, which makes the result, and what l2 means,
-    independent of the features' scale.
+    independent of the features' scale. W has a row for each class, and the least norm; a class that
+    no feature is of is never predicted.
 
     Args:
         features: [N, D].
@@ -198,16 +214,16 @@ def logistic_regression(
 
     mean, scale = _scale(features)
     scaled = ((features - mean) / scale).double().cpu().numpy()
-    regression = LogisticRegression(C=1 / (l2 * len(features)), max_iter=2000)
+    found = labels.unique().cpu()
+    # Of two classes scikit-learn fits w = w_2 - w_1 alone: half of it each has half of its norm.
+    share = 2 if len(found) == 2 else 1
+    regression = LogisticRegression(C=share / (l2 * len(features)), max_iter=2000)
     regression.fit(scaled, labels.cpu().numpy())
-    weight, bias = torch.zeros(classes, features.shape[1]), torch.full((classes,), -1e4)
-    found = torch.as_tensor(regression.classes_)
-    if len(found) == 2:  # one row, of the second class's logit above the first's
-        weight[found[1]] = torch.as_tensor(regression.coef_[0]).float()
-        bias[found] = torch.tensor([0.0, regression.intercept_.item()])
-    else:
-        weight[found] = torch.as_tensor(regression.coef_).float()
-        bias[found] = torch.as_tensor(regression.intercept_).float()
+    rows, offsets = (torch.as_tensor(a).float() for a in (regression.coef_, regression.intercept_))
+    if len(found) == 2:
+        rows, offsets = torch.cat([-rows, rows]) / 2, torch.cat([-offsets, offsets]) / 2
+    weight, bias = torch.zeros(classes, features.shape[1]), torch.full((classes,), NEVER)
+    weight[found], bias[found] = rows, offsets
     return _unscaled(weight.to(features), bias.to(features), mean, scale)
 
 
@@ -254,6 +270,30 @@ def linear_probe(
     return _unscaled(layer.weight.detach(), layer.bias.detach(), mean, scale)
 
 
+def check_probe(model: SpecRegModel, width: int) -> None:
+    """Raise what `attach_head` would, before there is a probe.
+
+    Args:
+        model: with a head of K classes.
+        width: D, of the features that the probe will be fitted on.
+
+    Raises:
+        ValueError: the model's head is not one linear layer on features of that width.
+    """
+    _head_layer(model, (model.num_classes, width))
+
+
+def _head_layer(model: SpecRegModel, shape: tuple[int, int]) -> nn.Linear:
+    modules = [m for n in model.head for m in model.network.get_submodule(n).modules()]
+    linear = [m for m in modules if isinstance(m, nn.Linear)]
+    if len(linear) != 1 or tuple(linear[0].weight.shape) != shape or linear[0].bias is None:
+        raise ValueError(
+            f"the head {model.head} of {type(model.network).__name__} is not one linear layer "
+            f"{shape} with a bias, so a probe cannot take its place"
+        )
+    return linear[0]
+
+
 @torch.no_grad()
 def attach_head(model: SpecRegModel, head: LinearHead) -> None:
     """Write a linear head into a model's own, so that it gives these logits.
@@ -267,25 +307,19 @@ def attach_head(model: SpecRegModel, head: LinearHead) -> None:
     Raises:
         ValueError: the model's head is not one linear layer on its features.
     """
-    modules = [m for n in model.head for m in model.network.get_submodule(n).modules()]
-    linear = [m for m in modules if isinstance(m, nn.Linear)]
-    shape = tuple(head.weight.shape)
-    if len(linear) != 1 or tuple(linear[0].weight.shape) != shape or linear[0].bias is None:
-        raise ValueError(
-            f"the head {model.head} of {type(model.network).__name__} is not one linear layer "
-            f"{shape} with a bias, so a probe cannot take its place"
-        )
-    linear[0].weight.copy_(head.weight)
-    linear[0].bias.copy_(head.bias)
-    images = torch.rand(4, *model.input_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(linear[0].weight.device)
+    layer = _head_layer(model, tuple(head.weight.shape))
+    layer.weight.copy_(head.weight)
+    layer.bias.copy_(head.bias)
+    images = torch.rand(8, *model.input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(layer.weight.device)
     with evaluating(model):
         expected = model.features(images) @ head.weight.T.to(images) + head.bias.to(images)
         scale = ((model(images) * expected).sum() / expected.square().sum()).item()
         if scale > 0 and math.isfinite(scale):
-            linear[0].weight.div_(scale)
-            linear[0].bias.div_(scale)
-        if not torch.allclose(model(images), expected, rtol=1e-3, atol=1e-3 * expected.std()):
+            layer.weight.div_(scale)
+            layer.bias.div_(scale)
+        spread = (expected - expected.mean(0)).square().mean().sqrt()
+        if (model(images) - expected).abs().max() > 1e-3 * spread + 1e-5 * expected.abs().max():
             raise ValueError(
                 f"the head {model.head} of {type(model.network).__name__} does more than one "
                 "linear layer on the features, so a probe cannot take its place"
@@ -297,24 +331,33 @@ def probe_classifier(
     train_images: Dataset,
     test_images: Dataset,
     config: ProbeConfig,
+    accelerator: Accelerator,
     *,
+    batch_size: int = 500,
     seed: int = 0,
 ) -> dict[str, float]:
     """Fit a logistic regression and a linear probe on a classifier's frozen features.
 
-    The logistic regression takes the place of its head.
+    The logistic regression takes the place of its head. All processes share the images out, and
+    each fits.
 
     Args:
         classifier: changed in place: its head.
         train_images: of (uint8 image, label), un-augmented.
         test_images: of the same.
         config: of the probes.
+        accelerator: of the run.
+        batch_size: images a process and batch.
         seed: of the linear probe.
 
     Returns:
         Both test accuracies, and how many images they learned from.
     """
-    train, test = features_of(classifier, train_images), features_of(classifier, test_images)
+    classifier.to(accelerator.device)
+    train, test = (
+        features_of(classifier, images, accelerator, batch_size=batch_size)
+        for images in (train_images, test_images)
+    )
     classes = classifier.num_classes
     logistic = logistic_regression(*train, classes=classes, l2=config.l2)
     linear = linear_probe(*train, classes=classes, epochs=config.epochs, lr=config.lr, seed=seed)

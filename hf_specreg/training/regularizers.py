@@ -2,8 +2,9 @@
 
 The spectral penalty has a place of its own in the configuration, `penalty`; what it is compared
 with, or summed with, is under `regularizers`, one name each. Terms of the weights count once an
-optimizer step. Terms of the data are means over a micro-batch, as the loss is; they see the network
-in evaluation mode, so that each image is by itself.
+optimizer step. Terms of the data are of a micro-batch, as the loss is. Those of derivatives are
+means over its images, and see the network in evaluation mode, so that each image is by itself;
+`bss` is of the micro-batch as a whole, and so depends on its size.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,22 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 
 Compute = Callable[[Tensor, Sequence[Tensor]], Tensor]  # images, features -> 0-d
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
+
+
+RULES = {
+    "positive": lambda value: value > 0,
+    "not negative": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
+
+
+def require(config: object, rule: str, *names: str) -> None:
+    """Raise ValueError for the first setting that breaks a rule of RULES; None never does."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not RULES[rule](value):
+            raise ValueError(f"{name} ({value}) must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -46,13 +63,9 @@ class RegularizerConfig:
         given = [name for name in BURN_INS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {given}, not several")
-        for name in ("strength", *BURN_INS):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
-        if (self.burn_in_fraction or 0) > 1:
-            raise ValueError(f"burn_in_fraction ({self.burn_in_fraction}) must lie in [0, 1]")
-        if self.every < 1:
-            raise ValueError(f"every ({self.every}) must be at least 1")
+        require(self, "not negative", "strength", *BURN_INS)
+        require(self, "in [0, 1]", "burn_in_fraction")
+        require(self, "at least 1", "every")
 
     def burn_in(self, steps_per_epoch: int, epochs: int) -> int:
         """Return the burn-in in optimizer steps."""
@@ -85,6 +98,10 @@ class PenaltyConfig(RegularizerConfig):
     split_qkv: bool = True
     skip: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "power_iterations")
+
 
 @dataclass(frozen=True)
 class DerivativeConfig(RegularizerConfig):
@@ -98,6 +115,10 @@ class DerivativeConfig(RegularizerConfig):
     of: Literal["features", "logits"] = "features"
     images: int | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "images")
+
 
 @dataclass(frozen=True)
 class JacobianConfig(DerivativeConfig):
@@ -110,6 +131,10 @@ class JacobianConfig(DerivativeConfig):
     of: Literal["features", "logits"] = "logits"
     projections: int | None = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "projections")
+
 
 @dataclass(frozen=True)
 class MetricEigenvalueConfig(DerivativeConfig):
@@ -120,6 +145,10 @@ class MetricEigenvalueConfig(DerivativeConfig):
     """
 
     iterations: int = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "iterations")
 
 
 @dataclass(frozen=True)
@@ -141,6 +170,10 @@ class L2SPConfig(RegularizerConfig):
 
     head: float = 0.1
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "not negative", "head")
+
 
 @dataclass(frozen=True)
 class BSSConfig(RegularizerConfig):
@@ -151,6 +184,10 @@ class BSSConfig(RegularizerConfig):
     """
 
     k: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "k")
 
 
 @dataclass(frozen=True)
@@ -163,12 +200,17 @@ class OrthogonalityConfig(RegularizerConfig):
 
     iterations: int = 2
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "iterations")
+
 
 @dataclass(frozen=True)
 class RegularizersConfig:
     """What the spectral penalty is compared with, or summed with; strength 0: off.
 
-    ll-spectral is the penalty itself, with `penalty.scope` "all".
+    ll-spectral is the penalty itself, with `penalty.scope` "all": it is rep-spectral and the head,
+    so the two are not summed. Spectral normalisation has no strength and no schedule.
 
     Args:
         jacobian: Frobenius norm of the Jacobian.
@@ -264,10 +306,22 @@ def build_regularizers(
 
 
 def normalize_spectra(encoder: SpecRegModel) -> None:
-    """Put torch's spectral normalisation on the layers before the features, in place."""
-    penalty = SpectralPenalty(encoder, input_size=encoder.input_size, split_qkv=False)
+    """Put torch's spectral normalisation on the layers before the features, in place.
+
+    Raises:
+        ValueError: a layer has no weight of its own that could be normalised.
+    """
+    penalty = SpectralPenalty(encoder, split_qkv=False)
     penalty.detach()
-    baselines.normalize_spectra(encoder.network, [layer.name for layer in penalty.layers])
+    names = [layer.name for layer in penalty.layers]
+    modules = dict(encoder.network.named_modules())
+    unknown = [n for n in names if not isinstance(getattr(modules.get(n), "weight", None), Tensor)]
+    if unknown:
+        raise ValueError(
+            f"regularizers.spectral_norm cannot treat {unknown} of "
+            f"{type(encoder.network).__name__}, which have no weight of their own"
+        )
+    baselines.normalize_spectra(encoder.network, names)
 
 
 def _derivative(penalty: Callable[..., Tensor], *arguments: str) -> Callable[..., Compute]:
@@ -288,9 +342,8 @@ def _derivative(penalty: Callable[..., Tensor], *arguments: str) -> Callable[...
 
 
 def _l2_sp(encoder: SpecRegModel, settings: L2SPConfig) -> Compute:
-    heads = tuple(f"{name}." for name in encoder.head)
     trained = {n: p for n, p in encoder.network.named_parameters() if p.requires_grad}
-    start = {n: p.detach().clone() for n, p in trained.items() if not n.startswith(heads)}
+    start = {n: p.detach().clone() for n, p in trained.items() if not encoder.of_head(n)}
     return lambda *_: baselines.l2_sp(trained, start, alpha=1.0, beta=settings.head)
 
 
@@ -305,7 +358,7 @@ def _bss(encoder: SpecRegModel, settings: BSSConfig) -> Compute:
 
 
 def _orthogonality(encoder: SpecRegModel, settings: OrthogonalityConfig) -> Compute:
-    penalty = SpectralPenalty(encoder, input_size=encoder.input_size)
+    penalty = SpectralPenalty(encoder)
     penalty.detach()
 
     def compute(*_) -> Tensor:

@@ -7,14 +7,16 @@ divides losses by k unless the model or `compute_loss_func` has scaled them itse
 the penalty is multiplied by k before.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.encoders.download import RUN_FILE
@@ -23,6 +25,9 @@ from hf_specreg.encoders.formats import write_json
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 VECTORS, COUNT = "penalty.safetensors", "penalty.json"
+
+
+logger = logging.getLogger(__name__)
 
 
 class SpecRegTrainer(Trainer):
@@ -51,9 +56,10 @@ class SpecRegTrainer(Trainer):
         self._settings = dict(penalty or {})
         self._penalty: SpectralPenalty | None = None
         self._penalized: nn.Module | None = None
-        self._last = 0.0
+        self._last = torch.zeros(())
         if self.model_init is None:
             self.penalty  # noqa: B018  its errors come before any compute is spent
+        self.add_callback(_FromTheStart(self))
 
     @property
     def penalty(self) -> SpectralPenalty:
@@ -77,13 +83,13 @@ class SpecRegTrainer(Trainer):
         )
         if model.training and self.accelerator.sync_gradients:
             penalty = self.penalty()
-            self._last = penalty.detach() if penalty.requires_grad else self._last
+            self._last = torch.where(penalty != 0, penalty.detach(), self._last.to(penalty.device))
             loss = loss + penalty.to(loss.device) * self._divisor(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What the Trainer is about to divide the loss by."""
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer than transformers 5.17
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
@@ -125,11 +131,10 @@ class SpecRegTrainer(Trainer):
         Trainer takes the names in the file as they are and, with a warning, leaves a ViT's blocks
         as they were (huggingface/transformers#43701).
         """
-        network, file = unwrap(self.model), Path(folder) / "model.safetensors"
-        if not isinstance(network, PreTrainedModel) or not file.is_file():
+        network = unwrap(self.model)
+        if not isinstance(network, PreTrainedModel):
             return
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
+        names = _stored_names(Path(folder))
         if names - set(network.state_dict()):
             found = type(network).from_pretrained(folder, dtype=network.dtype)
             network.load_state_dict(found.state_dict())
@@ -147,9 +152,32 @@ class SpecRegTrainer(Trainer):
             return
         folder = Path(checkpoint)
         if not (folder / VECTORS).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {VECTORS}: it is not a checkpoint of SpecRegTrainer. To start "
-                "from its weights, load them as the model and train without resuming"
+            logger.warning(
+                "%s has no %s, as those of Trainer and of save_only_model: the penalty's vectors "
+                "start anew, so this run does not go on exactly as the one that was stopped",
+                *(folder, VECTORS),
             )
+            return
         state = read_json(folder / COUNT)
         self.penalty.load_state_dict({**state, "vectors": load_file(folder / VECTORS)})
+
+
+class _FromTheStart(TrainerCallback):
+    """Burn-in and cadence are of a training: a second one begins them again."""
+
+    def __init__(self, trainer: SpecRegTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.penalty.step = state.global_step
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """The names of the weights in a checkpoint, whole or in shards; none where it is of others."""
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return set(read_json(index)["weight_map"])
+    if not file.is_file():
+        return set()
+    with safe_open(file, framework="pt") as stored:
+        return set(stored.keys())

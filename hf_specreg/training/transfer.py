@@ -6,6 +6,7 @@ a parameter's dotted name is its place in the list of stages or blocks
 the stem, and what comes after the last is never frozen.
 """
 
+from timm.models import group_parameters
 from torch import nn
 
 from hf_specreg.encoders.model import SpecRegModel
@@ -26,7 +27,7 @@ def prepare_transfer(encoder: SpecRegModel, config: TransferConfig) -> None:
     """
     if config.train == "head":
         for name, parameter in encoder.network.named_parameters():
-            parameter.requires_grad_(of_head(encoder, name))
+            parameter.requires_grad_(encoder.of_head(name))
     elif config.train == "lora":
         add_lora(encoder, config)
     elif config.frozen_stages:
@@ -40,26 +41,22 @@ def copy_head(source: SpecRegModel, target: SpecRegModel) -> None:
         target.network.get_submodule(name).load_state_dict(state)
 
 
-def of_head(encoder: SpecRegModel, name: str) -> bool:
-    """Whether a parameter of the network, by its dotted name, is of the head."""
-    return any(name.startswith(f"{head}.") for head in encoder.head)
-
-
 def stages(encoder: SpecRegModel) -> dict[str, int]:
     """Return the stage of every parameter that is of one, by dotted name; the stem's is 0.
 
     Args:
         encoder: of timm or of transformers.
     """
-    network = encoder.network
-    names = [n for n, _ in network.named_parameters() if not of_head(encoder, n)]
+    names = [n for n, _ in encoder.network.named_parameters() if not encoder.of_head(n)]
+    prefix, network = "", encoder.network
+    if hasattr(network, "timm_model"):  # transformers' wrapper
+        prefix, network = "timm_model.", network.timm_model
     if hasattr(network, "group_matcher"):
-        from timm.models import group_parameters
-
         groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
+        groups = {f"{prefix}{name}": group for name, group in groups.items()}
         last = max(groups.values())
         # The last group is what comes after all blocks: the head, or the norm before it.
-        after = {g for n, g in groups.items() if of_head(encoder, n)} or {last}
+        after = {g for n, g in groups.items() if encoder.of_head(n)} or {last}
         return {n: groups[n] for n in names if groups[n] not in after}
     numbers = {n: [int(part) for part in n.split(".") if part.isdigit()] for n in names}
     first = next((i for i, n in enumerate(names) if numbers[n]), len(names))
@@ -114,13 +111,13 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
     inject_adapter_in_model(lora, encoder.network)
     for name, parameter in encoder.network.named_parameters():
-        if of_head(encoder, name):
+        if encoder.of_head(name):
             parameter.requires_grad_(True)
 
 
 def _linear_names(encoder: SpecRegModel) -> list[str]:
     """Linear layers before the features; of a network that has none, its convolutions."""
-    penalty = SpectralPenalty(encoder, input_size=encoder.input_size, split_qkv=False)
+    penalty = SpectralPenalty(encoder, split_qkv=False)
     penalty.detach()
     modules = {layer.name: encoder.network.get_submodule(layer.name) for layer in penalty.layers}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

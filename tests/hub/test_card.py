@@ -199,7 +199,7 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
     for said in (
         "at one step in 24 from 90 % of the training on",
         "| self-supervision | simclr |",
-        "lora of the weights trained",
+        "| trained | low-rank updates (LoRA) and the head |",
         "| l2_sp | strength 0.5, at every step from step 7 on |",
         "| spectral_norm | yes |",
         "| test accuracy of nearest neighbours | 50.00 % (n = 10) |",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_specreg import RobustnessReport, SpecRegModel
@@ -42,8 +43,9 @@ def test_it_leaves_a_headless_encoder_and_a_classifier_of_the_same_features(run)
     assert classifier.label_names == [str(n) for n in range(10)]
     splits = load_splits("digits", validation_fraction=0.2)
     images = plain_training_images(splits, encoder, config, None)
-    features, _ = features_of(encoder, images)
-    again, labels = features_of(classifier, images)
+    cpu = Accelerator(cpu=True)
+    features, _ = features_of(encoder, images, cpu)
+    again, labels = features_of(classifier, images, cpu)
     assert torch.equal(features, again)
     test = plain_training_images(
         load_splits("digits", validation_fraction=0.2), classifier, config, None
@@ -73,7 +75,7 @@ def test_features_are_measured_while_training_and_the_penalty_comes_last(run):
 
 def test_the_report_is_of_the_classifier(run):
     folder, _, result = run
-    report = RobustnessReport.load(folder / "report")
+    report = RobustnessReport.load(folder / "classifier_report")
     assert report.content["n"] == 8
     assert report.content["data"]["id"] == "digits"
     assert report.content["attacks"].keys() == {"tangent"}
@@ -137,9 +139,41 @@ def test_two_processes_leave_the_encoder_of_one_with_classifier_and_report(tmp_p
     for command, folder in ((script, tmp_path / "one"), (launch, tmp_path / "two")):
         output = run_on_cpu(command("self_supervised", *arguments, "--output_dir", str(folder)))
         results.append(json.loads(output))
-        assert RobustnessReport.load(folder / "report").content["n"] == 8
+        assert RobustnessReport.load(folder / "classifier_report").content["n"] == 8
     assert results[0]["test_images"] == results[1]["test_images"] == 360
     one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
     assert results[0]["test_accuracy"] == pytest.approx(results[1]["test_accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit", {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1}),
+        ("dinov2", {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1}),
+        ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+    ],
+)
+def test_the_classifier_of_a_transformers_encoder_has_the_features_that_were_trained(
+    tmp_path, name, args
+):
+    args |= {"num_channels": 1}
+    if name != "resnet":
+        args |= {"num_attention_heads": 2, "intermediate_size": 16}
+    more = ["--model.library", "transformers", "--model.name", name, "--epochs", "1"]
+    more += ["--model.args", json.dumps(args), "--model.input_size", "[1, 8, 8]"]
+    result = train(parse([*TINY, *more, "--output_dir", str(tmp_path)])[0])
+    encoder = SpecRegModel.from_pretrained(tmp_path / "model").eval()
+    classifier = SpecRegModel.from_pretrained(tmp_path / "classifier").eval()
+    images = torch.rand(3, 1, 8, 8)
+    assert encoder.num_classes == 0
+    assert torch.equal(encoder(images), classifier.features(images))
+    assert result.metrics["logistic_accuracy"] > 0.3
+
+
+def test_a_model_whose_head_no_probe_can_replace_is_refused_before_training(tmp_path):
+    more = ["--model.name", "deit_tiny_distilled_patch16_224"]
+    more += ["--model.args", '{"img_size": 8, "patch_size": 4, "depth": 1}']
+    with pytest.raises(ValueError, match="a probe cannot take its place"):
+        train(parse([*TINY, *more, "--model.input_size", "[1, 8, 8]"])[0])

@@ -1,6 +1,7 @@
 """The real script: from one set of digits to another, what it trains, and before against after."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_specreg import RobustnessReport, SpecRegModel
-from recipes import supervised
+from hf_specreg.training.checkpoints import CheckpointError
+from hf_specreg.training.objectives import Supervised
+from recipes import supervised, transfer
 from recipes.transfer import main, parse, train
 from tests.recipes.conftest import launch, run_on_cpu
 
@@ -87,15 +90,83 @@ def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
     assert not torch.equal(before["fc.weight"], other["fc.weight"])
 
 
-def test_regularizers_are_summed_and_a_stopped_transfer_goes_on(source, tmp_path):
-    more = ["--regularizers.l2_sp.strength", "0.1", "--regularizers.bss.strength", "0.001"]
-    run, _ = parse(arguments(source, tmp_path, *more))
-    expected = load_file(train(run).model_folder / "model.safetensors")
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["l2_sp and bss", "lora and average", "spectral_norm"])
+def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
+    source, tmp_path, monkeypatch, mode
+):
+    near = ["--regularizers.l2_sp.strength", "0.1", "--regularizers.bss.strength", "0.001"]
+    more = {
+        "l2_sp and bss": near,
+        "lora and average": ["--transfer.train", "lora", "--optimizer.ema_decay", "0.9"],
+        "spectral_norm": ["--regularizers.spectral_norm", "true", "--transfer.head", "fresh"],
+    }[mode]
+    more += ["--checkpoint.every_steps", "2", "--log_every", "1"]
+    whole, _ = parse(arguments(source, tmp_path / "whole", *more))
+    expected = load_file(train(whole).model_folder / "model.safetensors")
+    lines = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
-    assert all(last[name] > 0 for name in ("penalty", "l2_sp", "bss"))
-    again = load_file(train(run, resume=True).model_folder / "model.safetensors")
+    assert last["penalty"] > 0
+    if mode == "l2_sp and bss":
+        assert last["l2_sp"] > 0
+        assert last["bss"] > 0
+
+    class Broken(Supervised):
+        calls = 0
+
+        def forward(self, images, labels):
+            self.calls += 1
+            if self.calls == 12:
+                raise Interrupted
+            return super().forward(images, labels)
+
+    broken, _ = parse(arguments(source, tmp_path / "broken", *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "Supervised", Broken)
+        with pytest.raises(Interrupted):
+            train(broken)
+    again = load_file(train(broken, resume=True).model_folder / "model.safetensors")
+    assert expected.keys() == again.keys()
     assert all(torch.equal(expected[n], again[n]) for n in expected)
+
+
+def test_a_run_is_refused_before_anything_of_it_is_overwritten(source, tmp_path):
+    config, _ = parse(arguments(source, tmp_path, "--transfer.head", "probe"))
+    train(config)
+    before = (tmp_path / "before/model.safetensors").read_bytes()
+    other = SpecRegModel.from_pretrained(source)
+    with torch.no_grad():
+        other.network.conv1.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    again, _ = parse(arguments(tmp_path / "other", tmp_path, "--transfer.head", "probe"))
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(again)
+    with pytest.raises(CheckpointError, match=r"model.name"):
+        train(again, resume=True)
+    assert (tmp_path / "before/model.safetensors").read_bytes() == before
+
+
+def test_another_start_is_refused_where_weights_are_kept_near_it(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "encoder")
+    more = ["--regularizers.l2_sp.strength", "0.1"]
+    config, _ = parse(arguments(folder, tmp_path / "run", *more))
+    train(config)
+    other = SpecRegModel.from_pretrained(folder)
+    with torch.no_grad():
+        other.network.conv1.weight.mul_(2)
+    other.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="no longer the encoder that the run"):
+        train(config, resume=True)
+
+
+def test_a_wrong_report_is_an_error_before_training(source, tmp_path):
+    more = ["--report.samples", "4", "--report.attacks", '{"tangnet": {}}']
+    with pytest.raises(ValueError, match="no attack 'tangnet'"):
+        train(parse(arguments(source, tmp_path, *more))[0])
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +174,7 @@ def test_regularizers_are_summed_and_a_stopped_transfer_goes_on(source, tmp_path
     [
         (["--transfer.train", "head", "--transfer.frozen_stages", "1"], "frozen_stages is for"),
         (["--transfer.train", "lora", "--regularizers.l2_sp.strength", "1"], "LoRA's begin at 0"),
+        (["--transfer.train", "head", "--regularizers.spectral_norm", "true"], "with a fresh head"),
         (["--model.library", "timm", "--model.name", "resnet18_cifar"], "nothing to transfer"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_specreg import SpecRegModel, SpectralPenalty
@@ -19,20 +20,19 @@ from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
 from hf_specreg.training.distributed import synchronize_batch_norms
 from hf_specreg.training.objectives import SelfSupervised, Supervised
 
-METHODS = ("supervised", "barlow-twins", "simclr", "vicreg", "byol")
+METHODS = ("supervised", "norm_act", "barlow-twins", "simclr", "vicreg", "byol")
 STEPS, BATCH = 20, 16
 
 
 def build(method):
     torch.manual_seed(0)
-    classes = 10 if method == "supervised" else 0
-    encoder = SpecRegModel.from_timm(
-        "resnet20_cifar",
-        num_classes=classes,
-        input_size=(1, 8, 8),
-        channels=[4, 8],
-        layers=[1, 1],
-    )
+    classes = 10 if method in ("supervised", "norm_act") else 0
+    args = {"num_classes": classes, "input_size": (1, 8, 8)}
+    if method == "norm_act":  # batch norms that activate too
+        encoder = SpecRegModel.from_timm("test_efficientnet", **args)
+        assert any(isinstance(m, BatchNormAct2d) for m in encoder.modules())
+    else:
+        encoder = SpecRegModel.from_timm("resnet20_cifar", **args, channels=[4, 8], layers=[1, 1])
     if classes:
         return Supervised(encoder, augment=AugmentConfig())
     return SelfSupervised(
@@ -49,7 +49,7 @@ def train(method, rank, processes):
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
     draws = torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        views = (2,) if method != "supervised" else ()
+        views = (2,) if isinstance(objective, SelfSupervised) else ()
         images = torch.rand(BATCH, *views, 1, 8, 8, generator=draws, dtype=torch.float64)
         labels = torch.randint(10, (BATCH,), generator=draws)
         part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)

@@ -28,7 +28,9 @@ def runs(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("method", ["supervised", "barlow-twins", "simclr", "vicreg", "byol"])
+@pytest.mark.parametrize(
+    "method", ["supervised", "norm_act", "barlow-twins", "simclr", "vicreg", "byol"]
+)
 def test_two_processes_train_to_the_weights_of_one(runs, method):
     """With batch norms and the penalty; embeddings and statistics are of the whole batch."""
     one, two = runs

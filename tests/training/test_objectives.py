@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
 from hf_specreg.training.objectives import SelfSupervised, Supervised
+from hf_specreg.training.regularizers import normalize_spectra
 
 METHODS = ("barlow-twins", "simclr", "vicreg", "byol")
 
@@ -146,6 +147,19 @@ def test_features_are_those_of_both_views_with_their_graph():
     for features, view in zip(trained.features, views().unbind(1), strict=True):
         torch.testing.assert_close(features, trained.encoder.features(view))
         assert features.requires_grad
+
+
+def test_a_teacher_follows_a_student_under_spectral_normalisation():
+    student = encoder()
+    normalize_spectra(student)
+    config = SelfSupervisedConfig("byol", projector_hidden=16, projector_out=8)
+    trained = SelfSupervised(student, config)
+    trained(views(), None).backward()
+    with torch.no_grad():
+        student.network.hidden.parametrizations.weight.original.add_(1.0)
+    trained.after_step(0.5)
+    names = [n for n, _ in trained.encoder.named_parameters()]
+    assert [n for n, _ in trained.teacher[0].named_parameters()] == names
 
 
 def test_an_encoder_with_a_head_is_refused():

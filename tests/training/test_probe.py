@@ -16,6 +16,7 @@ from hf_specreg.training.probe import (
     LinearHead,
     NeighbourScores,
     attach_head,
+    check_probe,
     effective_rank,
     feature_deviation,
     features_of,
@@ -66,11 +67,15 @@ def test_deviation_is_one_on_the_sphere_and_zero_for_a_constant():
     assert feature_deviation(torch.ones(100, 16)) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_logistic_regression_is_stationary_and_does_not_depend_on_the_features_scale(scale):
-    features, labels = clusters(scale=scale)
-    head = logistic_regression(features, labels, classes=3, l2=0.1)
-    base = logistic_regression(*clusters(), classes=3, l2=0.1)
+def test_logistic_regression_is_stationary_and_does_not_depend_on_the_features_scale(
+    scale, classes
+):
+    """Of the loss that its docstring names, also with two classes."""
+    features, labels = clusters(scale=scale, classes=classes)
+    head = logistic_regression(features, labels, classes=classes, l2=0.1)
+    base = logistic_regression(*clusters(classes=classes), classes=classes, l2=0.1)
     torch.testing.assert_close(head.weight * scale, base.weight, rtol=1e-3, atol=1e-3)
     deviation = (features - features.mean(0)).square().mean().sqrt()
     weight = (head.weight * deviation).requires_grad_()
@@ -130,9 +135,13 @@ def test_a_head_that_is_not_one_linear_layer_is_refused():
     model = SpecRegModel.from_timm("resnet20_cifar", num_classes=3, channels=[4, 8], layers=[1, 1])
     with pytest.raises(ValueError, match="not one linear layer"):
         attach_head(model, LinearHead(torch.zeros(4, 8), torch.zeros(4)))
-    model.network.fc = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Tanh())
-    with pytest.raises(ValueError, match="more than one linear layer"):
-        attach_head(model, LinearHead(torch.randn(3, 8), torch.randn(3)))
+    with pytest.raises(ValueError, match="not one linear layer"):
+        check_probe(model, 9)
+    check_probe(model, 8)
+    for more in (torch.nn.Tanh(), torch.nn.LeakyReLU(0.9)):
+        model.network.fc = torch.nn.Sequential(torch.nn.Linear(8, 3), more)
+        with pytest.raises(ValueError, match="more than one linear layer"):
+            attach_head(model, LinearHead(torch.randn(3, 8), torch.tensor([0.0, 1.0, -100.0])))
 
 
 def images_of(count=60):
@@ -150,7 +159,8 @@ def test_a_probed_classifier_classifies_as_its_probe():
     torch.manual_seed(0)
     args = {"img_size": 8, "hidden_features": 12}
     model = SpecRegModel.from_timm("mlp_2000", num_classes=2, input_size=(1, 8, 8), **args)
-    found = probe_classifier(model, images_of(), images_of(), ProbeConfig(epochs=5))
+    cpu = Accelerator(cpu=True)
+    found = probe_classifier(model, images_of(), images_of(), ProbeConfig(epochs=5), cpu)
     assert found["logistic_accuracy"] == 1.0
     assert found["probe_images"] == 60
     images, labels = images_of()[:]
@@ -184,7 +194,7 @@ def test_features_are_collected_in_evaluation_mode_and_the_mode_is_put_back():
     model = SpecRegModel.from_timm(
         "resnet20_cifar", num_classes=3, input_size=(1, 8, 8), channels=[4, 8], layers=[1, 1]
     ).train()
-    features, labels = features_of(model, images_of(), batch_size=7)
+    features, labels = features_of(model, images_of(), Accelerator(cpu=True), batch_size=7)
     assert model.training
     images, expected = images_of()[:]
     model.eval()

@@ -1,22 +1,29 @@
 """The regularizers by their names in the run configuration, in the loop that hands them images."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import nn
 
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.spectral import baselines
+from hf_specreg.training.build import build_model
 from hf_specreg.training.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ProbeConfig,
+    ReportConfig,
     RunConfig,
+    SelfSupervisedConfig,
+    TransferConfig,
 )
 from hf_specreg.training.regularizers import (
     BSSConfig,
@@ -159,6 +166,31 @@ def test_values_out_of_range_are_named(settings, message):
         JacobianConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (JacobianConfig, "projections", 0),
+        (JacobianConfig, "images", 0),
+        (L2SPConfig, "head", -1.0),
+        (BSSConfig, "k", 0),
+        (PenaltyConfig, "power_iterations", 0),
+        (OptimizerConfig, "encoder_lr", -1.0),
+        (OptimizerConfig, "layer_decay", 3.0),
+        (SelfSupervisedConfig, "temperature", 0.0),
+        (SelfSupervisedConfig, "teacher_momentum", 2.0),
+        (SelfSupervisedConfig, "bank", 0),
+        (ProbeConfig, "l2", 0.0),
+        (ProbeConfig, "images", 0),
+        (TransferConfig, "frozen_stages", -1),
+        (TransferConfig, "lora_rank", 0),
+        (ReportConfig, "samples", -1),
+    ],
+)
+def test_every_setting_has_a_range(kind, name, value):
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
+        kind(**{name: value})
+
+
 def run(folder, accumulation=1, **kwargs):
     settings = {
         "output_dir": str(folder),
@@ -202,21 +234,46 @@ def test_a_run_sums_them_logs_each_and_accumulation_does_not_change_the_weights(
     assert (without["hidden.weight"] - one["hidden.weight"]).norm() > 1e-3
 
 
+def started_from(config):
+    """The hidden weights that a run begins with."""
+    set_seed(config.seed)
+    return build_model(config.model, [str(n) for n in range(10)]).network.hidden.weight.detach()
+
+
 def test_a_strong_regularizer_gets_smaller_in_a_run(tmp_path):
     for name, settings in (("l2_sp", L2SPConfig(5.0)), ("jacobian", JacobianConfig(3e3))):
-        values = []
+        values, start = [], started_from(run(tmp_path))
         for strength in (0.0, settings.strength):
             config = RegularizersConfig(**{name: replace(settings, strength=strength)})
             folder = tmp_path / f"{name}_{strength}"
-            start = model()
             result = train(run(folder, regularizers=config))
             trained = SpecRegModel.from_pretrained(result.model_folder)
             if name == "jacobian":
                 values.append(baselines.jacobian_norm(trained, images(), projections=None))
             else:
-                moved = trained.network.hidden.weight - start.network.hidden.weight
-                values.append(moved.norm() if strength else torch.inf)
+                values.append((trained.network.hidden.weight - start).norm())
         assert values[1] < 0.7 * values[0], name
+
+
+def test_the_penaltys_share_of_the_time_is_not_that_of_the_others(tmp_path, monkeypatch):
+    """The others are slow, also backwards."""
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.square().sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            time.sleep(0.3)
+            return None
+
+    monkeypatch.setattr(baselines, "orthogonality", lambda w, iterations: Slow.apply(w[0]))
+    regularizers = RegularizersConfig(orthogonality=OrthogonalityConfig(1.0))
+    train(run(tmp_path, regularizers=regularizers))
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["penalty_share"] for line in lines if "penalty_share" in line]
+    assert max(shares) < 0.5
 
 
 def test_spectral_normalisation_is_trained_with_and_saved_as_plain_weights(tmp_path):

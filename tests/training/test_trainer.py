@@ -156,13 +156,48 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
-def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+@pytest.mark.parametrize(("kind", "only"), [(Trainer, False), (SpecRegTrainer, True)])
+def test_a_checkpoint_without_vectors_is_gone_on_from_with_a_warning(tmp_path, caplog, kind, only):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    trained(tmp_path / "run", vit(), kind=Trainer, **settings)
-    with pytest.raises(FileNotFoundError, match="not a checkpoint of SpecRegTrainer"):
-        SpecRegTrainer(
-            vit(), arguments(tmp_path / "run", **settings), train_dataset=Digits()
-        ).train(resume_from_checkpoint=True)
+    settings |= {"save_only_model": only}
+    trained(tmp_path / "run", vit(), kind=kind, **settings)
+    again = SpecRegTrainer(
+        vit(), arguments(tmp_path / "run", **{**settings, "max_steps": 3}), train_dataset=Digits()
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert "the penalty's vectors start anew" in caplog.text
+    assert again.penalty.step == 3
+
+
+def test_a_second_training_has_its_own_burn_in(tmp_path):
+    trainer = SpecRegTrainer(
+        vit(),
+        arguments(tmp_path, max_steps=3),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05, "burn_in": 2},
+    )
+    for _ in range(2):
+        trainer.train()
+        assert trainer.penalty.step == 3
+    logged = [line["penalty"] for line in trainer.state.log_history if "loss" in line]
+    assert len(logged) == 3
+
+
+def test_the_penalty_of_a_frozen_encoder_is_logged(tmp_path):
+    model = vit()
+    model.vit.requires_grad_(False)
+    trainer = trained(tmp_path, model)
+    assert trainer.state.log_history[0]["penalty"] > 0
+
+
+def test_it_runs_with_transformers_of_before_the_scaling_was_an_attribute(tmp_path, monkeypatch):
+    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
+    trainer = SpecRegTrainer(vit(), arguments(tmp_path), train_dataset=Digits())
+    trainer.current_gradient_accumulation_steps = 4
+    trainer.model_accepts_loss_kwargs = False
+    assert trainer._divisor(None) == 4
+    trainer.model_accepts_loss_kwargs = True
+    assert trainer._divisor(8) == 1
 
 
 def test_what_it_saves_is_loaded_by_transformers_and_by_this_package(tmp_path):

@@ -99,6 +99,14 @@ def test_two_frozen_stages_are_the_stem_and_the_first_after_it(make, frozen, fir
     assert everything - trained == {n for n, stage in found.items() if stage < 2}
 
 
+def test_stages_of_a_wrapped_timm_model_are_timms():
+    config = transformers.TimmWrapperConfig(architecture="resnet18", num_labels=3)
+    wrapped = SpecRegModel.from_transformers(config, num_classes=3, input_size=(3, 32, 32))
+    plain = SpecRegModel.from_timm("resnet18", num_classes=3, input_size=(3, 32, 32))
+    assert stages(wrapped) == {f"timm_model.{n}": s for n, s in stages(plain).items()}
+    assert stages(plain)["layer1.1.conv1.weight"] == stages(plain)["layer1.0.conv1.weight"] == 1
+
+
 def test_freezing_all_stages_leaves_the_head_and_more_is_an_error():
     encoder = resnet()
     prepare_transfer(encoder, TransferConfig(frozen_stages=3))

@@ -1,0 +1,73 @@
+"""Several saved classifiers, as before and after fine-tuning, attacked on the same images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.robustness.evaluate import check_settings, evaluate_robustness
+from hf_specreg.robustness.report import RobustnessReport
+
+
+def check_evaluation(
+    attacks: Mapping[str, Mapping[str, Any]], eps: Sequence[float], *, samples: int
+) -> None:
+    """Raise what the evaluation would raise of its settings, before a model is trained for it.
+
+    Raises:
+        ValueError: an unknown attack or setting, or an eps that is none.
+        ImportError: an attack's library, or the one that draws the page, is not installed.
+    """
+    if not samples:
+        return
+    check_settings(attacks, eps)
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the report's page needs matplotlib: pip install 'hf-specreg[plots]', or set "
+            "report.samples to 0"
+        ) from error
+
+
+def evaluate_side_by_side(
+    folders: Mapping[str, Path],
+    rows: datasets.Dataset,
+    *,
+    samples: int,
+    output: Path,
+    shard: tuple[int, int] = (0, 1),
+    **settings: Any,
+) -> list[RobustnessReport]:
+    """Attack the classifiers; leave a report of each, and a page that compares them.
+
+    Args:
+        folders: of the classifiers, by the name that they have in the reports. The reports go
+            beside them, into FOLDER_report/.
+        rows: images and labels.
+        samples: how many of them at most, drawn by the seed.
+        output: folder for report.html.
+        shard: (rank, processes), as for `evaluate_robustness`.
+        settings: of `evaluate_robustness`.
+    """
+    reports = []
+    for name, folder in folders.items():
+        workspace = folder.parent / f"{folder.name}_report"
+        report = evaluate_robustness(
+            SpecRegModel.from_pretrained(folder),
+            rows,
+            name=name,
+            samples=min(samples, len(rows)),
+            output=workspace,
+            shard=shard,
+            **settings,
+        )
+        reports.append(report)
+        if shard[0] == 0:
+            report.save(workspace / "robustness.json")
+    if shard[0] == 0:
+        shown = RobustnessReport.compare(reports) if len(reports) > 1 else reports[0]
+        shown.to_html(output / "report.html")
+    return reports
