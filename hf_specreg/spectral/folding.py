@@ -1,56 +1,96 @@
-"""Batch norm folded into the linear map before it: diag(gamma / sqrt(running_var + eps)) W.
+"""Norms folded into the linear maps beside them: diag(gamma / sqrt(running_var + eps)) W diag(g).
 
-A batch norm after a convolution makes the convolution's own scale free: W -> c W changes nothing
-once the running variance has followed. The folded map is what acts at evaluation.
+A batch norm after a linear map, with gain gamma, makes the map's own scale free: W -> c W changes
+nothing once the running variance has followed. So does the gain g of a layer norm before it, with
+W -> W / c and g -> c g. The folded map is what acts, of the batch norm at evaluation.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_specreg.encoders.features import evaluating
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms beside a linear map.
+
+    Attributes:
+        before: a layer norm whose output the map is fed as it is, with a gain of each feature or
+            channel.
+        after: a batch norm that is fed the map's output as it is.
+    """
+
+    before: nn.Module | None = None
+    after: _BatchNorm | None = None
+
 
 @torch.no_grad()
-def following_norms(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, _BatchNorm]:
-    """Return the batch norms that are fed a layer's output as it is, by the layer's dotted name.
+def adjoining_norms(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Norms]:
+    """Return the norms beside each layer that has one, by the layer's dotted name.
 
     Found by one evaluation of one black image (C, H, W), where the model is.
     """
     names = {module: name for name, module in network.named_modules()}
     # The tensor is kept, so that its id stays its own; its version tells what is done in place.
-    outputs: dict[int, tuple[str, Tensor, int]] = {}
-    found: dict[str, _BatchNorm] = {}
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    found: dict[str, Norms] = {}
 
     def after(module, args, output):
         if isinstance(output, Tensor):
-            outputs[id(output)] = names[module], output, output._version
+            outputs[id(output)] = module, output, output._version
 
     def before(module, args):
-        name, _, version = outputs.get(id(args[0]) if args else None, (None, None, None))
-        if name is not None and args[0]._version == version:
-            found[name] = module
+        source, _, version = outputs.get(id(args[0]) if args else None, (None, None, None))
+        if source is None or args[0]._version != version:
+            return
+        if isinstance(module, _BatchNorm):
+            if module.running_var is not None:
+                found[names[source]] = replace(found.get(names[source], Norms()), after=module)
+        elif _has_gain(source):
+            found[names[module]] = replace(found.get(names[module], Norms()), before=source)
 
-    modes = {module: module.training for module in network.modules()}
     hooks = []
     for module in network.modules():
-        if isinstance(module, _BatchNorm):
+        if dict(module.named_parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(before))
-        elif dict(module.named_parameters(recurse=False)):
-            hooks.append(module.register_forward_hook(after))
+            if not isinstance(module, _BatchNorm):
+                hooks.append(module.register_forward_hook(after))
     first = next(network.parameters())
     try:
-        network.eval()
-        network(torch.zeros(1, *input_size, dtype=first.dtype, device=first.device))
+        with evaluating(network):
+            network(torch.zeros(1, *input_size, dtype=first.dtype, device=first.device))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return {name: norm for name, norm in found.items() if norm.running_var is not None}
+    return found
 
 
-def folded(weight: Tensor, norm: _BatchNorm) -> Tensor:
-    """Return the weight [out, ...] with the norm's scale of each output channel."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    return weight * scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
+def folded(weight: Tensor, norms: Norms) -> Tensor:
+    """Return the weight [out, in, ...] with the norms' scales of its outputs and inputs.
+
+    Differentiable by the weight and the norms' gains; running statistics are constants.
+
+    Args:
+        weight: of a linear layer or an ungrouped convolution.
+        norms: beside it.
+    """
+    if norms.after is not None:
+        scale = (norms.after.running_var + norms.after.eps).rsqrt()
+        if norms.after.weight is not None:
+            scale = scale * norms.after.weight
+        weight = weight * scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
+    if norms.before is not None:
+        gain = norms.before.weight.to(weight)
+        weight = weight * gain.reshape(1, -1, *[1] * (weight.ndim - 2))
+    return weight
+
+
+def _has_gain(module: nn.Module) -> bool:
+    """Whether it is a layer norm over one dimension, or one like it, with a gain."""
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or module.weight is None:
+        return False
+    return module.weight.ndim == 1

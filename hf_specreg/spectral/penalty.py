@@ -13,7 +13,7 @@ representation learning", arXiv:2405.17181. As in the authors' code, and unlike 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.trace import Layer, trace_layers
-from hf_specreg.spectral.folding import folded, following_norms
+from hf_specreg.spectral.folding import Norms, adjoining_norms, folded
 from hf_specreg.spectral.layers import is_matrix, linear_operators
-from hf_specreg.spectral.operators import LinearOperator, TransposedConvolution
+from hf_specreg.spectral.operators import Dense, LinearOperator, TransposedConvolution
 from hf_specreg.spectral.singular import (
     Side,
     TopSingularValue,
@@ -69,6 +69,12 @@ class SpectralPenalty:
         skip: dotted names of modules to leave out, with all they hold.
         split_qkv: penalise q, k and v each where one matrix stacks the three; else that matrix
             whole.
+        fold_norm: penalise the maps with the norms beside them folded in, which act at evaluation:
+            a batch norm after the map (running statistics, as constants) and the gain of a layer
+            norm before a linear layer. Their gains get a gradient too. A strong penalty of this
+            kind diverges: features shrink, the head grows to make up for it, and the step is too
+            long for what results; start from a tenth of the plain strength. With several processes
+            the statistics must be synchronised.
         seed: of the vectors' first draw.
 
     Attributes:
@@ -94,6 +100,7 @@ class SpectralPenalty:
         head: str | Sequence[str] | None = None,
         skip: Sequence[str] = (),
         split_qkv: bool = True,
+        fold_norm: bool = False,
         seed: int = 0,
     ):
         if scope not in ("features", "all"):
@@ -110,6 +117,7 @@ class SpectralPenalty:
         self.every = every
         self.burn_in = burn_in
         self.power_iterations = power_iterations
+        self.fold_norm = fold_norm
         self.seed = seed
         self.step = 0
         self._network = unwrap(model)
@@ -136,6 +144,8 @@ class SpectralPenalty:
                 f"no linear map of {type(self._network).__name__} is left before its head "
                 f"{self._head}"
             )
+        self._modules = {operator.name: module for module, operator in owners}
+        self._norms = self._find_norms() if self.fold_norm else {}
         self._vectors: dict[str, Tensor] = {}
         self._side: Side = "input"  # where the vectors live: v, or u on the "output"
         self._seen.watch(owners)
@@ -164,7 +174,7 @@ class SpectralPenalty:
         self._seen.check(self.input_size)
         terms = []
         with _no_autocast(next(self._network.parameters())):
-            weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+            weights = self._weights(self._norms)
             self._start_vectors(weights)
             side, count = self._side, self.power_iterations
             self._side = other_side(side) if count % 2 else side
@@ -192,19 +202,16 @@ class SpectralPenalty:
 
         Args:
             tolerance: of the relative residual.
-            fold_norm: only the layers that a batch norm follows, with its scale folded in: what
-                acts at evaluation.
+            fold_norm: only the layers that have a norm beside them, with it folded in.
         """
-        norms = following_norms(self._network, self.input_size) if fold_norm else {}
+        norms = self._find_norms() if fold_norm else self._norms
         with torch.no_grad(), _no_autocast(next(self._network.parameters())):
-            weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+            weights = self._weights(norms)
             self._start_vectors(weights)
             values = {}
             for layer, weight in zip(self.layers, weights, strict=True):
-                if fold_norm:
-                    if layer.name not in norms or isinstance(layer, TransposedConvolution):
-                        continue
-                    weight = folded(weight, norms[layer.name])
+                if fold_norm and layer.name not in norms:
+                    continue
                 v = self._vectors[layer.name].to(weight)
                 if self._side == "output":
                     _, _, v = power_iteration(layer, weight, v, "output")
@@ -249,6 +256,34 @@ class SpectralPenalty:
         self.step = state["step"]
         self._side = side
         self._vectors = {name: vector.clone() for name, vector in vectors.items()}
+
+    def _weights(self, norms: Mapping[str, Norms]) -> list[Tensor]:
+        """Every layer's weight, in full precision, with the norms of those that have some."""
+        weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+        return [
+            folded(weight, norms[layer.name]) if layer.name in norms else weight
+            for layer, weight in zip(self.layers, weights, strict=True)
+        ]
+
+    def _find_norms(self) -> dict[str, Norms]:
+        """The norms beside each layer, by the layer's name; of several operators of one module,
+        only what stands before it can be told apart.
+        """
+        names = {module: name for name, module in self._network.named_modules()}
+        found = adjoining_norms(self._network, self.input_size)
+        norms = {}
+        for layer in self.layers:
+            beside = found.get(names[self._modules[layer.name]])
+            if beside is None or isinstance(layer, TransposedConvolution):
+                continue
+            if layer.name != names[self._modules[layer.name]]:
+                beside = Norms(before=beside.before)
+            per_channel = type(beside.before).__name__.endswith("2d")  # as timm's LayerNorm2d
+            if per_channel == isinstance(layer, Dense) or getattr(layer, "groups", 1) > 1:
+                beside = Norms(after=beside.after)
+            if beside != Norms():
+                norms[layer.name] = beside
+        return norms
 
     @torch.no_grad()
     def _start_vectors(self, weights: Sequence[Tensor]) -> None:

@@ -193,6 +193,7 @@ def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) 
         burn_in=settings.burn_in(steps_per_epoch, config.epochs),
         power_iterations=settings.power_iterations,
         split_qkv=settings.split_qkv,
+        fold_norm=settings.fold_norm,
         skip=settings.skip,
         input_size=model.input_size,
         seed=config.seed,

@@ -89,6 +89,7 @@ class PenaltyConfig(RegularizerConfig):
         scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
         power_iterations: of each use; one is a product with W or W^T, in turn.
         split_qkv: penalise stacked q, k and v each.
+        fold_norm: penalise maps with the norms beside them folded in; see `SpectralPenalty`.
         skip: dotted names of modules to leave out.
     """
 
@@ -96,6 +97,7 @@ class PenaltyConfig(RegularizerConfig):
     scope: Literal["features", "all"] = "features"
     power_iterations: int = 1
     split_qkv: bool = True
+    fold_norm: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self):

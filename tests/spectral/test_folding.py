@@ -1,10 +1,13 @@
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hf_specreg import SpectralPenalty
-from hf_specreg.spectral.folding import following_norms
+from hf_specreg.spectral.folding import Norms, adjoining_norms
+
+SIZE = {"input_size": (3, 2, 2)}
 
 
 class Net(nn.Module):
@@ -68,14 +71,128 @@ def test_rescaling_a_normalised_convolution_changes_the_plain_sigma_only(net):
 def test_an_activation_in_place_stands_between():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
-    assert following_norms(nn.Sequential(*layers), (3, 8, 8)) == {}
-    assert list(following_norms(nn.Sequential(*layers[::2]), (3, 8, 8))) == ["0"]
+    assert adjoining_norms(nn.Sequential(*layers), (3, 8, 8)) == {}
+    assert list(adjoining_norms(nn.Sequential(*layers[::2]), (3, 8, 8))) == ["0"]
 
 
 def test_looking_for_norms_leaves_the_model_as_it_is(net):
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    assert following_norms(net, (3, 8, 8)) == {"first": net.norm}
+    assert adjoining_norms(net, (3, 8, 8)) == {"first": Norms(after=net.norm)}
     assert net.training
     assert net.norm.training
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+class Blocks(nn.Module):
+    """A linear layer with a layer norm before and a batch norm after it, and one with neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.LayerNorm(12)
+        self.hidden = nn.Linear(12, 7)
+        self.after = nn.BatchNorm1d(7)
+        self.plain = nn.Linear(7, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.after(self.hidden(self.before(x.flatten(1))))
+        return self.head(self.plain(x.relu()))
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    blocks = Blocks().double()
+    with torch.no_grad():
+        blocks.after.running_var.uniform_(0.2, 3)
+        for norm in (blocks.before, blocks.after):
+            norm.weight.uniform_(0.5, 2)
+    return blocks
+
+
+def dense(blocks):
+    """The folded matrices, written out."""
+    scale = blocks.after.weight / (blocks.after.running_var + blocks.after.eps).sqrt()
+    return torch.diag(scale) @ blocks.hidden.weight @ torch.diag(blocks.before.weight)
+
+
+def folded_penalty(blocks):
+    options = {"head": "head", "input_size": (3, 2, 2), "power_iterations": 100}
+    return SpectralPenalty(blocks, strength=0.5, fold_norm=True, **options)
+
+
+def test_the_folded_penalty_is_that_of_the_matrix_between_the_norms(blocks):
+    penalty = folded_penalty(blocks)
+    expected = torch.linalg.matrix_norm(dense(blocks), 2) ** 2
+    plain = torch.linalg.matrix_norm(blocks.plain.weight, 2) ** 2
+    torch.testing.assert_close(penalty(), 0.5 * (expected + plain), rtol=1e-6, atol=0)
+    sigmas = penalty.sigmas()
+    assert sigmas["hidden"] == pytest.approx(expected.sqrt().item(), rel=1e-4)
+    assert sigmas["plain"] == pytest.approx(plain.sqrt().item(), rel=1e-4)
+
+
+def test_its_gradient_is_that_of_the_dense_matrix_also_for_the_gains(blocks):
+    folded_penalty(blocks)().backward()
+    found = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
+    blocks.zero_grad()
+    norms = [torch.linalg.matrix_norm(m, 2) for m in (dense(blocks), blocks.plain.weight)]
+    (0.5 * sum(norm**2 for norm in norms)).backward()
+    expected = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert {"hidden.weight", "before.weight", "after.weight"} <= found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_rescaling_what_the_norms_undo_leaves_the_folded_penalty_and_moves_the_plain_one(blocks):
+    folded, plain = folded_penalty(blocks), SpectralPenalty(blocks, **{"head": "head"} | SIZE)
+    before = folded.value().item(), plain.value().item()
+    with torch.no_grad():
+        blocks.hidden.weight *= 3
+        blocks.before.weight /= 3
+    assert folded.value().item() == pytest.approx(before[0], rel=1e-6)
+    assert plain.value().item() > 2 * before[1]
+
+
+VIT = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3}
+CONVNEXT = {"depths": [1] * 4, "dims": [8] * 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "layer", "norm"),
+    [
+        ("vit_tiny_patch16_224", VIT, "blocks.0.attn.qkv.q", "blocks.0.norm1"),
+        ("vit_tiny_patch16_224", VIT, "blocks.0.mlp.fc1", "blocks.0.norm2"),
+        ("convnext_atto", CONVNEXT, "stages.0.blocks.0.mlp.fc1", "stages.0.blocks.0.norm"),
+        (
+            "convnext_atto",
+            {**CONVNEXT, "conv_mlp": True},
+            "stages.0.blocks.0.mlp.fc1",
+            "stages.0.blocks.0.norm",
+        ),
+    ],
+)
+def test_layer_norms_of_real_networks_are_folded_into_what_they_feed(name, args, layer, norm):
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=2, **args)
+    options = {"input_size": (3, 32, 32)}
+    penalty = SpectralPenalty(network, fold_norm=True, strength=1.0, **options)
+    names = {operator.name for operator in penalty.layers}
+    (found,) = [n for n in names if n.replace("[", ".").rstrip("]") == layer]
+    with torch.no_grad():
+        network.get_submodule(norm).weight.fill_(2.0)
+    plain = SpectralPenalty(network, **options).sigmas()
+    assert penalty.sigmas()[found] == pytest.approx(2 * plain[found], rel=1e-2)
+
+
+def test_batch_norms_of_a_resnet_are_folded_and_resume_is_exact():
+    torch.manual_seed(0)
+    network = timm.create_model("resnet20_cifar")
+    penalty = SpectralPenalty(network, fold_norm=True)
+    folded = penalty.top_singular_values(fold_norm=True)
+    assert len(folded) == len(penalty.layers) == 21
+    penalty()
+    again = SpectralPenalty(network, fold_norm=True)
+    again.load_state_dict(penalty.state_dict())
+    assert torch.equal(penalty(), again())
