@@ -94,7 +94,7 @@ def test_scope_all_adds_the_head_and_nothing_else(net):
     ("layer", "shape"),
     [
         (nn.Linear(5, 4), (5,)),
-        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 6, 6)),
+        (nn.Conv2d(1, 2, 3, stride=2, padding=1), (1, 6, 6)),
         (nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"), (4, 5, 5)),
         (nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1), (2, 3, 3)),
     ],
