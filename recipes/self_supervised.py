@@ -34,10 +34,11 @@ from hf_specreg.training.build import (
 from hf_specreg.training.checkpoints import replace_folder, starting_point
 from hf_specreg.training.command import add_metrics, finish, of_report, parse_run
 from hf_specreg.training.config import SelfSupervisedRunConfig
+from hf_specreg.training.features import NeighbourScores
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import TrainingResult
 from hf_specreg.training.objectives import SelfSupervised, feature_width
-from hf_specreg.training.probe import NeighbourScores, check_probe, probe_classifier
+from hf_specreg.training.probe import check_probe, probe_classifier
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[SelfSupervisedRunConfig, bool]:

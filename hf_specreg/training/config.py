@@ -243,6 +243,12 @@ class RunConfig:
                 "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
+        bss = self.regularizers.bss
+        if bss.strength and bss.k > self.batch_size // self.accumulation:
+            raise ValueError(
+                f"regularizers.bss.k ({bss.k}) exceeds the images of a micro-batch "
+                f"({self.batch_size // self.accumulation})"
+            )
         if self.augment.kind in VIEWS and type(self) is RunConfig:
             raise ValueError(
                 f"augment.kind {self.augment.kind!r} gives two views: for self-supervision only"

@@ -1,28 +1,24 @@
-"""How good frozen features are: neighbours, a logistic regression, a linear probe; and collapse.
+"""Linear classifiers on frozen features: a logistic regression and a linear probe.
 
-All read features [N, D] of un-augmented images. The paper puts a logistic regression (lbfgs) on
+Both read features [N, D] of un-augmented images. The paper puts a logistic regression (lbfgs) on
 them (Yang et al., arXiv:2405.17181); `attach_head` makes of it, or of a linear probe, a classifier
 whose robustness can be measured.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hf_specreg.data.images import collate
 from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.config import ProbeConfig
+from hf_specreg.training.features import features_of
 
-logger = logging.getLogger(__name__)
-COLLAPSED_DEVIATION, COLLAPSED_RANK = 0.02, 2.0
 NEVER = -100.0  # the logit of a class that no training image is of
 
 
@@ -41,155 +37,6 @@ class LinearHead:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Return the share of features [N, D] that are classified as their label [N]."""
         return (features @ self.weight.T + self.bias).argmax(1).eq(labels).float().mean().item()
-
-
-@torch.no_grad()
-def collect_features(
-    encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
-    """Return features [N, D], float32, and labels [N] of all processes, to each of them.
-
-    Args:
-        encoder: evaluated as it is, in evaluation mode.
-        loader: of uint8 images [B, C, H, W] and labels, shared out over the processes.
-        accelerator: of the run.
-    """
-    collected = []
-    with evaluating(encoder):
-        for images, labels in loader:
-            with accelerator.autocast():
-                features = encoder.features(images.float() / 255).float()
-            collected.append(accelerator.gather_for_metrics((features, labels)))
-    features, labels = zip(*collected, strict=True)
-    return torch.cat(features), torch.cat(labels)
-
-
-def features_of(
-    encoder: SpecRegModel, images: Dataset, accelerator: Accelerator, *, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
-    """Return features [N, D] and labels [N] of a set of (uint8 image, label), in its order.
-
-    Args:
-        encoder: on the accelerator's device.
-        images: of (uint8 image [C, H, W], label).
-        accelerator: of the run; its processes share the images out.
-        batch_size: images a process and batch.
-    """
-    loader = prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler
-        DataLoader(images, batch_size, collate_fn=collate),
-        accelerator.device,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        put_on_device=True,
-    )
-    return collect_features(encoder, loader, accelerator)
-
-
-def knn_accuracy(
-    bank: tuple[Tensor, Tensor],
-    queries: tuple[Tensor, Tensor],
-    *,
-    neighbours: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """Return the accuracy of a vote of the nearest features, weighted by exp(cosine / temperature).
-
-    Args:
-        bank: features [M, D] and labels [M].
-        queries: features [N, D] and labels [N].
-        neighbours: that vote; all of a smaller bank.
-        temperature: of the weights.
-
-    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
-    CVPR 2018, sec. 3.4.
-    """
-    normal = F.normalize(bank[0], dim=1)
-    classes = F.one_hot(bank[1]).float()
-    right = 0
-    for features, labels in zip(queries[0].split(1000), queries[1].split(1000), strict=True):
-        cosine, nearest = (F.normalize(features, dim=1) @ normal.T).topk(
-            min(neighbours, len(normal))
-        )
-        votes = ((cosine / temperature).exp()[:, :, None] * classes[nearest]).sum(1)
-        right += votes.argmax(1).eq(labels).sum().item()
-    return right / len(queries[0])
-
-
-def feature_deviation(features: Tensor) -> float:
-    """Return sqrt(D) times the mean standard deviation of the normalised features' entries.
-
-    About 1 for directions spread evenly over the sphere, 0 where all are the same.
-
-    Args:
-        features: [N, D].
-
-    Source: Chen, He, "Exploring Simple Siamese Representation Learning", CVPR 2021, sec. 4.1.
-    """
-    normal = F.normalize(features, dim=1)
-    return (normal.std(0).mean() * features.shape[1] ** 0.5).item()
-
-
-def effective_rank(features: Tensor) -> float:
-    """Return exp of the entropy of the centred features' normalised singular values, 1 to D.
-
-    Features that do not vary at all have effective rank 1.
-
-    Args:
-        features: [N, D].
-
-    Source: Roy, Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., "RankMe", ICML 2023,
-    which does not centre. Centred, a constant does not count as a direction.
-    """
-    centred = (features - features.mean(0)).double()
-    gram = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T
-    sigmas = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    noise = torch.finfo(features.dtype).eps * features.double().norm()
-    if sigmas[-1] <= noise:
-        return 1.0
-    shares = sigmas / sigmas.sum()
-    return torch.special.entr(shares).sum().exp().item()
-
-
-class NeighbourScores:
-    """What is said of an encoder without a head after each epoch of a self-supervised training.
-
-    A collapsed encoder, one whose features say next to nothing of the image, is warned of.
-
-    Args:
-        bank: of (uint8 image, label), un-augmented training images.
-        neighbours: that vote.
-        batch_size: images a process and batch.
-    """
-
-    def __init__(self, bank: Dataset, *, neighbours: int, batch_size: int):
-        self.bank = bank
-        self.neighbours = neighbours
-        self.batch_size = batch_size
-
-    def __call__(
-        self, encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
-    ) -> dict[str, float]:
-        """Return the neighbours' accuracy, deviation and effective rank of the features, whether
-        they have collapsed, and how many images.
-        """
-        bank = features_of(encoder, self.bank, accelerator, batch_size=self.batch_size)
-        queries = collect_features(encoder, loader, accelerator)
-        deviation, rank = feature_deviation(queries[0]), effective_rank(queries[0])
-        collapsed = deviation < COLLAPSED_DEVIATION or rank < COLLAPSED_RANK
-        if collapsed and accelerator.is_main_process:
-            logger.warning(
-                "the features have collapsed: their deviation is %.2g (1 is spread evenly, below "
-                "%g collapsed), their effective rank %.3g (below %g collapsed). Lower the learning "
-                "rate or penalty.strength, or take a larger batch",
-                *(deviation, COLLAPSED_DEVIATION, rank, COLLAPSED_RANK),
-            )
-        return {
-            "accuracy": knn_accuracy(bank, queries, neighbours=self.neighbours),
-            "feature_deviation": deviation,
-            "effective_rank": rank,
-            "collapsed": float(collapsed),
-            "images": len(queries[0]),
-        }
 
 
 def logistic_regression(

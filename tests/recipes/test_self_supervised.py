@@ -12,8 +12,8 @@ from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.training.build import plain_training_images
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedRunConfig
+from hf_specreg.training.features import features_of
 from hf_specreg.training.objectives import SelfSupervised
-from hf_specreg.training.probe import features_of
 from recipes import self_supervised
 from recipes.self_supervised import main, parse, train
 from tests.recipes.conftest import launch, run_on_cpu, script

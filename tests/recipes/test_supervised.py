@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from hf_specreg.cli import main as cli
@@ -43,6 +44,18 @@ def test_every_configuration_is_valid_and_its_model_can_be_built(path):
     with torch.device("meta"):
         if not config.model.pretrained and config.model.library != "saved":
             assert build_model(config.model, [str(n) for n in range(10)]).num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["one_node", "two_nodes"])
+def test_accelerates_configurations_are_read_and_named_in_the_readme(name):
+    path = ROOT / f"recipes/configs/accelerate/{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines
+    assert config.distributed_type == "MULTI_GPU"
+    assert f"--config_file recipes/configs/accelerate/{path.name}" in path.read_text()
+    assert (
+        f"--config_file recipes/configs/accelerate/{path.name}" in (ROOT / "README.md").read_text()
+    )
 
 
 def test_unknown_keys_and_wrong_values_are_errors_that_name_them(capsys):

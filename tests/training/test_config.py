@@ -14,6 +14,7 @@ from hf_specreg.training.config import (
     differences,
 )
 from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.regularizers import BSSConfig, RegularizersConfig
 
 
 def test_burn_in_is_counted_in_epochs_steps_or_a_fraction():
@@ -30,6 +31,10 @@ def test_values_out_of_range_are_named():
         PenaltyConfig(strength=-1)
     with pytest.raises(ValueError, match=r"epochs \(0\) must be at least 1"):
         RunConfig(epochs=0)
+    with pytest.raises(ValueError, match=r"bss.k \(40\) exceeds the images .* \(32\)"):
+        RunConfig(
+            batch_size=64, accumulation=2, regularizers=RegularizersConfig(bss=BSSConfig(0.1, k=40))
+        )
     with pytest.raises(ValueError, match="steps_per_epoch is needed for a stream"):
         RunConfig(data=DataConfig(streaming=True))
 

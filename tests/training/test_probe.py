@@ -1,26 +1,17 @@
 """Probes on features whose answer is known, and heads that give the probe's logits."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from sklearn.neighbors import KNeighborsClassifier
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from hf_specreg import SpecRegModel
-from hf_specreg.data.images import collate
 from hf_specreg.training.config import ProbeConfig
 from hf_specreg.training.probe import (
     LinearHead,
-    NeighbourScores,
     attach_head,
     check_probe,
-    effective_rank,
-    feature_deviation,
-    features_of,
-    knn_accuracy,
     linear_probe,
     logistic_regression,
     probe_classifier,
@@ -33,38 +24,6 @@ def clusters(count=300, classes=3, spread=0.3, scale=1.0):
     labels = torch.randint(classes, (count,), generator=draws)
     noise = spread * torch.randn(count, 6, generator=draws)
     return scale * (torch.eye(classes, 6)[labels] + noise), labels
-
-
-def test_knn_is_scikit_learns_where_one_neighbour_votes():
-    bank, queries = clusters(spread=0.5), clusters(200, spread=0.8)
-    reference = KNeighborsClassifier(1, metric="cosine").fit(*(t.numpy() for t in bank))
-    expected = reference.score(queries[0].numpy(), queries[1].numpy())
-    assert knn_accuracy(bank, queries, neighbours=1) == pytest.approx(expected)
-
-
-def test_nearer_neighbours_weigh_more():
-    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]), torch.tensor([0, 1, 1])
-    query = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-    assert knn_accuracy(bank, query, neighbours=3, temperature=0.07) == 1.0
-    assert knn_accuracy(bank, query, neighbours=3, temperature=100.0) == 0.0
-
-
-def test_effective_rank_counts_the_directions_of_equal_size():
-    draws = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=draws))
-    orthogonal, _ = torch.linalg.qr(torch.randn(101, 4, generator=draws, dtype=torch.float64))
-    centred = orthogonal - orthogonal.mean(0)
-    centred, _ = torch.linalg.qr(centred)
-    features = centred.float() @ basis[:4]
-    assert effective_rank(features) == pytest.approx(4, rel=1e-3)
-    assert effective_rank(features + 7.0) == pytest.approx(4, rel=1e-2)
-    assert effective_rank(torch.ones(50, 8) / 3) == 1.0
-
-
-def test_deviation_is_one_on_the_sphere_and_zero_for_a_constant():
-    spread = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
-    assert feature_deviation(spread) == pytest.approx(1, rel=0.05)
-    assert feature_deviation(torch.ones(100, 16)) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -165,39 +124,3 @@ def test_a_probed_classifier_classifies_as_its_probe():
     assert found["probe_images"] == 60
     images, labels = images_of()[:]
     assert torch.equal(model(images.float() / 255).argmax(1), labels)
-
-
-def test_a_collapsed_encoder_is_said_to_be_collapsed(caplog):
-    torch.manual_seed(0)
-    args = {"img_size": 8, "hidden_features": 12}
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 8, 8), **args)
-    score = NeighbourScores(images_of(), neighbours=5, batch_size=16)
-    loader, accelerator = DataLoader(images_of(), 16, collate_fn=collate), Accelerator(cpu=True)
-    with torch.no_grad():
-        model.network.hidden.weight.normal_(std=1.0)
-    alive = score(model, loader, accelerator)
-    assert alive["collapsed"] == 0.0
-    assert alive["accuracy"] > 0.6
-    assert alive["images"] == 60
-    assert not caplog.records
-    with torch.no_grad():
-        model.network.hidden.weight.zero_()
-        model.network.hidden.bias.fill_(1.0)
-    with caplog.at_level(logging.WARNING):
-        dead = score(model, loader, accelerator)
-    assert dead["collapsed"] == 1.0
-    assert dead["effective_rank"] == 1.0
-    assert "the features have collapsed" in caplog.text
-
-
-def test_features_are_collected_in_evaluation_mode_and_the_mode_is_put_back():
-    model = SpecRegModel.from_timm(
-        "resnet20_cifar", num_classes=3, input_size=(1, 8, 8), channels=[4, 8], layers=[1, 1]
-    ).train()
-    features, labels = features_of(model, images_of(), Accelerator(cpu=True), batch_size=7)
-    assert model.training
-    images, expected = images_of()[:]
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(features, model.features(images.float() / 255))
-    assert torch.equal(labels, expected)
