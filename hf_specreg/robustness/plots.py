@@ -41,7 +41,7 @@ def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _need_matplotlib()
+    need_matplotlib()
     figures = [
         {"caption": caption, "svg": _svg(figure)}
         for draw in (robust_accuracy, distances, distance_by_queries, sigmas)
@@ -77,7 +77,7 @@ def pictures(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _need_matplotlib()
+    need_matplotlib()
     draws = [globals()[name] for name in names]
     return {
         f"{draw.__name__}_{norm}": (_png(figure), caption)
@@ -366,6 +366,7 @@ def _png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
+    """Raise ImportError, with what to install, where matplotlib is not there."""
     if find_spec("matplotlib") is None:
         raise ImportError("plots need matplotlib: pip install 'hf-specreg[plots]'")

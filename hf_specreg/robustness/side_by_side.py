@@ -8,6 +8,7 @@ import datasets
 
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.evaluate import check_settings, evaluate_robustness
+from hf_specreg.robustness.plots import need_matplotlib
 from hf_specreg.robustness.report import RobustnessReport
 
 
@@ -23,13 +24,7 @@ def check_evaluation(
     if not samples:
         return
     check_settings(attacks, eps)
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "the report's page needs matplotlib: pip install 'hf-specreg[plots]', or set "
-            "report.samples to 0"
-        ) from error
+    need_matplotlib()
 
 
 def evaluate_side_by_side(

@@ -192,3 +192,8 @@ class TransposedConvolution:
         i = dim - 2
         span = self.dilation[i] * (self.kernel_size[i] - 1) + 1
         return (size + 2 * self.padding[i] - span) // self.stride[i] + 1
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision as float32, any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

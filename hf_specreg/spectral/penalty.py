@@ -24,7 +24,12 @@ from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.trace import Layer, trace_layers
 from hf_specreg.spectral.folding import Norms, adjoining_norms, folded
 from hf_specreg.spectral.layers import is_matrix, linear_operators
-from hf_specreg.spectral.operators import Dense, LinearOperator, TransposedConvolution
+from hf_specreg.spectral.operators import (
+    Dense,
+    LinearOperator,
+    TransposedConvolution,
+    full_precision,
+)
 from hf_specreg.spectral.singular import (
     Side,
     TopSingularValue,
@@ -259,7 +264,7 @@ class SpectralPenalty:
 
     def _weights(self, norms: Mapping[str, Norms]) -> list[Tensor]:
         """Every layer's weight, in full precision, with the norms of those that have some."""
-        weights = [_full_precision(layer.effective_weight()) for layer in self.layers]
+        weights = [full_precision(layer.effective_weight()) for layer in self.layers]
         return [
             folded(weight, norms[layer.name]) if layer.name in norms else weight
             for layer, weight in zip(self.layers, weights, strict=True)
@@ -402,10 +407,6 @@ def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
     return tuple(skip)
-
-
-def _full_precision(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
 def _no_autocast(weight: Tensor) -> torch.autocast:

@@ -42,12 +42,14 @@ def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
         config: of a self-supervised run or a transfer.
         accelerator: of the run; its processes share the images out.
     """
+    classes = config.data.classes
+    split = f"test, classes {', '.join(classes)}" if classes else "test"
     return {
         "attacks": config.report.attacks,
         "eps": config.report.eps,
         "samples": config.report.samples,
         "seed": config.seed,
-        "data": {"id": config.data.source, "revision": config.data.revision, "split": "test"},
+        "data": {"id": config.data.source, "revision": config.data.revision, "split": split},
         "device": accelerator.device,
         "shard": (accelerator.process_index, accelerator.num_processes),
         "barrier": accelerator.wait_for_everyone,

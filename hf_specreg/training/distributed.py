@@ -11,6 +11,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hf_specreg.spectral.operators import full_precision
+
 
 def processes() -> int:
     """How many there are."""
@@ -20,11 +22,6 @@ def processes() -> int:
 def gathered(tensor: Tensor) -> Tensor:
     """Return all processes' [B, ...] as one [processes * B, ...], differentiable."""
     return _Gather.apply(tensor) if processes() > 1 else tensor
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """Return a tensor of half precision as float32, any other as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class _Gather(torch.autograd.Function):
@@ -42,17 +39,17 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(processes())[dist.get_rank()]
 
 
-def synchronize_batch_norms(model: nn.Module) -> nn.Module:
-    """Let batch norms take their statistics over all processes; parameters stay the same objects.
+def synchronize_batch_norms(model: nn.Module) -> None:
+    """Let the batch norms within a model take their statistics over all processes, in place.
 
     On a GPU that is torch's SyncBatchNorm, which refuses to work on the CPU.
     """
     if next(model.parameters()).device.type != "cpu":
-        return convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model)
+        return
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = CpuSyncBatchNorm
-    return model
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):

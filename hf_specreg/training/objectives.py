@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.operators import full_precision
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
-from hf_specreg.training.distributed import full_precision, gathered
+from hf_specreg.training.distributed import gathered
 
 
 class Objective(nn.Module):

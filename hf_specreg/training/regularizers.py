@@ -22,8 +22,6 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 
 Compute = Callable[[Tensor, Sequence[Tensor]], Tensor]  # images, features -> 0-d
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
-
-
 RULES = {
     "positive": lambda value: value > 0,
     "not negative": lambda value: value >= 0,
@@ -245,7 +243,7 @@ class Regularizer:
         strength: what it is multiplied by.
         every: one optimizer step in `every` has it.
         burn_in: optimizer steps without it at first.
-        of_weights: it counts once an optimizer step; else it is a mean over a micro-batch.
+        of_weights: it counts once an optimizer step; else it is of a micro-batch.
         compute: the term itself.
     """
 
