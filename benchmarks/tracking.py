@@ -1,6 +1,6 @@
-"""How well one product a step follows sigma while training with the penalty.
+"""How well the penalty follows sigma while training with the penalty.
 
-    python benchmarks/tracking.py [--lr 0.1] [--strength 0.01] [--power-iterations 1]
+    python benchmarks/tracking.py [--lr 0.1] [--strength 0.01] [--renew-every 8] [--lanczos-steps 8]
 
 ResNet-20 on the embedded digits at 16 px, SGD with momentum, batches of 64, 200 steps from a cold
 start with the penalty at every step. Printed: how far the penalty's root mean square of sigma lies
@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--strength", type=float, default=0.01)
-    parser.add_argument("--power-iterations", type=int, default=1)
+    parser.add_argument("--renew-every", type=int, default=8)
+    parser.add_argument("--lanczos-steps", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -36,7 +37,8 @@ def main() -> None:
     penalty = SpectralPenalty(
         model,
         strength=arguments.strength,
-        power_iterations=arguments.power_iterations,
+        renew_every=arguments.renew_every,
+        lanczos_steps=arguments.lanczos_steps,
         input_size=SIZE,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9)
@@ -52,7 +54,7 @@ def main() -> None:
         optimizer.step()
     print(
         f"lr {arguments.lr}, strength {arguments.strength}, "
-        f"{arguments.power_iterations} power iterations a step: sigma (rms over "
+        f"{arguments.lanczos_steps} steps every {arguments.renew_every}: sigma (rms over "
         f"{len(penalty.layers)} layers) too low by {max(below):.1%} at worst, "
         f"{statistics.mean(below):.1%} on average"
     )

@@ -69,6 +69,26 @@ def adjoining_norms(network: nn.Module, input_size: tuple[int, int, int]) -> dic
     return found
 
 
+def foldable(name: str, module: nn.Module, norms: Norms) -> Norms:
+    """Return those of the norms beside a module that scale rows and columns of a weight it holds.
+
+    Args:
+        name: of the weight's operator.
+        module: that holds the weight.
+        norms: beside the module.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return Norms() if name.endswith(".out_proj") else Norms(before=norms.before)
+    base = getattr(module, "base_layer", module)  # of LoRA
+    if isinstance(base, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return Norms()
+    convolves = isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    per_channel = type(norms.before).__name__.endswith("2d")  # as timm's LayerNorm2d
+    if per_channel != convolves or getattr(base, "groups", 1) > 1:
+        return Norms(after=norms.after)
+    return norms
+
+
 def folded(weight: Tensor, norms: Norms) -> Tensor:
     """Return the weight [out, in, ...] with the norms' scales of its outputs and inputs.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from hf_specreg.encoders.trace import Layer
 from hf_specreg.spectral.operators import (
     Convolution,
     Dense,
@@ -60,7 +61,7 @@ def linear_operators(
     used_directly: Sequence[str] = (),
 ) -> list[LinearOperator]:
     """Return the linear operators of one module, not those of its children; none where it has no
-    linear map.
+    linear map. A convolution whose patches do not overlap is a matrix.
 
     Args:
         name: dotted name, for the operators and for errors.
@@ -90,7 +91,8 @@ def linear_operators(
         weight = _weight_of(module)
         return [Dense(name, (module.weight.shape[0],), lambda: weight().T)]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return [_convolution(name, module, input_shape)]
+        convolution = _convolution(name, module, input_shape)
+        return [convolution.as_matrix() or convolution]
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return [_transposed_convolution(name, module, input_shape)]
     if not isinstance(module, nn.Embedding):
@@ -100,6 +102,41 @@ def linear_operators(
             if parameter_name in used_directly or not NO_LINEAR_MAP.search(parameter_name):
                 raise unsupported(name, module, parameter_name)
     return []
+
+
+def operators_of(
+    found: Sequence[Layer], *, skip: Sequence[str] = (), split_qkv: bool = True
+) -> list[tuple[nn.Module, LinearOperator]]:
+    """Return the operators of layers, each weight once, with the module each came from.
+
+    Args:
+        found: the layers, in forward order.
+        skip: dotted names of modules to leave out, with all they hold.
+        split_qkv: see `linear_operators`.
+    """
+    covered: list[str] = list(skip)
+    shared: set[frozenset[int]] = set()
+    owners = []
+    for layer in found:
+        if any(layer.name == name or layer.name.startswith(f"{name}.") for name in covered):
+            continue
+        operators = linear_operators(
+            layer.name,
+            layer.module,
+            layer.input_shape,
+            split_qkv=split_qkv,
+            parent=layer.parent,
+            used_directly=layer.used_directly,
+        )
+        if not operators:
+            continue
+        covered.append(layer.name)
+        weights = frozenset(id(p) for p in layer.module.parameters() if is_matrix(p))
+        if weights and weights in shared:
+            continue
+        shared.add(weights)
+        owners.extend((layer.module, operator) for operator in operators)
+    return owners
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -151,15 +188,15 @@ def _dense(
     name: str, module: nn.Linear, weight: Callable[[], Tensor], split: bool
 ) -> list[LinearOperator]:
     if split:
-        return _thirds(name, (module.in_features,), weight)
+        return _thirds(name, module.in_features, module.out_features // 3, weight)
     return [Dense(name, (module.in_features,), weight)]
 
 
 def _thirds(
-    name: str, input_shape: tuple[int, ...], weight: Callable[[], Tensor]
+    name: str, inputs: int, outputs: int, weight: Callable[[], Tensor]
 ) -> list[LinearOperator]:
-    parts = [lambda i=i: weight().chunk(3)[i] for i in range(3)]
-    return [Dense(f"{name}.{n}", input_shape, p) for n, p in zip("qkv", parts, strict=True)]
+    rows = [(i * outputs, (i + 1) * outputs) for i in range(3)]
+    return [Dense(f"{name}.{n}", (inputs,), weight, r) for n, r in zip("qkv", rows, strict=True)]
 
 
 def _attention_operators(
@@ -177,7 +214,7 @@ def _attention_operators(
     weight = _weight_of(module, "in_proj_weight")
     if not split_qkv:
         return [Dense(f"{name}.in_proj", (width,), weight), output]
-    return [*_thirds(f"{name}.in_proj", (width,), weight), output]
+    return [*_thirds(f"{name}.in_proj", width, width, weight), output]
 
 
 def _lora_operators(
@@ -204,7 +241,8 @@ def _lora_operators(
             name, base, added(_weight_of(base)), split_qkv and _stacks_qkv(name, base, parent)
         )
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return [_convolution(name, base, input_shape, added(_weight_of(base)))]
+        convolution = _convolution(name, base, input_shape, added(_weight_of(base)))
+        return [convolution.as_matrix() or convolution]
     raise unsupported(name, base, "weight")
 
 

@@ -8,10 +8,13 @@ layers", ICLR 2019).
 
 Every operator is given its weight explicitly, because the weight that acts is not always the
 parameter that is trained: standardised convolutions, torch parametrizations, weight normalisation
-and LoRA compute it. `effective_weight()` does that computation with its graph, so that a gradient
-reaches the raw parameters.
+and LoRA compute it. `layer_weight()` does that computation with its graph, so that a gradient
+reaches the raw parameters, and `part` takes of it what the operator is: q of stacked q, k and v,
+or a convolution's kernel as the matrix that every patch is multiplied by, where patches do not
+overlap.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +35,13 @@ class LinearOperator(Protocol):
 
     name: str
     input_shape: tuple[int, ...]
-    effective_weight: Callable[[], Tensor]
+    layer_weight: Callable[[], Tensor]
+
+    def part(self, weight: Tensor) -> Tensor:
+        """The operator's own weight, a view of the layer's."""
+
+    def effective_weight(self) -> Tensor:
+        """The operator's own weight as it acts, with its graph."""
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
         """W v."""
@@ -44,13 +53,34 @@ class LinearOperator(Protocol):
         """The gradient of <u, W v> in the weight, of the weight's shape."""
 
 
+class _OfLayer:
+    """An operator that is all of its layer."""
+
+    layer_weight: Callable[[], Tensor]
+
+    def part(self, weight: Tensor) -> Tensor:
+        """The operator's own weight, a view of the layer's."""
+        return weight
+
+    def effective_weight(self) -> Tensor:
+        """The operator's own weight as it acts, with its graph."""
+        return self.part(self.layer_weight())
+
+
 @dataclass(frozen=True)
-class Dense:
-    """A matrix [out, in], as in a linear layer."""
+class Dense(_OfLayer):
+    """A matrix [out, in], as in a linear layer: the rows from `rows[0]` to `rows[1]` of the layer's
+    weight.
+    """
 
     name: str
     input_shape: tuple[int, ...]
-    effective_weight: Callable[[], Tensor]
+    layer_weight: Callable[[], Tensor]
+    rows: tuple[int | None, int | None] = (None, None)
+
+    def part(self, weight: Tensor) -> Tensor:
+        """The operator's own weight, a view of the layer's."""
+        return weight.flatten(1)[slice(*self.rows)]
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
         """W v."""
@@ -66,20 +96,36 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(_OfLayer):
     """A convolution in 1 to 3 dimensions; padding is (before, after) per dimension, first
     dimension first.
     """
 
     name: str
     input_shape: tuple[int, ...]
-    effective_weight: Callable[[], Tensor]
+    layer_weight: Callable[[], Tensor]
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     padding_mode: str
     dilation: tuple[int, ...]
     groups: int
+
+    def as_matrix(self) -> Dense | None:
+        """The matrix that acts on every patch by itself, where no two patches share an input: a
+        1x1 convolution, or one whose stride is its kernel size. All singular values of the
+        convolution are the matrix's (or those of its columns, for a patch that is partly
+        padding). None where patches overlap, or none is whole.
+        """
+        zeros = self.padding_mode == "zeros" or not any(map(any, self.padding))
+        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        apart = all(span <= s for span, s in zip(spans, self.stride, strict=True))
+        sizes = zip(self.input_shape[1:], spans, self.stride, self.padding, strict=True)
+        whole = all(-(-a // s) * s - a + span <= n for n, span, s, (a, _) in sizes)
+        if self.groups > 1 or not (zeros and apart and whole):
+            return None
+        columns = self.input_shape[0] * math.prod(self.kernel_size)
+        return Dense(self.name, (columns,), self.layer_weight)
 
     @property
     def _pads_itself(self) -> bool:
@@ -150,12 +196,12 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class TransposedConvolution:
+class TransposedConvolution(_OfLayer):
     """A transposed convolution: the adjoint of a convolution from its output to its input."""
 
     name: str
     input_shape: tuple[int, ...]
-    effective_weight: Callable[[], Tensor]
+    layer_weight: Callable[[], Tensor]
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]

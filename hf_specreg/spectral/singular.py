@@ -1,19 +1,16 @@
 """The top singular value of a linear operator: sigma = max ||W v|| over ||v|| = 1.
 
-While training, the power method follows the slowly moving weights (`power_iteration`), u and v in
-turn, one product a use:
+Found by Golub-Kahan-Lanczos bidiagonalisation: k products with W and k - 1 with W^T build
+orthonormal bases U and V with W V = U B, B upper bidiagonal and small, and the top triplet of B
+gives that of W. While training, a few steps from the vector of last time follow the weights
+(`bidiagonalize`, see `tracking.py`). For a value to report, it is restarted until the residual says
+that it has converged (`top_singular_value`). Two exact references need no iteration: the dense SVD
+of the explicitly built matrix (any operator, small), and the Fourier transform (circular
+convolutions, any stride).
 
-    u = W v / ||W v||,   sigma = ||W v||        and the next time
-    v = W^T u / ||W^T u||,   sigma = ||W^T u||
-
-For a value to report, restarted Lanczos on W^T W goes on until the residual says that it has
-converged (`top_singular_value`). Two exact references need no iteration: the dense SVD of the
-explicitly built matrix (any operator, small), and the Fourier transform (circular convolutions, any
-stride).
-
-A grouped convolution is block diagonal, one block a group. Here every block has a unit vector of
-its own. One vector for all of them would die out exactly to 0 in every block but the leading one,
-and when training shrinks that block the iteration could never move to the next.
+A grouped convolution is block diagonal, one block a group. Here every block has unit vectors and a
+small matrix of its own. One vector for all of them would die out exactly to 0 in every block but
+the leading one, and when training shrinks that block the iteration could never move to the next.
 
 Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, Gupta, Long, ICLR
 2019, for the Fourier form, extended here to strides by folding the frequencies that alias.
@@ -21,7 +18,6 @@ Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, 
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +26,6 @@ from hf_specreg.spectral.operators import Convolution, LinearOperator
 
 LANCZOS_STEPS = 24
 
-Side = Literal["input", "output"]
-
 
 @dataclass(frozen=True)
 class TopSingularValue:
@@ -39,6 +33,7 @@ class TopSingularValue:
 
     Attributes:
         sigma: 0-d, the largest over the operator's blocks.
+        u: [1, *output_shape], of unit norm in each block, or 0 where the block is.
         v: [1, *input_shape], of unit norm in each block.
         residual: ||W^T W v - sigma^2 v|| / sigma^2, the largest over the blocks that may hold the
             top. W has a singular value within about residual / 2 (relative) of sigma.
@@ -46,6 +41,7 @@ class TopSingularValue:
     """
 
     sigma: Tensor
+    u: Tensor
     v: Tensor
     residual: float
     converged: bool
@@ -58,42 +54,7 @@ def random_vector(operator: LinearOperator, weight: Tensor, generator: torch.Gen
     """
     v = torch.randn(1, *operator.input_shape, generator=generator)
     rows = v.to(weight).reshape(blocks(operator), -1)
-    return (rows / _norm(rows)).reshape(v.shape)
-
-
-def power_iteration(
-    operator: LinearOperator, weight: Tensor, vector: Tensor, side: Side, *, iterations: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sigma [blocks], u [1, *output_shape] and v [1, *input_shape] after some products.
-
-    Args:
-        operator: the map.
-        weight: its effective weight.
-        vector: of unit norm in each block: v where `side` is "input", u where it is "output".
-        side: where `vector` lives. Every iteration is one product, with W or W^T, that ends on the
-            other side.
-        iterations: how many.
-
-    Returns:
-        sigma = u^T W v, and the last two vectors, of unit norm in each block. A block in which the
-        product is 0 gives sigma 0 and a constant vector, so that a layer that starts at zero is
-        seen once it grows.
-    """
-    for _ in range(iterations):
-        before = vector
-        product = operator.apply if side == "input" else operator.adjoint
-        image = product(weight, before)
-        rows = image.reshape(blocks(operator), -1)
-        sigma = _norm(rows)
-        vector = torch.where(sigma > 0, rows / sigma, rows.shape[1] ** -0.5).reshape(image.shape)
-        side = other_side(side)
-    u, v = (vector, before) if side == "output" else (before, vector)
-    return sigma[:, 0], u, v
-
-
-def other_side(side: Side) -> Side:
-    """Return where a product with W or W^T leads from `side`."""
-    return "output" if side == "input" else "input"
+    return _unit(rows)[0].reshape(v.shape)
 
 
 def blocks(operator: LinearOperator) -> int:
@@ -112,71 +73,101 @@ def top_singular_value(
     tolerance: float = 1e-3,
     max_restarts: int = 50,
 ) -> TopSingularValue:
-    """Return sigma, converged, by restarted Lanczos on W^T W with full reorthogonalisation.
+    """Return sigma, converged, by restarted bidiagonalisation.
 
     Args:
         operator: the map.
         weight: its effective weight.
         v: [1, *input_shape], where to start: a warm vector or a random one.
         tolerance: of the relative residual, see `TopSingularValue`.
-        max_restarts: Krylov spaces of 24 dimensions to build at most; what is reached by then is
+        max_restarts: how many bases of 24 vectors to build at most; what is reached by then is
             returned with `converged=False`.
     """
     if not weight.isfinite().all():
-        return TopSingularValue(weight.new_tensor(torch.nan), v, torch.nan, converged=False)
-    count = blocks(operator)
-    # A warm vector may be orthogonal to what is the top now: the penalty's own step leaves it a
-    # singular vector, of a value that may no longer be the largest. Noise has a part in every
-    # direction.
-    noise = random_vector(operator, weight, torch.Generator().manual_seed(0))
-    best = (v + 0.1 * noise).reshape(count, -1)
+        nan, u = weight.new_tensor(torch.nan), operator.apply(weight, v)
+        return TopSingularValue(nan, u, v, torch.nan, converged=False)
+    v = v + 0.1 * random_vector(operator, weight, torch.Generator().manual_seed(0))
     for _ in range(max_restarts):
-        best, theta = _lanczos(operator, weight, best / _norm(best))
-        best = best / _norm(best)
-        top = theta.max()
+        sigmas, u, v, residuals = bidiagonalize(
+            operator, weight, v, steps=LANCZOS_STEPS, exact=True
+        )
+        top = sigmas.max()
         if top <= 0:  # a weight of zeros: any v will do
-            return TopSingularValue(top.new_zeros(()), v, residual=0.0, converged=True)
-        image = _gram(operator, weight, best)
-        residuals = torch.linalg.vector_norm(image - theta[:, None] * best, dim=1)
-        contenders = theta + residuals >= top  # the other blocks cannot hold the largest
-        residual = (torch.where(contenders, residuals, 0) / top).max().item()
+            return TopSingularValue(top, u, v, residual=0.0, converged=True)
+        # Of the other blocks, only those may hold the largest whose residual reaches up to it.
+        contenders = sigmas**2 + sigmas * residuals >= top**2
+        residual = (torch.where(contenders, sigmas * residuals, 0).max() / top**2).item()
         if residual <= tolerance:
             break
-    return TopSingularValue(top.sqrt(), best.reshape(v.shape), residual, residual <= tolerance)
+    return TopSingularValue(top, u, v, residual, residual <= tolerance)
 
 
-def _lanczos(operator: LinearOperator, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the top Ritz vector [blocks, n] and value [blocks] of W^T W, from unit v."""
-    count, n = v.shape
-    steps = min(LANCZOS_STEPS, n)
-    basis = v.new_zeros(count, steps, n)
-    diagonal, off_diagonal = [], []
+@torch.no_grad()
+def bidiagonalize(
+    operator: LinearOperator, weight: Tensor, v: Tensor, *, steps: int, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the top singular triplet in the Krylov spaces of v, of every block.
+
+    Args:
+        operator: the map.
+        weight: its effective weight.
+        v: [1, *input_shape], where to start; not 0 in any block.
+        steps: dimension of the spaces; each is a product with W and one with W^T.
+        exact: keep the bases orthonormal to rounding, by making every new vector orthogonal to all
+            before it; else to the last one, which is enough for a few steps.
+
+    Returns:
+        sigma = u^T W v [blocks], u [1, *output_shape] and v [1, *input_shape], of unit norm in each
+        block, and, if `exact`, ||W^T u - sigma v|| [blocks], else NaN. A block in which W v is 0
+        has sigma 0 and u = 0, and keeps its v.
+    """
+    count = blocks(operator)
+    rows = _unit(v.reshape(count, -1))[0]
+    steps = min(steps, rows.shape[1])
+    rights, lefts = [], []
+    small = rows.new_zeros(count, steps, steps)
+    beyond = small.new_full((count,), torch.nan)
     for j in range(steps):
-        basis[:, j] = v
-        z = _gram(operator, weight, v)
-        diagonal.append((z * v).sum(1))
-        for _ in range(2):  # twice is enough (Parlett)
-            known = basis[:, : j + 1]
-            z = z - torch.einsum("bjn,bj->bn", known, torch.einsum("bjn,bn->bj", known, z))
-        norm = _norm(z)
-        # Where the Krylov space is invariant, or the block is zero, nothing is left but noise.
-        floor = torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
-        spent = norm <= (1e-6 * diagonal[0].abs()[:, None]).clamp(min=floor)
-        v = torch.where(spent, 0, z / norm)
-        off_diagonal.append(torch.where(spent, 0, norm)[:, 0])
-    inner = torch.stack(off_diagonal[:-1], 1) if steps > 1 else v.new_zeros(count, 0)
-    tridiagonal = torch.diag_embed(torch.stack(diagonal, 1))
-    tridiagonal = tridiagonal + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    ritz = torch.einsum("bjn,bj->bn", basis, vectors[..., -1])
-    zero = _norm(ritz) < 0.5  # of a block of zeros any vector is an eigenvector
-    return torch.where(zero, basis[:, 0], ritz), values[:, -1]
+        rights.append(rows)
+        image = operator.apply(weight, rows.reshape(v.shape))
+        rows = _orthogonal(image.reshape(count, -1), lefts, exact)
+        rows, small[:, j, j] = _unit(rows, small[:, 0, 0])
+        lefts.append(rows)
+        if j + 1 < steps or exact:
+            back = operator.adjoint(weight, rows.reshape(image.shape)).reshape(count, -1)
+            rows, beyond = _unit(_orthogonal(back, rights, exact), small[:, 0, 0])
+        if j + 1 < steps:
+            small[:, j, j + 1] = beyond
+    # svd refuses what is not finite; u and v, sums of rows that are not, say so.
+    left, sigmas, right = torch.linalg.svd(small.nan_to_num(0, 0, 0))
+    u = _unit(sum(left[:, j, :1] * rows for j, rows in enumerate(lefts)))[0]
+    v_rows = _unit(sum(right[:, 0, j, None] * rows for j, rows in enumerate(rights)))[0]
+    residuals = beyond * left[:, -1, 0].abs()
+    return sigmas[:, 0], u.reshape(image.shape), v_rows.reshape(v.shape), residuals
 
 
-def _gram(operator: LinearOperator, weight: Tensor, rows: Tensor) -> Tensor:
-    """W^T W v, with v and the result as one row a block, [blocks, n]."""
-    u = operator.apply(weight, rows.reshape(1, *operator.input_shape))
-    return operator.adjoint(weight, u).reshape(rows.shape)
+def _orthogonal(rows: Tensor, basis: list[Tensor], exact: bool) -> Tensor:
+    """Take what lies along the basis, vectors of [blocks, n], away from rows [blocks, n]: along all
+    of it, twice, which is enough (Parlett), or along the last vector.
+    """
+    if exact and basis:
+        stacked = torch.stack(basis, 1)
+        for _ in range(2):
+            rows = rows - ((stacked @ rows[..., None]).mT @ stacked)[:, 0]
+    elif basis:
+        rows = rows.addcmul(basis[-1], (basis[-1] * rows).sum(1, keepdim=True), value=-1)
+    return rows
+
+
+def _unit(rows: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows [blocks, n] with unit norm, and their norms; both 0 where nothing but rounding, against
+    the scale [blocks], is left.
+    """
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    least = torch.finfo(rows.dtype).tiny / torch.finfo(rows.dtype).eps
+    floor = norm.new_full((), least) if scale is None else (1e-6 * scale).clamp(min=least)
+    spent = norm <= floor
+    return rows / torch.where(spent, torch.inf, norm)[:, None], torch.where(spent, 0, norm)
 
 
 def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:
@@ -224,7 +215,3 @@ def top_singular_value_fft(operator: Convolution, weight: Tensor) -> Tensor:
         transfer = transfer.unflatten(dim, (s, -1)).movedim(dim, 2).flatten(1, 2) / s**0.5
     matrices = transfer.unflatten(0, (operator.groups, -1)).flatten(3).movedim(3, 1)
     return torch.linalg.matrix_norm(matrices, ord=2).max()
-
-
-def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)

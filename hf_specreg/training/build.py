@@ -1,12 +1,14 @@
 """From a configuration to what it names: model, images, loaders, penalty, optimizer."""
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedType
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -25,6 +27,7 @@ from hf_specreg.data.transforms import (
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.config import VIEWS, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from hf_specreg.training.distributed import averages_gradients
 from hf_specreg.training.metrics import installed_trackers
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.regularizers import normalize_spectra
@@ -90,8 +93,12 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
-    """Return accelerate's state of the run: devices, processes, precision, trackers."""
-    return Accelerator(
+    """Return accelerate's state of the run: devices, processes, precision, trackers.
+
+    Raises:
+        ValueError: it was launched in a way that the training loop cannot work in.
+    """
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         dataloader_config=DataLoaderConfiguration(
@@ -100,6 +107,27 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=installed_trackers(config.log_with),
         project_dir=config.output_dir,
     )
+    check_processes(accelerator, launched=int(os.environ.get("WORLD_SIZE", "1")))
+    return accelerator
+
+
+def check_processes(accelerator: Accelerator, *, launched: int) -> None:
+    """Raise ValueError, with what can be done instead, if the processes are not one training with
+    whole weights.
+    """
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not averages_gradients(accelerator):
+        raise ValueError(
+            f"the recipes train with DistributedDataParallel, not with {kind.value}: launch them "
+            "with --multi_gpu (distributed_type: MULTI_GPU). For FSDP2 add SpectralPenalty to a "
+            "loop of your own, before fully_shard, or use SpecRegTrainer"
+        )
+    if accelerator.num_processes < launched:
+        raise ValueError(
+            f"{launched} processes were launched, but each takes itself for the only one and would "
+            "train the same: on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or "
+            "with torchrun"
+        )
 
 
 def build_images(splits: ImageSplits, model: SpecRegModel, config: RunConfig) -> dict[str, Any]:
@@ -182,7 +210,9 @@ def build_loaders(
     return [loader, *(DataLoader(i, config.eval_batch_size, **shared) for i in held_out)], steps
 
 
-def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) -> SpectralPenalty:
+def build_penalty(
+    model: SpecRegModel, config: RunConfig, steps_per_epoch: int, *, shared: bool = False
+) -> SpectralPenalty:
     """Return the penalty; with strength 0 it only measures."""
     settings = config.penalty
     return SpectralPenalty(
@@ -191,11 +221,13 @@ def build_penalty(model: SpecRegModel, config: RunConfig, steps_per_epoch: int) 
         scope=settings.scope,
         every=settings.every,
         burn_in=settings.burn_in(steps_per_epoch, config.epochs),
-        power_iterations=settings.power_iterations,
+        renew_every=settings.renew_every,
+        lanczos_steps=settings.lanczos_steps,
         split_qkv=settings.split_qkv,
         fold_norm=settings.fold_norm,
         skip=settings.skip,
         input_size=model.input_size,
+        shared=shared,
         seed=config.seed,
     )
 

@@ -7,6 +7,7 @@ their losses, as if one process had the whole batch.
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -17,6 +18,13 @@ from hf_specreg.spectral.operators import full_precision
 def processes() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def averages_gradients(accelerator: Accelerator) -> bool:
+    """Whether every process holds all weights and gradients are averaged over them, as
+    DistributedDataParallel does: what a penalty with shared layers needs.
+    """
+    return accelerator.distributed_type.startswith("MULTI_")
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from hf_specreg.training.checkpoints import (
     starting_point,
 )
 from hf_specreg.training.config import RunConfig
-from hf_specreg.training.distributed import synchronize_batch_norms
+from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
 from hf_specreg.training.metrics import (
     DivergedError,
     MetricsFile,
@@ -97,7 +97,12 @@ class TrainingLoop:
         freeze_unused(self.encoder)
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
-        self.penalty = build_penalty(self.encoder, config, self.steps_per_epoch)
+        self.penalty = build_penalty(
+            self.encoder,
+            config,
+            self.steps_per_epoch,
+            shared=averages_gradients(self.accelerator),
+        )
         self.regularizers = build_regularizers(
             self.encoder,
             config.regularizers,
@@ -320,11 +325,10 @@ class TrainingLoop:
         state = folder / ".state"
         with naming_the_last_good(folder, self.step):
             self.accelerator.save_state(str(state))
+        penalty = self.penalty.state_dict()  # by all processes, which share the layers out
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-
-        penalty = self.penalty.state_dict()
         vectors = penalty.pop("vectors")
 
         def write(into: Path) -> None:

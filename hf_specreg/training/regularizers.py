@@ -85,7 +85,8 @@ class PenaltyConfig(RegularizerConfig):
         burn_in_steps: optimizer steps without it at first.
         burn_in_fraction: of the whole training without it at first. Of the three, one at most.
         scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
-        power_iterations: of each use; one is a product with W or W^T, in turn.
+        renew_every: optimizer steps between two renewals of a layer's singular vectors.
+        lanczos_steps: of a renewal; more steps or renewals follow sigma better and cost more.
         split_qkv: penalise stacked q, k and v each.
         fold_norm: penalise maps with the norms beside them folded in; see `SpectralPenalty`.
         skip: dotted names of modules to leave out.
@@ -93,14 +94,15 @@ class PenaltyConfig(RegularizerConfig):
 
     strength: float = 1e-2
     scope: Literal["features", "all"] = "features"
-    power_iterations: int = 1
+    renew_every: int = 8
+    lanczos_steps: int = 8
     split_qkv: bool = True
     fold_norm: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "at least 1", "power_iterations")
+        require(self, "at least 1", "renew_every", "lanczos_steps")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.features import unwrap
 from hf_specreg.encoders.formats import write_json
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.distributed import averages_gradients
 
 VECTORS, COUNT = "penalty.safetensors", "penalty.json"
 
@@ -66,7 +67,8 @@ class SpecRegTrainer(Trainer):
         """On the model that is trained; `model_init` makes a new one for each trial."""
         network = unwrap(self.model)
         if self._penalty is None or self._penalized is not network:
-            self._penalty = SpectralPenalty(network, **self._settings)
+            shared = {"shared": averages_gradients(self.accelerator)}
+            self._penalty = SpectralPenalty(network, **shared | self._settings)
             self._penalized = network
         return self._penalty
 
@@ -110,7 +112,8 @@ class SpecRegTrainer(Trainer):
                 "scope": penalty.scope,
                 "every": penalty.every,
                 "burn_in_steps": penalty.burn_in,
-                "power_iterations": penalty.power_iterations,
+                "renew_every": penalty.renew_every,
+                "lanczos_steps": penalty.lanczos_steps,
             }
             config = {"penalty": settings, "seed": self.args.seed}
             metadata = {"config": config, "step": self.state.global_step}
@@ -141,8 +144,8 @@ class SpecRegTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = self.penalty.state_dict()  # by all processes, which share the layers out
         if self.args.should_save:
-            state = self.penalty.state_dict()
             save_file(state.pop("vectors"), Path(output_dir) / VECTORS)
             write_json(Path(output_dir) / COUNT, state)
 

@@ -118,7 +118,7 @@ def dense(blocks):
 
 
 def folded_penalty(blocks):
-    options = {"head": "head", "input_size": (3, 2, 2), "power_iterations": 100}
+    options = {"head": "head", "input_size": (3, 2, 2)}
     return SpectralPenalty(blocks, strength=0.5, fold_norm=True, **options)
 
 

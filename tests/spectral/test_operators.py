@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_specreg.spectral.layers import UnsupportedLayerError, linear_operators
+from hf_specreg.spectral.operators import Dense
 from hf_specreg.spectral.singular import dense_matrix, random_vector, top_singular_value
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -67,6 +68,8 @@ def check_operator(layer, shape):
     dense SVD's."""
     layer = layer.double()
     (operator,) = linear_operators("layer", layer, shape)
+    if len(operator.input_shape) < len(shape):  # a convolution as a matrix
+        return check_matrix(layer, shape, operator)
     v = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
     weight = operator.effective_weight()
     output = layer(v)
@@ -83,6 +86,42 @@ def check_operator(layer, shape):
     found = top_singular_value(operator, weight, start, tolerance=2e-5)
     assert found.converged
     torch.testing.assert_close(found.sigma.double(), exact, rtol=1e-4, atol=1e-12)
+
+
+def check_matrix(layer, shape, operator):
+    """Its singular values are the convolution's: the largest is that of the dense matrix."""
+    images = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).reshape(-1, *shape)
+    bias = layer(torch.zeros(1, *shape, dtype=torch.float64))
+    columns = (layer(images) - bias).flatten(1)
+    weight = operator.effective_weight()
+    expected = torch.linalg.matrix_norm(columns, ord=2)
+    torch.testing.assert_close(torch.linalg.matrix_norm(weight, ord=2), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "is_matrix"),
+    [
+        (nn.Conv2d(4, 6, 1, bias=False), 7, True),
+        (nn.Conv2d(4, 6, 1, stride=2, bias=False), 7, True),
+        (nn.Conv2d(3, 5, 4, stride=4, bias=False), 9, True),
+        (nn.Conv2d(3, 5, 2, stride=3, padding=1, bias=False), 9, True),
+        (nn.Conv2d(3, 5, 2, stride=3, dilation=2, bias=False), 9, True),
+        (nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), 9, False),
+        (nn.Conv2d(3, 5, 2, stride=3, padding=1, bias=False), 2, False),  # no patch is whole
+        (
+            nn.Conv2d(3, 5, 1, padding=1, padding_mode="circular", bias=False),
+            4,
+            False,
+        ),  # some count twice
+        (nn.Conv2d(4, 6, 1, groups=2, bias=False), 7, False),
+    ],
+)
+def test_a_convolution_whose_patches_do_not_overlap_is_a_matrix(layer, size, is_matrix):
+    torch.manual_seed(0)
+    shape = (layer.in_channels, size, size)
+    (operator,) = linear_operators("layer", layer, shape)
+    assert isinstance(operator, Dense) == is_matrix
+    check_operator(layer, shape)
 
 
 @settings(max_examples=150, deadline=None)

@@ -19,20 +19,28 @@ from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
 from hf_specreg.training.distributed import synchronize_batch_norms
 from hf_specreg.training.objectives import SelfSupervised, Supervised
+from hf_specreg.training.regularizers import (
+    L2SPConfig,
+    RegularizersConfig,
+    build_regularizers,
+)
+from hf_specreg.training.transfer import freeze_stages
 
-METHODS = ("supervised", "norm_act", "barlow-twins", "simclr", "vicreg", "byol")
+METHODS = ("supervised", "norm_act", "transfer", "barlow-twins", "simclr", "vicreg", "byol")
 STEPS, BATCH = 20, 16
 
 
 def build(method):
     torch.manual_seed(0)
-    classes = 10 if method in ("supervised", "norm_act") else 0
+    classes = 10 if method in ("supervised", "norm_act", "transfer") else 0
     args = {"num_classes": classes, "input_size": (1, 8, 8)}
     if method == "norm_act":  # batch norms that activate too
         encoder = SpecRegModel.from_timm("test_efficientnet", **args)
         assert any(isinstance(m, BatchNormAct2d) for m in encoder.modules())
     else:
         encoder = SpecRegModel.from_timm("resnet20_cifar", **args, channels=[4, 8], layers=[1, 1])
+    if method == "transfer":
+        freeze_stages(encoder, 1)
     if classes:
         return Supervised(encoder, augment=AugmentConfig())
     return SelfSupervised(
@@ -41,10 +49,14 @@ def build(method):
 
 
 def train(method, rank, processes):
-    objective = build(method).double()
+    objective = build(method).double().train()
     if processes > 1:
         synchronize_batch_norms(objective)
-    penalty = SpectralPenalty(objective.encoder, strength=0.01)
+    penalty = SpectralPenalty(objective.encoder, strength=0.01, shared=True)
+    start = L2SPConfig(strength=0.05 if method == "transfer" else 0.0)
+    regularizers = build_regularizers(
+        objective.encoder, RegularizersConfig(l2_sp=start), steps_per_epoch=STEPS, epochs=1
+    )
     model = DistributedDataParallel(objective) if processes > 1 else objective
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
     draws = torch.Generator().manual_seed(1)
@@ -54,7 +66,8 @@ def train(method, rank, processes):
         labels = torch.randint(10, (BATCH,), generator=draws)
         part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         optimizer.zero_grad()
-        (model(images[part], labels[part]) + penalty()).backward()
+        loss = model(images[part], labels[part]) + penalty()
+        (loss + sum(r(images[part], objective.features) for r in regularizers)).backward()
         optimizer.step()
         objective.after_step((step + 1) / STEPS)
     vectors = {f"vector.{n}": v.contiguous() for n, v in penalty.state_dict()["vectors"].items()}

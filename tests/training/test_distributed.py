@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+
+from hf_specreg.training.build import check_processes
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -15,28 +19,48 @@ ROOT = HERE.parents[1]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The weights of one process and of two, after the same 20 batches."""
-    folders = []
-    for processes in (1, 2):
+    """The weights of one, two and four processes, after the same 20 batches."""
+    folders = {}
+    for processes in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"processes_{processes}")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes), str(HERE / "data_parallel.py"), str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         output = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert output.returncode == 0, output.stderr[-3000:]
-        folders.append(folder)
+        folders[processes] = folder
     return folders
 
 
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "method", ["supervised", "norm_act", "barlow-twins", "simclr", "vicreg", "byol"]
+    "method",
+    ["supervised", "norm_act", "transfer", "barlow-twins", "simclr", "vicreg", "byol"],
 )
-def test_two_processes_train_to_the_weights_of_one(runs, method):
-    """With batch norms and the penalty; embeddings and statistics are of the whole batch."""
-    one, two = runs
-    expected = load_file(one / f"{method}-0.safetensors")
-    ranks = [load_file(two / f"{method}-{rank}.safetensors") for rank in (0, 1)]
+def test_several_processes_train_to_the_weights_of_one(runs, method, processes):
+    """With batch norms, and the penalty's layers shared out over the processes; embeddings and
+    statistics are of the whole batch. Weights and warm vectors are the same on all processes."""
+    expected = load_file(runs[1] / f"{method}-0.safetensors")
+    ranks = [
+        load_file(runs[processes] / f"{method}-{rank}.safetensors") for rank in range(processes)
+    ]
     assert any(key.startswith("vector.") for key in expected)
     for name, value in expected.items():
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-5, atol=1e-5, msg=name)
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        assert all(torch.equal(ranks[0][name], other[name]) for other in ranks[1:]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "launched", "says"),
+    [
+        ("FSDP", 2, 2, "DistributedDataParallel, not with FSDP.*FSDP2 add SpectralPenalty"),
+        ("DEEPSPEED", 2, 2, "not with DEEPSPEED"),
+        ("NO", 1, 2, "2 processes were launched.*ACCELERATE_USE_CPU=true"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_an_error_that_says_which_can(kind, processes, launched, says):
+    state = SimpleNamespace(distributed_type=DistributedType(kind), num_processes=processes)
+    with pytest.raises(ValueError, match=says):
+        check_processes(state, launched=launched)
+    fine = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, num_processes=2)
+    check_processes(fine, launched=2)

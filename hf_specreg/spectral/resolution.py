@@ -1,0 +1,41 @@
+"""Whether a model is trained at the resolution that its convolutions are measured at."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from hf_specreg.spectral.operators import LinearOperator
+
+
+class SeenInput:
+    """Remembers the input of the first layer in training whose singular values depend on it."""
+
+    def __init__(self):
+        self.expected: tuple[int, ...] | None = None
+        self.seen: tuple[int, ...] | None = None
+        self._hook = None
+
+    def watch(self, owners: Sequence[tuple[nn.Module, LinearOperator]]) -> None:
+        """Look at the first convolution among the modules; at none, if there is none."""
+        if self._hook is not None:
+            self._hook.remove()
+        self.expected = self.seen = None
+        for module, operator in owners:
+            if len(operator.input_shape) > 1:
+                self.expected = operator.input_shape
+                self._hook = module.register_forward_pre_hook(self)
+                return
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        """Look at what the module is fed."""
+        if module.training:
+            self.seen = tuple(args[0].shape[-len(self.expected) :])
+
+    def check(self, input_size: tuple[int, ...]) -> None:
+        """Raise ValueError if that was another size than for images of `input_size`."""
+        if self.seen not in (None, self.expected):
+            raise ValueError(
+                f"a convolution was trained on inputs of {self.seen}, but the penalty measures it "
+                f"at {self.expected} (images of {input_size}): call set_input_size((C, H, W)) with "
+                "the size of your training images, or pass it as input_size"
+            )

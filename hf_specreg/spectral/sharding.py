@@ -1,0 +1,116 @@
+"""The penalty on several processes: layers shared out over them, and weights that are sharded.
+
+Where every process holds all weights and gradients are averaged (DistributedDataParallel), each
+works its share of the layers and gives their gradient times the number of processes, which the
+average undoes. Where weights are sharded by rows (FSDP2's DTensor), each process holds its rows of
+the direction D too: sigma = <D, W> is a sum over processes, the gradient needs none, and the whole
+weight is put together at a renewal only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def shares(costs: Sequence[float], processes: int) -> list[int]:
+    """Return which process works which item: the most costly first, each to who has least."""
+    loads, owners = [0.0] * processes, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[item] = loads.index(min(loads))
+        loads[owners[item]] += costs[item]
+    return owners
+
+
+def summed(own: Tensor) -> Tensor:
+    """Return the sum of all processes' own terms, with the gradient that averages to its own."""
+    total, processes = own.detach().clone(), dist.get_world_size()
+    dist.all_reduce(total)
+    return total + (own - own.detach()) * processes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a weight are on this process.
+
+    Attributes:
+        first: index of the first.
+        total: how many the whole weight has.
+        group: the processes that have the others; None where all rows are here.
+    """
+
+    first: int
+    total: int
+    group: dist.ProcessGroup | None = None
+
+    def block_of_each(self, count: int, blocks: int, device: torch.device) -> Tensor:
+        """Return the block of each of `count` rows here, of a weight of so many equal blocks."""
+        return (self.first + torch.arange(count, device=device)) // (self.total // blocks)
+
+
+def check_whole(network: nn.Module) -> None:
+    """Raise ValueError if weights are sharded already: then no forward pass finds the layers."""
+    if any(isinstance(p, DTensor) for p in network.parameters()):
+        raise ValueError(
+            f"the weights of {type(network).__name__} are sharded already: make the penalty "
+            "before the model is given to fully_shard or accelerator.prepare"
+        )
+
+
+def local(weight: Tensor) -> tuple[Tensor, Rows]:
+    """Return the rows of a weight that are on this process, with its graph, and which they are.
+
+    A DTensor that is not sharded by rows is made whole.
+    """
+    if not isinstance(weight, DTensor):
+        return weight, Rows(0, len(weight))
+    mesh, placements = weight.device_mesh, weight.placements
+    sharded = [i for i, p in enumerate(placements) if not isinstance(p, Replicate)]
+    if len(sharded) != 1 or placements[sharded[0]] != Shard(0):
+        return weight.full_tensor(), Rows(0, len(weight))
+    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    return weight.to_local(), Rows(offset[0], len(weight), mesh.get_group(sharded[0]))
+
+
+def rows_of(tensor: Tensor, rows: Rows, like: Tensor) -> Tensor:
+    """Return of a whole tensor what a process has, with the strides of its weight."""
+    here = tensor[rows.first : rows.first + len(like)]
+    return torch.empty_like(like).copy_(here)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight with the rows of all processes, without a graph; collective for a DTensor."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -> Tensor:
+    """Return <D, W> of every block of rows, [blocks]."""
+    if blocks == 1:
+        products = torch.dot(_flat(direction), _flat(weight))[None]
+    elif rows.group is None:
+        products = (direction * weight).reshape(blocks, -1).sum(1)
+    else:
+        by_row = (direction * weight).flatten(1).sum(1)
+        index = rows.block_of_each(len(weight), blocks, weight.device)
+        products = by_row.new_zeros(blocks).index_add_(0, index, by_row)
+    if rows.group is not None:
+        dist.all_reduce(products, group=rows.group)
+    return products
+
+
+def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
+    """Return D with every block of rows times its factor [blocks]."""
+    if len(factors) > 1:
+        index = rows.block_of_each(len(direction), len(factors), direction.device)
+        factors = factors[index].reshape(-1, *[1] * (direction.ndim - 1))
+    return direction * factors
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All numbers in the order of memory, also of a kernel with its channels last."""
+    return (tensor if tensor.is_contiguous() else tensor.movedim(1, -1)).reshape(-1)

@@ -1,0 +1,87 @@
+"""Layers shared out over processes, and sharded weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_specreg.spectral.sharding import Rows, block_products, scaled, shares
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.integers(1, 8))
+def test_no_process_has_much_more_than_its_share(costs, processes):
+    owners = shares(costs, processes)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(processes)]
+    assert set(owners) <= set(range(processes))
+    assert max(loads) <= sum(costs) / processes + max(costs)
+
+
+def test_rows_of_one_process_give_their_part_of_every_block():
+    torch.manual_seed(0)
+    direction, weight = torch.randn(2, 12, 5)
+    products = block_products(direction, weight, 3, Rows(0, 12))
+    expected = torch.stack(
+        [(d * w).sum() for d, w in zip(direction.chunk(3), weight.chunk(3), strict=True)]
+    )
+    torch.testing.assert_close(products, expected)
+    factors = torch.tensor([1.0, 0.0, -2.0])
+    whole = scaled(direction, factors, Rows(0, 12))
+    torch.testing.assert_close(whole[8:], -2 * direction[8:])
+    assert not whole[4:8].any()
+    torch.testing.assert_close(scaled(direction[3:10], factors, Rows(3, 12)), whole[3:10])
+
+
+def test_a_kernel_with_its_channels_last_is_read_in_the_order_of_memory():
+    torch.manual_seed(0)
+    kernels = [torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+    expected = (kernels[0] * kernels[1]).sum()[None]
+    torch.testing.assert_close(block_products(*kernels, 1, Rows(0, 6)), expected)
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    result = tmp_path_factory.mktemp("sharded") / "differences.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(HERE / "sharded.py"), str(result)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("layout", ["one unit", "blocks", "penalty first"])
+@pytest.mark.parametrize("network", ["vit", "convnext"])
+def test_sharded_weights_train_to_those_of_one_process(differences, network, layout):
+    """FSDP2 on two processes, in float64; the penalty before or after the forward pass."""
+    found = differences[f"{network}, {layout}"]
+    assert found["weights"] < 1e-9
+    assert found["value"] < 1e-9
+    assert found["sigmas"] < 1e-4  # converged to a residual of 1e-3
+
+
+def test_a_model_that_is_sharded_already_is_an_error_with_the_remedy(monkeypatch):
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    from hf_specreg import SpectralPenalty
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+        mesh = init_device_mesh("cpu", (1,))
+        net[1].weight = nn.Parameter(DTensor.from_local(net[1].weight.data, mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"before .*fully_shard"):
+            SpectralPenalty(net, head="2", input_size=(3, 2, 2))
+    finally:
+        torch.distributed.destroy_process_group()
