@@ -98,6 +98,10 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: it was launched in a way that the training loop cannot work in.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,

@@ -68,9 +68,11 @@ def naming_the_last_good(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(folder.parent).free / 2**20
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error}; the last "
-            f"good one is {latest_checkpoint(folder) or 'none'}. Free some space, then resume"
+            f"the checkpoint of step {step} could not be written to {folder} ({free:.1f} MiB are "
+            f"free there): {error}; the last good one is {latest_checkpoint(folder) or 'none'}. "
+            "Free some space, then resume"
         ) from error
 
 

@@ -192,6 +192,8 @@ class RunConfig:
         seed: of weights, data order, augmentation and the penalty's vectors.
         mixed_precision: "no", "bf16" or "fp16"; default: what accelerate is configured to.
         sync_batch_norm: take the statistics of batch norms over all processes.
+        deterministic: use only algorithms of which two runs give the same bits, on a GPU too, or
+            stop where there is none.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
         data: the images.
@@ -212,6 +214,7 @@ class RunConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     sync_batch_norm: bool = False
+    deterministic: bool = False
     log_every: int = 50
     log_with: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)

@@ -41,6 +41,7 @@ from hf_specreg.training.checkpoints import (
 )
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
+from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal
 from hf_specreg.training.metrics import (
     DivergedError,
     MetricsFile,
@@ -133,12 +134,13 @@ class TrainingLoop:
             CheckpointError: the output folder holds another run, or there is nothing to resume.
             DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the
                 last good one.
+            RunStopped: SIGTERM came; there is a checkpoint of the step that was then done.
         """
         checkpoint = starting_point(self.config, resume=resume)
         epoch, batch = self._resume(checkpoint) if checkpoint else self._start()
         self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
-        with progress_bar(self.console) as self.progress:
+        with progress_bar(self.console) as self.progress, StopSignal() as self.told_to_stop:
             self.task = self.progress.add_task("training", total=total, completed=self.step)
             while epoch < self.config.epochs:
                 self._train_epoch(epoch, batch)
@@ -197,15 +199,29 @@ class TrainingLoop:
         shared = [terms[r.name] for r in self.regularizers if not r.of_weights]
         total = sum(shared, loss) + sum(whole, penalty) * self.config.accumulation
         self.accelerator.backward(total)
-        if self.accelerator.sync_gradients and self.config.optimizer.clip_grad:
-            self.accelerator.clip_grad_norm_(
-                self.objective.parameters(), self.config.optimizer.clip_grad
-            )
+        terms |= self._clip(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = len(images) * self.accelerator.num_processes
         terms = {"loss": loss, "penalty": penalty, **terms}
         self.steps.add(self.step + 1, epoch, batch, images=seen, **terms)
+
+    def _clip(self, loss: Tensor) -> dict[str, Tensor]:
+        """Clip the gradient's norm, and say what it was and by what all of the gradient, the
+        penalty's part too, was multiplied; 0 where no step is due, and where fp16's scaler will
+        leave the step out.
+        """
+        limit, norm = self.config.optimizer.clip_grad, loss.new_zeros(())
+        if not limit:
+            return {}
+        if not self.accelerator.sync_gradients:
+            return {"gradient_norm": norm, "clipped_to": norm}
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+        clipped_to = (limit / norm).clamp(max=1)
+        return {
+            "gradient_norm": norm.nan_to_num(0, 0, 0),
+            "clipped_to": clipped_to.nan_to_num(0, 0, 0),
+        }
 
     def _regularizers(self, images: Tensor, loss: Tensor) -> dict[str, Tensor]:
         """The regularizers beside the spectral penalty, by name; 0 where not due."""
@@ -227,9 +243,24 @@ class TrainingLoop:
         self.progress.update(self.task, completed=self.step)
         if self.step % self.config.log_every == 0:
             self._log_training(epoch)
-        every = self.config.checkpoint.every_steps
-        if every and self.step % every == 0:
+        every, stop = self.config.checkpoint.every_steps, self._told_to_stop()
+        if stop or (every and self.step % every == 0):
             self._save_checkpoint(epoch, batch + 1)
+        if stop:
+            self.console.print(
+                f"stopped by SIGTERM with a checkpoint of step {self.step}: go on with --resume"
+            )
+            raise RunStopped
+
+    def _told_to_stop(self) -> bool:
+        """Whether SIGTERM came, to any of the processes."""
+        came = self.told_to_stop.came
+        if self.accelerator.num_processes == 1:
+            return came
+        if self.step % CHECK_EVERY:
+            return False
+        told = torch.tensor([came], device=self.accelerator.device)
+        return bool(self.accelerator.gather(told).any())
 
     def _end_epoch(self, epochs_done: int) -> None:
         self._log_training(epochs_done - 1)

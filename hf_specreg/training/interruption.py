@@ -1,0 +1,43 @@
+"""A scheduler's SIGTERM: the run saves a checkpoint at its next step, then exits with code 75."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+CHECK_EVERY = 10  # steps, on which several processes agree that one of them was told to stop
+
+
+class RunStopped(SystemExit):
+    """The run was told to stop, and has left a checkpoint to go on from."""
+
+    def __init__(self):
+        super().__init__(EXIT_CODE)
+
+
+class StopSignal:
+    """Remembers, within the context, that SIGTERM came; outside, what it did before is restored.
+
+    In a thread that is not the main one, signals cannot be handled, and nothing is remembered.
+    """
+
+    def __init__(self):
+        self.came = False
+        self._before = signal.SIG_DFL
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
