@@ -12,6 +12,8 @@ from torch import nn
 from hf_specreg.spectral.layers import linear_operators
 from hf_specreg.spectral.operators import Dense
 from hf_specreg.spectral.singular import (
+    _top_by_squaring,
+    _top_by_svd,
     bidiagonalize,
     dense_matrix,
     random_vector,
@@ -126,6 +128,20 @@ def test_a_few_steps_bring_a_stale_vector_back():
     assert stale / exact < 1 - 1e-3
     assert 0 <= 1 - recovered[0] / exact < 0.2 * (1 - stale / exact)
     assert recovered[1] == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e6])
+def test_both_ways_to_the_top_of_small_matrices_agree(scale):
+    torch.manual_seed(0)
+    small = scale * torch.randn(50, 8, 8).triu()
+    small[0] = 0
+    sigma, left, right = _top_by_squaring(small)
+    expected = _top_by_svd(small)[0]
+    torch.testing.assert_close(sigma, expected, rtol=1e-4, atol=0)
+    image = (small @ right[..., None])[..., 0]
+    torch.testing.assert_close(image, sigma[:, None] * left, rtol=1e-4, atol=1e-6 * scale)
+    torch.testing.assert_close(right.norm(dim=1), torch.ones(50))
+    assert left[0].norm() == 0
 
 
 def test_scaling_the_weight_scales_sigma():

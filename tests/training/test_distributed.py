@@ -1,5 +1,6 @@
 """Several processes train to the weights of one that has the whole batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,13 +24,40 @@ def runs(tmp_path_factory):
     folders = {}
     for processes in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"processes_{processes}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes), str(HERE / "data_parallel.py"), str(folder)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        output = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert output.returncode == 0, output.stderr[-3000:]
+        launch("data_parallel.py", folder, processes=processes)
         folders[processes] = folder
     return folders
+
+
+def launch(name, folder, *, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(HERE / name), str(folder)]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    output = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def images_seen(tmp_path_factory):
+    """What each of two processes got of 103 images."""
+    folder = tmp_path_factory.mktemp("images")
+    launch("sharded_data.py", folder, processes=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_no_image_is_lost_or_seen_twice(images_seen, kind):
+    """In training, whole batches only; in evaluation, the uneven last ones are counted once."""
+    first, second = images_seen
+    for epoch in (0, 1):
+        parts = first[f"{kind}, epoch {epoch}"], second[f"{kind}, epoch {epoch}"]
+        assert [len(part) for part in parts] == [48, 48]
+        assert len(set(parts[0]) | set(parts[1])) == 96
+    assert first[f"{kind}, epoch 0"] != first[f"{kind}, epoch 1"]
+    for seen in (first, second):
+        assert sorted(seen[f"{kind}, evaluation"]) == list(range(103))
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -1,0 +1,286 @@
+"""Time, memory and error of sigma: this package against other ways to the same number.
+
+    python benchmarks/against.py [--threads 2]
+
+- fft, exact: the rep-spectral authors' exact algorithm, from its formula. A circular convolution is
+  block diagonal in the Fourier domain, one [out, in] block a frequency; the largest eigenvalue of
+  each block^H block, by eigvalsh, with autograd for the gradient.
+- fft, power: their fast one. One warm power iteration on every block, with autograd.
+- gram: Gram iteration (Delattre et al. 2023): the same blocks, G <- G^H G five times, rescaled, and
+  sigma <= ||G||_F^(1/2^5); autograd.
+- torch: nn.utils.parametrizations.spectral_norm, one power iteration on the reshaped kernel.
+- jacobian: the Frobenius norm of the features' Jacobian by one random projection (Hoffman et al.),
+  of a batch, for networks; another number than sigma, so it has no error here.
+
+A use is the value and its gradient. Warm methods are used 24 times while the weights move by 1e-3
+of their norm a use, in a random direction; the time is the median of the last 16 uses (ours: the
+mean of them, over two cycles of renewals), the error is at the last, against the converged sigma of
+the true operator in float64. Memory is by how much the peak of a process of its own rises in a use.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable
+
+import torch
+from results import network, record, seconds
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from hf_specreg import SpectralPenalty
+from hf_specreg.encoders.features import unwrap
+from hf_specreg.spectral.baselines import jacobian_norm
+from hf_specreg.spectral.operators import Convolution, LinearOperator
+
+USES, MEASURED, DRIFT, GRAM = 24, 16, 1e-3, 5
+
+
+class Only(nn.Module):
+    """A layer as a network whose features are its output."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self.head(self.layer(x))
+
+
+def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Return the layers, as networks, with the size of their input."""
+    torch.manual_seed(0)
+    return {
+        "3x3, 64 to 64, 32 px": (Only(nn.Conv2d(64, 64, 3, padding=1)), (64, 32, 32)),
+        "3x3 / 2, 64 to 128, 32 px": (Only(nn.Conv2d(64, 128, 3, 2, 1)), (64, 32, 32)),
+        "3x3, 512 to 512, 4 px": (Only(nn.Conv2d(512, 512, 3, padding=1)), (512, 4, 4)),
+        "7x7 / 2, 3 to 64, 112 px": (Only(nn.Conv2d(3, 64, 7, 2, 3)), (3, 112, 112)),
+        "linear, 384 to 1536": (Only(nn.Linear(384, 1536)), (1, 1, 384)),
+    }
+
+
+NETWORKS = {
+    "resnet18_cifar": ((3, 32, 32), 128),
+    "resnet20_cifar": ((3, 32, 32), 128),
+    "vit_small_patch16_224": ((3, 224, 224), 8),
+}
+
+
+def blocks(operator: LinearOperator, weight: Tensor) -> Tensor:
+    """The operator's blocks [frequencies, out, in * aliases]: of a convolution, as if circular."""
+    if not isinstance(operator, Convolution):
+        return weight[None]
+    sizes, stride = operator.input_shape[1:], operator.stride
+    padded = weight.new_zeros(*weight.shape[:2], *sizes)
+    padded[..., : weight.shape[2], : weight.shape[3]] = weight
+    transfer = torch.fft.fft2(padded)
+    for dim, s in enumerate(stride, 2):  # frequencies that a stride lets alias act together
+        transfer = transfer.unflatten(dim, (s, -1)).movedim(dim, 2).flatten(1, 2) / s**0.5
+    return transfer.flatten(2).permute(2, 0, 1)
+
+
+class Fft:
+    """The authors' algorithms and Gram iteration, on all operators of a penalty."""
+
+    def __init__(self, penalty: SpectralPenalty, kind: str):
+        self.operators, self.kind = penalty.layers, kind
+        self.vectors: dict[str, Tensor] = {}
+
+    def sigmas(self) -> list[Tensor]:
+        """Every sigma, with its graph."""
+        return [self.sigma(o, blocks(o, o.effective_weight())) for o in self.operators]
+
+    def sigma(self, operator: LinearOperator, matrices: Tensor) -> Tensor:
+        """Of all blocks of one operator."""
+        if self.kind == "exact":
+            wide = matrices.shape[1] < matrices.shape[2]
+            gram = matrices @ matrices.mH if wide else matrices.mH @ matrices
+            return torch.linalg.eigvalsh(gram)[:, -1].max().sqrt()
+        if self.kind == "gram":
+            gram, log = matrices, torch.zeros(len(matrices))
+            for _ in range(GRAM):
+                norm = torch.linalg.matrix_norm(gram)
+                gram = gram / norm[:, None, None]
+                log = 2 * (log + norm.log())
+                gram = gram.mH @ gram
+            return ((torch.linalg.matrix_norm(gram).log() + log) / 2**GRAM).exp().max()
+        with torch.no_grad():
+            v = self.vectors.get(operator.name)
+            if v is None:
+                v = torch.randn_like(matrices[:, 0, :, None])
+            u = matrices @ (v / torch.linalg.vector_norm(v, dim=1, keepdim=True))
+            u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            v = matrices.mH @ u
+            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+            self.vectors[operator.name] = v
+        return (u.mH @ matrices @ v).real.max()
+
+    def use(self) -> None:
+        """Value and gradient."""
+        sum(sigma.square() for sigma in self.sigmas()).backward()
+
+
+class Ours:
+    """This package."""
+
+    def __init__(self, penalty: SpectralPenalty):
+        self.penalty = penalty
+
+    def use(self) -> None:
+        """Value and gradient."""
+        self.penalty().backward()
+
+    def sigmas(self) -> list[Tensor]:
+        """Every sigma, by the directions that the last use had."""
+        with torch.no_grad():
+            return [
+                torch.stack([(d * w).sum()]).squeeze() for d, w in self._directions_and_weights()
+            ]
+
+    def _directions_and_weights(self):
+        triplets = self.penalty._triplets
+        for layer in self.penalty.layers:
+            u, v = (triplets.vectors[f"{layer.name}.{side}"] for side in "uv")
+            yield layer.weight_gradient(v, u), layer.effective_weight()
+
+
+class TorchSpectralNorm:
+    """torch's parametrization, on all layers that have a weight of their own."""
+
+    def __init__(self, penalty: SpectralPenalty, model: nn.Module):
+        names = {o.name: o for o in penalty.layers}
+        modules = dict(unwrap(model).named_modules())
+        whole = {n if n in modules else n.rpartition(".")[0] for n in names}
+        self.modules = [spectral_norm(modules[name]) for name in whole]
+
+    def use(self) -> None:
+        """The normalised weights and their gradient."""
+        sum(module.weight.sum() for module in self.modules).backward()
+
+    def sigmas(self) -> list[Tensor]:
+        """What the weights are divided by."""
+        with torch.no_grad():
+            return [
+                (m.parametrizations.weight.original.flatten()[0] / m.weight.flatten()[0]).abs()
+                for m in self.modules
+            ]
+
+
+class Jacobian:
+    """Of the features, by one random projection."""
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.images = model.eval(), images
+
+    def use(self) -> None:
+        """Value and gradient."""
+        jacobian_norm(self.model, self.images).backward()
+
+
+def method(name: str, model: nn.Module, size: tuple[int, ...], batch: int):
+    """Return a method on a network."""
+    penalty = SpectralPenalty(model, input_size=size, head=None if batch else "head")
+    if name == "torch":
+        return TorchSpectralNorm(penalty, model)
+    if name == "jacobian":
+        return Jacobian(model, torch.rand(batch, *size))
+    return Ours(penalty) if name == "ours" else Fft(penalty, name.removeprefix("fft, "))
+
+
+def build(case: str) -> tuple[nn.Module, tuple[int, ...], int]:
+    """Return the network or layer of a case, its input's size, and a batch; 0 for a layer."""
+    if case in NETWORKS:
+        return network(case), *NETWORKS[case]
+    return *layers()[case], 0
+
+
+def drift(model: nn.Module, draws: torch.Generator) -> None:
+    """Move every weight by DRIFT of its norm."""
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=draws)
+            p.add_(noise * (DRIFT * p.norm() / noise.norm()))
+
+
+def run(case: str, name: str, threads: int, uses: int) -> tuple[float, float | None]:
+    """Return the time of a use, and the largest relative error of a sigma after the last."""
+    torch.set_num_threads(threads)
+    model, size, batch = build(case)
+    exact = SpectralPenalty(model, input_size=size, head=None if batch else "head", split_qkv=True)
+    chosen, draws = method(name, model, size, batch), torch.Generator().manual_seed(1)
+    times = []
+    for _ in range(uses):
+        times.append(seconds(chosen.use))
+        drift(model, draws)
+    summary = statistics.fmean if name == "ours" else statistics.median
+    error = None
+    if name not in ("jacobian", "torch") or not batch:
+        found = chosen.sigmas()
+        if name == "torch":
+            parametrize.remove_parametrizations(chosen.modules[0], "weight", False)
+        model.double()
+        truth = exact.top_singular_values(tolerance=1e-6)
+        error = max(
+            abs(s.item() / t.sigma.item() - 1) for s, t in zip(found, truth.values(), strict=True)
+        )
+    return summary(times[-MEASURED:]), error
+
+
+def peak(case: str, name: str, threads: int) -> float:
+    """Return by how many MiB the peak of the process rises in a use; in a process of its own."""
+    torch.set_num_threads(threads)
+    model, size, batch = build(case)
+    chosen = method(name, model, size, batch)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chosen.use()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def in_its_own_process(function: Callable, *arguments):
+    """Return the function's result."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    rows = []
+    for case in [*layers(), *NETWORKS]:
+        ours = None
+        names = ["ours", "fft, power", "fft, exact", "gram", "torch"]
+        for name in names + (["jacobian"] if case in NETWORKS else []):
+            slow = name not in ("ours", "torch") and case in NETWORKS
+            uses = 3 if slow else USES
+            try:
+                time, error = in_its_own_process(run, case, name, arguments.threads, uses)
+                memory = in_its_own_process(peak, case, name, arguments.threads)
+            except (RuntimeError, MemoryError) as failure:
+                rows.append([case, name, "", "", "", f"failed: {str(failure)[:60]}"])
+                continue
+            ours = ours or time
+            shown = "" if error is None else f"{error:.2%}"
+            rows.append(
+                [case, name, f"{1000 * time:.3g}", f"{time / ours:.3g}", f"{memory:.0f}", shown]
+            )
+            print(rows[-1], flush=True)
+    record(
+        "Other ways to sigma",
+        ["layer or network", "method", "a use, ms", "times ours", "peak, MiB", "error of sigma"],
+        rows,
+        "A use is the value and its gradient, of random weights that move by 0.1 % of their norm "
+        f"a use; {USES} uses (3 of the slow methods on networks), the error of the worst layer at "
+        "the last. The Fourier methods take convolutions for circular.",
+    )
+
+
+if __name__ == "__main__":
+    main()

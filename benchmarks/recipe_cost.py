@@ -1,0 +1,116 @@
+"""The recipe's loop against a bare PyTorch loop, and how long the import takes.
+
+    python benchmarks/recipe_cost.py [--steps 40] [--rounds 3]
+
+Both train the same network on the same images with the same batches and optimizer, without the
+penalty; they take turns. The recipe's loop also logs, looks for NaN, and augments nothing here. The
+imports are of fresh processes, in turn.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from results import network, record, seconds, spread
+from torch.utils.data import DataLoader
+
+from hf_specreg.data.images import collate
+from hf_specreg.training.build import build_images, build_model, build_splits
+from hf_specreg.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    RunConfig,
+)
+from hf_specreg.training.loop import TrainingLoop
+from hf_specreg.training.objectives import Supervised
+
+BATCH, SIZE = 64, (3, 32, 32)
+
+
+def settings(folder: str, steps: int) -> RunConfig:
+    """One epoch of so many steps, with nothing but training in it."""
+    return RunConfig(
+        output_dir=folder,
+        epochs=1,
+        steps_per_epoch=steps,
+        batch_size=BATCH,
+        log_every=10,
+        data=DataConfig(in_memory=True),
+        model=ModelConfig(name="resnet20_cifar", input_size=SIZE),
+        penalty=PenaltyConfig(strength=0.0),
+        optimizer=OptimizerConfig(opt="momentum", lr=0.01, sched="constant"),
+        checkpoint=CheckpointConfig(keep=1),
+    )
+
+
+def loops(steps: int) -> tuple:
+    """Return two functions: an epoch of the recipe's loop, and one of a bare loop."""
+    config = settings(tempfile.mkdtemp(), steps)
+    splits = build_splits(config.data)
+    model = build_model(config.model, splits.label_names)
+    images = build_images(splits, model, config)
+    loop = TrainingLoop(Supervised(model, augment=config.augment), **images, config=config)
+    loop.told_to_stop = type("Never", (), {"came": False})
+    loop.progress = type("Silent", (), {"update": lambda *_, **__: None})()
+    loop.task = 0
+
+    bare = network("resnet20_cifar")
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)
+    loader = DataLoader(
+        images["train_images"], BATCH, shuffle=True, drop_last=True, collate_fn=collate
+    )
+
+    def by_hand() -> None:
+        for batch, (x, y) in enumerate(loader):
+            if batch == steps:
+                break
+            optimizer.zero_grad()
+            loss = F.cross_entropy(bare((x.float() / 255 - 0.5) / 0.5), y)
+            loss.backward()
+            optimizer.step()
+            if batch % 10 == 9:
+                loss.item()
+
+    return lambda: loop._train_epoch(0, 0), by_hand
+
+
+def imported(code: str) -> float:
+    """Return the time of a fresh process that runs the code."""
+    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    recipe, bare = loops(arguments.steps)
+    pairs = [(seconds(recipe), seconds(bare)) for _ in range(arguments.rounds + 1)][1:]
+    both = "import torch, timm", "import hf_specreg"
+    starts = [tuple(imported(code) for code in both) for _ in range(arguments.rounds + 1)][1:]
+    rows = []
+    for name, times in (("an epoch", pairs), ("import", starts)):
+        first, second = zip(*times, strict=True)
+        ours, other = (first, second) if name == "an epoch" else (second, first)
+        ratio = statistics.median(a / b for a, b in zip(ours, other, strict=True))
+        rows.append([name, spread(ours), spread(other), f"{ratio:.3f}"])
+    record(
+        "The recipe against a bare loop, and the import",
+        ["what", "hf_specreg, ms", "without, ms", "ratio"],
+        rows,
+        f"ResNet-20 on digits at 32 px, {arguments.steps} batches of {BATCH}, without the penalty; "
+        "the import against that of torch and timm, in fresh processes. Medians of "
+        f"{arguments.rounds} rounds in turn; the ratio is the median of the rounds'.",
+    )
+
+
+if __name__ == "__main__":
+    main()
