@@ -7,8 +7,7 @@ an image's row, or on its chunk, never on what was done before.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
 from hf_specreg.robustness.stages import Stage, make_stages
 from hf_specreg.robustness.statistics import LEVEL, RESAMPLES
 from hf_specreg.robustness.threat import NORMS
+from hf_specreg.spectral.operators import exact_float32
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
@@ -151,7 +151,7 @@ def evaluate_robustness(
         make_attacks(["pgd-l2"])
     if shard[1] > 1 and output is None:
         raise EvaluationError("several processes need a common output folder")
-    with frozen(classifier), _reproducible(), workspace(output) as folder:
+    with frozen(classifier), exact_float32(), workspace(output) as folder:
         first, labels = images.read(_draw(len(images), CHECK_IMAGES, seed))
         if check_inputs:
             check_classifier(classifier, first, labels, batch_size=batch_size)
@@ -355,20 +355,3 @@ def _layer_flags(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     if not vague:
         return []
     return [f"the singular values of {', '.join(vague)} did not converge"]
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Full float32, and the same algorithm whatever the batch, where CUDA could choose."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=False,
-            deterministic=True,
-            allow_tf32=False,
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_specreg.encoders.features import evaluating
+from hf_specreg.spectral.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,14 @@ def folded(weight: Tensor, norms: Norms) -> Tensor:
         weight: of a linear layer or an ungrouped convolution.
         norms: beside it.
     """
+    weight = whole(weight)
     if norms.after is not None:
         scale = (norms.after.running_var + norms.after.eps).rsqrt()
         if norms.after.weight is not None:
-            scale = scale * norms.after.weight
+            scale = scale * whole(norms.after.weight)
         weight = weight * scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
     if norms.before is not None:
-        gain = norms.before.weight.to(weight)
+        gain = whole(norms.before.weight).to(weight)
         weight = weight * gain.reshape(1, -1, *[1] * (weight.ndim - 2))
     return weight
 

@@ -15,7 +15,8 @@ overlap.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -38,7 +39,7 @@ class LinearOperator(Protocol):
     layer_weight: Callable[[], Tensor]
 
     def part(self, weight: Tensor) -> Tensor:
-        """The operator's own weight, a view of the layer's."""
+        """The operator's own weight, as it is in the layer's."""
 
     def effective_weight(self) -> Tensor:
         """The operator's own weight as it acts, with its graph."""
@@ -59,7 +60,7 @@ class _OfLayer:
     layer_weight: Callable[[], Tensor]
 
     def part(self, weight: Tensor) -> Tensor:
-        """The operator's own weight, a view of the layer's."""
+        """The operator's own weight, as it is in the layer's."""
         return weight
 
     def effective_weight(self) -> Tensor:
@@ -79,7 +80,7 @@ class Dense(_OfLayer):
     rows: tuple[int | None, int | None] = (None, None)
 
     def part(self, weight: Tensor) -> Tensor:
-        """The operator's own weight, a view of the layer's."""
+        """The operator's own weight, as it is in the layer's."""
         return weight.flatten(1)[slice(*self.rows)]
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
@@ -238,6 +239,25 @@ class TransposedConvolution(_OfLayer):
         i = dim - 2
         span = self.dilation[i] * (self.kernel_size[i] - 1) + 1
         return (size + 2 * self.padding[i] - span) // self.stride[i] + 1
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within, float32 is not rounded to TF32, and the algorithm does not depend on the batch, where
+    CUDA could choose.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
 from hf_specreg.spectral.layers import operators_of
-from hf_specreg.spectral.operators import LinearOperator, full_precision
+from hf_specreg.spectral.operators import LinearOperator, exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import (
     Rows,
@@ -55,9 +55,11 @@ class SpectralPenalty:
 
     Every layer's singular vectors are warm: they are kept between calls, and the layers take turns
     to have theirs renewed (`tracking.py`), so that a use costs little more than reading weights.
-    The arithmetic is float32 also under autocast and for half-precision weights; frozen layers add
-    their value and no gradient. A weight shared by several layers counts once, at the input size of
-    its first use.
+    For that, as much memory as the weights that are penalised take is kept, with layers shared out
+    or weights sharded each process's part of it.
+    The arithmetic is float32 also under autocast and for half-precision weights (on a GPU by TF32
+    where torch is told to allow it); frozen layers add their value and no gradient. A weight shared
+    by several layers counts once, at the input size of its first use.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -84,9 +86,10 @@ class SpectralPenalty:
             the statistics must be synchronised.
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
-            DistributedDataParallel does. All processes must then call it, and `sigmas()` and
-            `state_dict()` too, together. With one process it changes nothing. Sharded weights
-            (FSDP2) need it not: there all processes work on all layers.
+            DistributedDataParallel with the default group does. All processes must then call it
+            and `state_dict()` together, and its value must go into the same backward pass as the
+            loss, which is the one that averages. With one process it changes nothing. Sharded
+            weights (FSDP2) need it not: there all processes work on all layers.
         seed: of the vectors' first draw.
 
     Attributes:
@@ -149,11 +152,10 @@ class SpectralPenalty:
         anew.
         """
         check_whole(self._network)
-        self.input_size = tuple(input_size)
         found = trace_layers(
             self._network,
             head=self._head,
-            input_size=self.input_size,
+            input_size=tuple(input_size),
             up_to_head=self.scope == "features",
         )
         owners = operators_of(found, skip=self._skip, split_qkv=self._split_qkv)
@@ -162,7 +164,9 @@ class SpectralPenalty:
                 f"no linear map of {type(self._network).__name__} is left before its head "
                 f"{self._head}"
             )
+        self.input_size = tuple(input_size)
         self.layers = tuple(operator for _, operator in owners)
+        self._shapes = {n: shape for layer in self.layers for n, shape in _shapes(layer).items()}
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
         self._stacks = stacks(self.layers)
@@ -186,7 +190,7 @@ class SpectralPenalty:
         since = self.step - self.burn_in
         self.step += 1
         if since < 0 or since % self.every:
-            return torch.zeros((), device=self._device)
+            return self._zero()
         return self.value()
 
     @torch.compiler.disable
@@ -199,7 +203,7 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        terms = [torch.zeros((), device=self._device)]
+        terms = [self._zero()]
         with torch.autocast(self._device.type, enabled=False):
             for index in self._own():
                 weight = self._weight(index, self._norms)
@@ -207,7 +211,7 @@ class SpectralPenalty:
                 part, rows = local(weight)
                 direction = self._triplets.direction(index, part, rows)
                 term = _SumOfSquares.apply(part, self._stacks[index], direction, rows)
-                terms.append(term.to(self._device))
+                terms.append(term.to(terms[0]))
         self._uses += 1
         own = torch.stack(terms).sum()
         return self.strength * (summed(own) if self.shared else own)
@@ -222,7 +226,7 @@ class SpectralPenalty:
         """Return every layer's top singular value with its residual, iterated until converged.
 
         Starts from the warm vectors and leaves them as they are, so that looking does not change
-        the training. Of layers that are shared out, those of this process.
+        the training. Where weights are sharded, all processes must call it.
 
         Args:
             tolerance: of the relative residual.
@@ -231,10 +235,11 @@ class SpectralPenalty:
         norms = self._find_norms() if fold_norm else self._norms
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            for index in self._own():
+        no_autocast = torch.autocast(self._device.type, enabled=False)
+        with torch.no_grad(), no_autocast, exact_float32():
+            for index, stack in enumerate(self._stacks):
                 weight = whole(self._weight(index, norms))
-                for layer in self._stacks[index].operators:
+                for layer in stack.operators:
                     if fold_norm and layer.name not in norms:
                         continue
                     part = layer.part(weight)
@@ -245,22 +250,16 @@ class SpectralPenalty:
 
     def sigmas(self) -> dict[str, float]:
         """Return every layer's top singular value (sigma, not squared) by dotted name; warns of
-        any that did not converge. Where layers are shared out, all processes must call it.
+        any that did not converge. Where weights are sharded, all processes must call it.
         """
-        found = {
-            name: (value.sigma.item(), value.residual, value.converged)
-            for name, value in self.top_singular_values().items()
-        }
-        if self.shared:
-            of_all = [None] * dist.get_world_size()
-            dist.all_gather_object(of_all, found)
-            found = {name: value for part in of_all for name, value in part.items()}
-        for name, (_, residual, converged) in found.items():
-            if not converged:
+        values = self.top_singular_values()
+        for name, value in values.items():
+            if not value.converged:
                 warnings.warn(
-                    f"sigma of {name!r} did not converge: residual {residual:.1e}", stacklevel=2
+                    f"sigma of {name!r} did not converge: residual {value.residual:.1e}",
+                    stacklevel=2,
                 )
-        return {layer.name: found[layer.name][0] for layer in self.layers}
+        return {name: value.sigma.item() for name, value in values.items()}
 
     def state_dict(self) -> dict:
         """Return the counts and the warm vectors: with them, a resumed run goes on bit for bit.
@@ -269,24 +268,21 @@ class SpectralPenalty:
         vectors = dict(self._triplets.vectors)
         if self.shared and self._uses:
             for stack, owner in zip(self._stacks, self._owners, strict=True):
-                for layer in stack.operators:
-                    for name, shape in _shapes(layer).items():
-                        vector = vectors.get(name)
-                        if vector is None:
-                            dtype = full_precision(layer.layer_weight()).dtype
-                            vector = torch.empty(shape, dtype=dtype, device=self._device)
-                        dist.broadcast(vector, src=owner)
-                        vectors[name] = vector
+                for name in _names(stack):
+                    vector = vectors.get(name, torch.empty(self._shapes[name]))
+                    vectors[name] = vector.to(self._zero()).contiguous()
+                    dist.broadcast(vectors[name], src=owner)
         return {"step": self.step, "uses": self._uses, "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts and warm vectors.
 
         Raises:
-            ValueError: the vectors are those of another model.
+            ValueError: the vectors are those of another model, or of an earlier version.
         """
-        vectors = state["vectors"]
-        expected = {n: shape for layer in self.layers for n, shape in _shapes(layer).items()}
+        if "uses" not in state:
+            raise ValueError("the state is of an earlier version of the penalty: start anew")
+        vectors, expected = state["vectors"], self._shapes
         unknown = vectors and set(vectors) ^ set(expected)
         if unknown:
             raise ValueError(f"the vectors {sorted(unknown)} are in one of state and model only")
@@ -296,13 +292,25 @@ class SpectralPenalty:
                     f"the vector {name!r} is {tuple(vector.shape)}, but here it is "
                     f"{tuple(expected[name])}"
                 )
-        own = {n for i in self._own() for o in self._stacks[i].operators for n in _shapes(o)}
+        own = {name for index in self._own() for name in _names(self._stacks[index])}
         self.step, self._uses = state["step"], state["uses"]
-        self._triplets.load({name: vectors[name].clone() for name in vectors if name in own})
+        kept = {n: torch.empty_like(v, device=self._device) for n, v in vectors.items() if n in own}
+        self._triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise TypeError(
+            "a penalty belongs to its model and cannot be copied or pickled: make one for the "
+            "other model, and give it the state_dict() of this one"
+        )
 
     @property
     def _device(self) -> torch.device:
         return next(self._network.parameters()).device
+
+    def _zero(self) -> Tensor:
+        """0 where the model is, in full precision."""
+        dtype = next(self._network.parameters()).dtype
+        return full_precision(torch.zeros((), dtype=dtype, device=self._device))
 
     def _own(self) -> list[int]:
         """The stacks that this process works, by index."""
@@ -319,9 +327,9 @@ class SpectralPenalty:
     def _follow(self, index: int, weight: Tensor) -> None:
         """Start the vectors of a layer, or renew them where it is its turn."""
         if not self._triplets.has(index):
-            self._triplets.start(index, whole(weight))
+            self._triplets.start(index, whole(weight.detach()))
         elif self._triplets.is_due(index, self._uses * self.every, since=self.every):
-            self._triplets.renew(index, whole(weight))
+            self._triplets.renew(index, whole(weight.detach()))
 
     def _find_norms(self) -> dict[str, Norms]:
         """The norms beside each layer, by the layer's name, where they can be folded in."""
@@ -343,7 +351,8 @@ class _SumOfSquares(torch.autograd.Function):
     def forward(ctx, weight: Tensor, stack: Stack, direction: Tensor, rows: Rows) -> Tensor:
         products = block_products(direction, weight, stack.blocks, rows)
         products = products.reshape(len(stack.operators), -1)
-        sigmas, leading = products.max(1, keepdim=True)
+        leading = products.abs().argmax(1, keepdim=True)
+        sigmas = products.gather(1, leading)  # negative where the weight has turned round
         factors = torch.zeros_like(products).scatter_(1, leading, 2 * sigmas).flatten()
         ctx.rows = rows
         ctx.save_for_backward(direction, factors)
@@ -363,6 +372,11 @@ def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
     return tuple(skip)
+
+
+def _names(stack: Stack) -> list[str]:
+    """The names of the vectors of a stack."""
+    return [f"{operator.name}.{side}" for operator in stack.operators for side in "uv"]
 
 
 def _shapes(layer: LinearOperator) -> dict[str, torch.Size]:

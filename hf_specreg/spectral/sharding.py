@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def shares(costs: Sequence[float], processes: int) -> list[int]:
@@ -72,8 +71,9 @@ def local(weight: Tensor) -> tuple[Tensor, Rows]:
     sharded = [i for i, p in enumerate(placements) if not isinstance(p, Replicate)]
     if len(sharded) != 1 or placements[sharded[0]] != Shard(0):
         return weight.full_tensor(), Rows(0, len(weight))
-    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-    return weight.to_local(), Rows(offset[0], len(weight), mesh.get_group(sharded[0]))
+    most = -(-len(weight) // mesh.size(sharded[0]))  # rows of a process; the last may have fewer
+    first = min(most * mesh.get_local_rank(sharded[0]), len(weight))
+    return weight.to_local(), Rows(first, len(weight), mesh.get_group(sharded[0]))
 
 
 def rows_of(tensor: Tensor, rows: Rows, like: Tensor) -> Tensor:
@@ -83,15 +83,17 @@ def rows_of(tensor: Tensor, rows: Rows, like: Tensor) -> Tensor:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Return a weight with the rows of all processes, without a graph; collective for a DTensor."""
-    weight = weight.detach()
+    """Return a weight with the rows of all processes; collective for a DTensor."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -> Tensor:
     """Return <D, W> of every block of rows, [blocks]."""
     if blocks == 1:
-        products = torch.dot(_flat(direction), _flat(weight))[None]
+        # Both in the order of memory, also of a kernel with its channels last.
+        last = 1 if weight.is_contiguous() else -1
+        direction, weight = (t.movedim(1, last).reshape(-1) for t in (direction, weight))
+        products = torch.dot(direction, weight)[None]
     elif rows.group is None:
         products = (direction * weight).reshape(blocks, -1).sum(1)
     else:
@@ -109,8 +111,3 @@ def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
         index = rows.block_of_each(len(direction), len(factors), direction.device)
         factors = factors[index].reshape(-1, *[1] * (direction.ndim - 1))
     return direction * factors
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All numbers in the order of memory, also of a kernel with its channels last."""
-    return (tensor if tensor.is_contiguous() else tensor.movedim(1, -1)).reshape(-1)

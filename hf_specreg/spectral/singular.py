@@ -86,6 +86,7 @@ def top_singular_value(
     if not weight.isfinite().all():
         nan, u = weight.new_tensor(torch.nan), operator.apply(weight, v)
         return TopSingularValue(nan, u, v, torch.nan, converged=False)
+    v = v.nan_to_num(0, 0, 0)  # of a weight that was not finite once
     v = v + 0.1 * random_vector(operator, weight, torch.Generator().manual_seed(0))
     for _ in range(max_restarts):
         sigmas, u, v, residuals = bidiagonalize(

@@ -49,10 +49,8 @@ class Stack:
     @property
     def cost(self) -> int:
         """What a product with the weight costs, in multiply-adds; reading a number counts as 16."""
-        return sum(
-            operator.effective_weight().numel() * (output_shape(operator)[1:].numel() + 16)
-            for operator in self.operators
-        )
+        positions = output_shape(self.operators[0])[1:].numel()
+        return self.weight().numel() * (positions + 16)
 
 
 def stacks(operators: Sequence[LinearOperator]) -> list[Stack]:
@@ -120,7 +118,7 @@ class Triplets:
         for operator in self.stacks[index].operators:
             part = operator.part(weight)
             v = self.vectors[f"{operator.name}.v"].to(part)
-            rows = v.reshape(blocks(operator), -1)
+            rows = v.nan_to_num(0, 0, 0).reshape(blocks(operator), -1)  # anew, after a NaN
             noise = self._noise_like(rows) * NOISE * rows.shape[1] ** -0.5
             start = (rows + noise).reshape(v.shape)
             _, u, v, _ = bidiagonalize(operator, part, start, steps=self.lanczos_steps)
@@ -130,7 +128,8 @@ class Triplets:
     def direction(self, index: int, weight: Tensor, rows: Rows) -> Tensor:
         """Return of a stack's D the rows of the weight that are on this process."""
         direction = self._directions.get(index)
-        if direction is None or direction.shape != weight.shape:
+        alike = ("shape", "device", "dtype")  # not so once the model was moved or sharded
+        if direction is None or any(getattr(direction, a) != getattr(weight, a) for a in alike):
             parts = []
             for operator in self.stacks[index].operators:
                 u, v = (self.vectors[f"{operator.name}.{side}"].to(weight) for side in "uv")

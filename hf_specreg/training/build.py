@@ -28,6 +28,7 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.config import VIEWS, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from hf_specreg.training.distributed import averages_gradients
+from hf_specreg.training.interruption import ignore_sigterm
 from hf_specreg.training.metrics import installed_trackers
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.regularizers import normalize_spectra
@@ -207,7 +208,11 @@ def build_loaders(
         raise ValueError(
             f"batch_size ({config.batch_size}) exceeds the {len(train)} training images"
         )
-    shared = {"num_workers": config.data.num_workers, "collate_fn": collate}
+    shared = {
+        "num_workers": config.data.num_workers,
+        "collate_fn": collate,
+        "worker_init_fn": ignore_sigterm,
+    }
     order = {} if stream else {"shuffle": True}
     loader = DataLoader(train, micro_batch, drop_last=True, **order, **shared)
     steps = config.steps_per_epoch or len(loader) // parts

@@ -1,4 +1,7 @@
-"""A scheduler's SIGTERM: the run saves a checkpoint at its next step, then exits with code 75."""
+"""A scheduler's SIGTERM: the run saves a checkpoint and exits with code 75.
+
+One process does so at its next step, several when they next ask each other, every ten steps.
+"""
 
 import signal
 import threading
@@ -13,6 +16,11 @@ class RunStopped(SystemExit):
 
     def __init__(self):
         super().__init__(EXIT_CODE)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Let a data loader's worker outlive a SIGTERM to its whole group: its process ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopSignal:
@@ -37,7 +45,7 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # None: not Python's
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.came = True

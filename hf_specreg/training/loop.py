@@ -207,9 +207,9 @@ class TrainingLoop:
         self.steps.add(self.step + 1, epoch, batch, images=seen, **terms)
 
     def _clip(self, loss: Tensor) -> dict[str, Tensor]:
-        """Clip the gradient's norm, and say what it was and by what all of the gradient, the
-        penalty's part too, was multiplied; 0 where no step is due, and where fp16's scaler will
-        leave the step out.
+        """Clip the gradient's norm. Return what it was, and the factor that clipping put on the
+        gradient, of which the penalty's is a part; both 0 where no step is due, or where fp16's
+        scaler will leave the step out.
         """
         limit, norm = self.config.optimizer.clip_grad, loss.new_zeros(())
         if not limit:
@@ -243,24 +243,30 @@ class TrainingLoop:
         self.progress.update(self.task, completed=self.step)
         if self.step % self.config.log_every == 0:
             self._log_training(epoch)
-        every, stop = self.config.checkpoint.every_steps, self._told_to_stop()
-        if stop or (every and self.step % every == 0):
+        every = self.config.checkpoint.every_steps
+        due = every and self.step % every == 0
+        if due:
             self._save_checkpoint(epoch, batch + 1)
-        if stop:
-            self.console.print(
-                f"stopped by SIGTERM with a checkpoint of step {self.step}: go on with --resume"
-            )
-            raise RunStopped
+        alone = self.accelerator.num_processes == 1
+        if (alone or self.step % CHECK_EVERY == 0) and self._told_to_stop():
+            self._stop(None if due else (epoch, batch + 1))
 
     def _told_to_stop(self) -> bool:
-        """Whether SIGTERM came, to any of the processes."""
-        came = self.told_to_stop.came
-        if self.accelerator.num_processes == 1:
-            return came
-        if self.step % CHECK_EVERY:
-            return False
-        told = torch.tensor([came], device=self.accelerator.device)
-        return bool(self.accelerator.gather(told).any())
+        """Whether SIGTERM came, to any of the processes, which must all ask."""
+        came = torch.tensor([self.told_to_stop.came], device=self.accelerator.device)
+        return bool(self.accelerator.gather(came).any())
+
+    def _stop(self, unsaved: tuple[int, int] | None) -> None:
+        """Leave with a checkpoint; `unsaved` is the place to write one of, if there is none yet."""
+        if unsaved:
+            self._save_checkpoint(*unsaved)
+        self.console.print(
+            f"stopped by SIGTERM with a checkpoint of step {self.step}: go on with --resume"
+        )
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()  # a process that fails early has the others killed
+        raise RunStopped
 
     def _end_epoch(self, epochs_done: int) -> None:
         self._log_training(epochs_done - 1)
@@ -283,11 +289,12 @@ class TrainingLoop:
         self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
         if better and self.accelerator.is_main_process:
             self._save_model(self.output / "best")
-        if (
-            epochs_done % self.config.checkpoint.every_epochs == 0
-            or epochs_done == self.config.epochs
-        ):
+        due = epochs_done % self.config.checkpoint.every_epochs == 0
+        if due or epochs_done == self.config.epochs:
+            due = True
             self._save_checkpoint(epochs_done, 0)
+        if self._told_to_stop():
+            self._stop(None if due else (epochs_done, 0))
 
     @torch.no_grad()
     def evaluate(self, loader: DataLoader) -> dict[str, float]:

@@ -2,9 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,9 @@ from safetensors.torch import load_file
 from hf_specreg.cli import main as cli
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.build import build_model
-from hf_specreg.training.checkpoints import all_checkpoints
 from recipes import self_supervised, supervised, transfer
 from recipes.supervised import main, parse
-from tests.recipes.conftest import ENVIRONMENT, launch, run_on_cpu, script
+from tests.recipes.conftest import launch, run_on_cpu, script
 
 RECIPES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
 ROOT = Path(__file__).parents[2]
@@ -77,29 +73,6 @@ def test_command_line_overrides_the_file():
     assert config.data.num_workers == 1
     assert config.model.args["dims"] == [8, 8, 16, 16]
     assert config.optimizer.opt == "adamw"
-
-
-def test_a_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(tmp_path):
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    subprocess.run(script("supervised", *TINY, "--output_dir", whole), env=ENVIRONMENT, check=True)
-    run = subprocess.Popen(script("supervised", *TINY, "--output_dir", killed), env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    while not all_checkpoints(Path(killed) / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (Path(killed) / "model").exists()
-    resumed = script("supervised", *TINY, "--output_dir", killed, "--resume")
-    output = subprocess.run(resumed, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert "resuming from" in output.stderr
-    result = json.loads(output.stdout)
-    assert result["model"] == str(Path(killed) / "model")
-    expected, found = [load_file(Path(p) / "model/model.safetensors") for p in (whole, killed)]
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    steps = [
-        json.loads(x)["step"] for x in (Path(killed) / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == sorted(steps)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):

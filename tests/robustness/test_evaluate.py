@@ -1,8 +1,5 @@
 import copy
 import json
-import multiprocessing
-import signal
-import time
 
 import datasets
 import numpy as np
@@ -77,32 +74,6 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_report(trained, tmp_path)
     assert without_times(again.content) == without_times(resumed.content) == expected
     for key, values in whole.images.items():
         assert np.array_equal(values, resumed.images[key]), key
-
-
-def _evaluate_slowly(trained, output):
-    torch.set_num_threads(1)
-    evaluate(*trained, output=output, batch_size=5, attacks={"tangent": {"iterations": 20}})
-
-
-def test_a_killed_evaluation_leaves_whole_chunks(trained, tmp_path):
-    """SIGKILL at some moment; the chunks that are there are used, and the report is the same."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_evaluate_slowly, args=(trained, tmp_path / "killed")
-    )
-    process.start()
-    folder = tmp_path / "killed/chunks"
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("tangent*.npz"))) < 3:
-        assert time.monotonic() < deadline
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    arguments = {"batch_size": 5, "attacks": {"tangent": {"iterations": 20}}}
-    resumed = evaluate(*trained, output=tmp_path / "killed", **arguments)
-    whole = evaluate(*trained, **arguments)
-    assert without_times(resumed.content) == without_times(whole.content)
 
 
 def test_two_processes_share_the_images_out(trained, tmp_path):

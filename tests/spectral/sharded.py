@@ -31,11 +31,13 @@ NETWORKS = {
 }
 
 
-def train(network, *, rank=0, processes=1, layout=None):
+def train(network, *, rank=0, processes=1, layout=None, fold_norm=False):
     """The weights, the last value and the sigmas after a few steps."""
     torch.manual_seed(0)
     model = timm.create_model(**NETWORKS[network], num_classes=5).double()
-    penalty = SpectralPenalty(model, strength=0.05, input_size=SIZE, renew_every=2)
+    options = {"strength": 0.05, "input_size": SIZE, "renew_every": 2, "fold_norm": fold_norm}
+    penalty = SpectralPenalty(model, **options)
+    other = SpectralPenalty(model, **options)
     if layout is not None:
         if layout != "one unit":
             for block in model.blocks if network == "vit" else model.stages:
@@ -48,11 +50,15 @@ def train(network, *, rank=0, processes=1, layout=None):
         labels = torch.randint(5, (BATCH,), generator=draws)
         part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         optimizer.zero_grad()
-        first = penalty() if layout == "penalty first" else None  # before weights are gathered
+        first = (
+            penalty() if layout in ("penalty first", "folded") else None
+        )  # before weights are gathered
         loss = F.cross_entropy(model(images[part]), labels[part])
         value = penalty() if first is None else first
         (loss + value).backward()
         optimizer.step()
+        other.load_state_dict(penalty.state_dict())
+        penalty, other = other, penalty
     weights = {
         name: p.detach().full_tensor() if layout else p.detach()
         for name, p in model.named_parameters()
@@ -67,9 +73,11 @@ def main(result):
     rank, processes = dist.get_rank(), dist.get_world_size()
     found = {}
     for network in NETWORKS:
-        weights, value, sigmas = train(network)
-        for layout in ("one unit", "blocks", "penalty first"):
-            others = train(network, rank=rank, processes=processes, layout=layout)
+        for layout in ("one unit", "blocks", "penalty first", "folded"):
+            fold_norm = layout == "folded"
+            weights, value, sigmas = train(network, fold_norm=fold_norm)
+            options = {"layout": layout, "fold_norm": fold_norm}
+            others = train(network, rank=rank, processes=processes, **options)
             found[f"{network}, {layout}"] = {
                 "weights": max((others[0][n] - w).abs().max().item() for n, w in weights.items()),
                 "value": abs(others[1] - value),

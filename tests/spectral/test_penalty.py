@@ -395,3 +395,51 @@ def test_a_clean_use_warns_of_nothing(net):
         penalty = make(net)
         penalty().backward()
         penalty.sigmas()
+
+
+def test_a_model_that_changes_its_arithmetic_meanwhile_goes_on(net):
+    penalty = make(net)
+    before = penalty()
+    net.double()
+    after = penalty()
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before, rtol=1e-3, atol=0)
+    after.backward()
+    assert net.proj.weight.grad.dtype == torch.float64
+
+
+def test_a_group_whose_weight_turns_round_still_counts():
+    torch.manual_seed(0)
+    net = Only(nn.Conv2d(2, 2, 3, padding=1, groups=2))
+    penalty = SpectralPenalty(net, head="head", input_size=(2, 5, 5), renew_every=100)
+    before = penalty()
+    with torch.no_grad():
+        net.layer.weight.neg_()
+    torch.testing.assert_close(penalty(), before)
+
+
+def test_weights_that_were_not_finite_for_a_while_do_no_lasting_harm(net):
+    penalty = make(net, renew_every=2)
+    before, good = penalty(), net.proj.weight.detach().clone()
+    with torch.no_grad():
+        net.proj.weight.fill_(torch.nan)
+    assert [penalty().isnan().item() for _ in range(3)] == [True] * 3
+    with pytest.warns(UserWarning, match="'proj' did not converge"):
+        assert penalty.sigmas()["proj"] != 0
+    with torch.no_grad():
+        net.proj.weight.copy_(good)
+    values = [penalty() for _ in range(3)]
+    torch.testing.assert_close(values[-1], before, rtol=1e-3, atol=0)
+    assert sum(s**2 for s in penalty.sigmas().values()) == pytest.approx(
+        100 * before.item(), rel=1e-3
+    )
+
+
+def test_a_penalty_is_not_copied_but_made_for_another_model(net):
+    with pytest.raises(TypeError, match=r"make one for the other model.*state_dict"):
+        copy.deepcopy(make(net))
+
+
+def test_a_state_of_an_earlier_version_is_an_error(net):
+    with pytest.raises(ValueError, match="earlier version"):
+        make(net).load_state_dict({"step": 3, "side": "input", "vectors": {}})

@@ -44,8 +44,11 @@ def test_rows_of_one_process_give_their_part_of_every_block():
 def test_a_kernel_with_its_channels_last_is_read_in_the_order_of_memory():
     torch.manual_seed(0)
     kernels = [torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last) for _ in range(2)]
-    expected = (kernels[0] * kernels[1]).sum()[None]
-    torch.testing.assert_close(block_products(*kernels, 1, Rows(0, 6)), expected)
+    part = torch.randn(6, 9, 3, 3)[:, :4]
+    for a, b in (kernels, (kernels[0].contiguous(), kernels[1]), (kernels[0], part)):
+        expected = (a * b).sum()[None]
+        torch.testing.assert_close(block_products(a, b, 1, Rows(0, 6)), expected)
+        torch.testing.assert_close(block_products(b, a, 1, Rows(0, 6)), expected)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +62,11 @@ def differences(tmp_path_factory):
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize("layout", ["one unit", "blocks", "penalty first"])
+@pytest.mark.parametrize("layout", ["one unit", "blocks", "penalty first", "folded"])
 @pytest.mark.parametrize("network", ["vit", "convnext"])
 def test_sharded_weights_train_to_those_of_one_process(differences, network, layout):
-    """FSDP2 on two processes, in float64; the penalty before or after the forward pass."""
+    """FSDP2 on two processes, in float64; the penalty before or after the forward pass, and handed
+    on by its state at every step."""
     found = differences[f"{network}, {layout}"]
     assert found["weights"] < 1e-9
     assert found["value"] < 1e-9

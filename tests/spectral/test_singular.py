@@ -195,8 +195,8 @@ def test_a_dead_group_does_not_spoil_the_others(scale):
 
 
 def test_a_warm_vector_that_is_no_longer_the_top_one_is_not_taken_for_it():
-    """Halving the top singular value leaves the vector a singular one, of a value that is not the "
-    "top."""
+    """Halving the top singular value leaves the vector a singular one, of a value that is not the
+    top."""
     torch.manual_seed(0)
     weight = torch.randn(60, 60)
     operator = matrix_operator(weight)

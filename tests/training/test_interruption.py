@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -42,22 +43,30 @@ def whole(tmp_path_factory):
     return (folder / "model/model.safetensors").read_bytes()
 
 
-def stopped_at_step_3(folder, command=script):
+def stopped_after_two_steps(folder, *arguments, command=script, send=os.kill):
     """Send SIGTERM once two steps are logged; return the exit code and what was said."""
     settings = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    line = command("supervised", *TINY, "--epochs", "60", "--output_dir", str(folder))
-    process = subprocess.Popen(line, env=settings, stderr=subprocess.PIPE, text=True)
-    log = folder / "metrics.jsonl"
-    while process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) >= 2:
-            process.send_signal(signal.SIGTERM)
-            break
-    _, said = process.communicate()
-    return process.returncode, said
+    line = command("supervised", *TINY, "--epochs", "60", "--output_dir", str(folder), *arguments)
+    with (folder.parent / "said").open("w+") as said:
+        process = subprocess.Popen(line, env=settings, stderr=said, start_new_session=True)
+        log, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+        while not log.is_file() or len(log.read_text().splitlines()) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        send(process.pid, signal.SIGTERM)
+        code = process.wait(120)
+        said.seek(0)
+        return code, said.read()
 
 
-def test_sigterm_leaves_a_checkpoint_and_an_exit_code_that_says_so(tmp_path):
-    code, said = stopped_at_step_3(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("arguments", "send"),
+    [((), os.kill), (("--data.num_workers", "2"), os.killpg)],
+    ids=["the process", "its group, with workers"],
+)
+def test_sigterm_leaves_a_checkpoint_and_an_exit_code_that_says_so(tmp_path, arguments, send):
+    code, said = stopped_after_two_steps(tmp_path / "run", *arguments, send=send)
     assert code == EXIT_CODE == 75, said
     assert "stopped by SIGTERM with a checkpoint of step" in said
     checkpoint = latest_checkpoint(tmp_path / "run/checkpoints")
@@ -68,7 +77,7 @@ def test_sigterm_leaves_a_checkpoint_and_an_exit_code_that_says_so(tmp_path):
 
 
 def test_two_processes_stop_together(tmp_path):
-    code, said = stopped_at_step_3(tmp_path / "run", command=launch)
+    code, said = stopped_after_two_steps(tmp_path / "run", command=launch)
     assert code != 0
     assert "stopped by SIGTERM with a checkpoint of step" in said
     assert latest_checkpoint(tmp_path / "run/checkpoints") is not None

@@ -140,13 +140,29 @@ def run(folder, **options):
     return [line for line in lines if "loss" in line]
 
 
-def test_clipping_says_by_what_the_penaltys_gradient_is_multiplied_too(tmp_path):
-    wide, narrow = [run(tmp_path / str(c), clip_grad=c) for c in (1e6, 0.5)]
-    assert all(line["clipped_to"] == 1 for line in wide)
-    first = narrow[0]
-    assert first["gradient_norm"] == pytest.approx(wide[0]["gradient_norm"], rel=1e-5)
-    assert first["clipped_to"] == pytest.approx(0.5 / first["gradient_norm"], rel=1e-5)
-    assert first["clipped_to"] < 1
+def step_1(folder):
+    """The weights after the first step."""
+    return load_file(folder / "checkpoints/step_00000001/state/model.safetensors")
+
+
+def test_clipping_says_by_what_the_gradient_and_the_penaltys_in_it_are_multiplied(tmp_path):
+    options = {"opt": "momentum", "weight_decay": 0.0}
+    wide, narrow = [run(tmp_path / str(c), clip_grad=c, **options)[0] for c in (1e6, 0.5)]
+    run(tmp_path / "still", lr=0.0, **options)
+    start = step_1(tmp_path / "still")
+    assert wide["clipped_to"] == 1
+    assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=1e-5)
+    assert narrow["clipped_to"] == pytest.approx(0.5 / narrow["gradient_norm"], rel=1e-5)
+    assert narrow["clipped_to"] < 1
+    moved = {
+        c: {k: v - start[k] for k, v in step_1(tmp_path / str(c)).items() if "running" not in k}
+        for c in (1e6, 0.5)
+    }
+    for name, by in moved[1e6].items():
+        if by.is_floating_point():
+            torch.testing.assert_close(
+                moved[0.5][name], narrow["clipped_to"] * by, rtol=1e-3, atol=1e-6
+            )
 
 
 def test_averaged_weights_are_the_average_of_those_that_train_as_without_it(tmp_path):
