@@ -26,7 +26,10 @@ sweep: $(VENV)/ready
 	$(PYTHON) benchmarks/architectures.py
 
 bench: $(VENV)/ready
-	$(PYTHON) benchmarks/penalty_cost.py
+	$(PYTHON) benchmarks/penalty_cost.py --all
+	$(PYTHON) benchmarks/against.py
+	$(PYTHON) benchmarks/growth.py
+	$(PYTHON) benchmarks/recipe_cost.py
 	$(PYTHON) benchmarks/tracking.py
 	$(PYTHON) benchmarks/attack_cost.py
 

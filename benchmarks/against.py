@@ -12,17 +12,19 @@
 - jacobian: the Frobenius norm of the features' Jacobian by one random projection (Hoffman et al.),
   of a batch, for networks; another number than sigma, so it has no error here.
 
-A use is the value and its gradient. Warm methods are used 24 times while the weights move by 1e-3
-of their norm a use, in a random direction; the time is the median of the last 16 uses (ours: the
-mean of them, over two cycles of renewals), the error is at the last, against the converged sigma of
-the true operator in float64. Memory is by how much the peak of a process of its own rises in a use.
+A use is the value and its gradient. The weights move by 1e-3 of their norm after every use, in a
+random direction. Ours, "fft, power" and "torch" are warm: 24 uses, of which the last 16 count; the
+others begin anew each time: 3 uses, of which the last 2 count. The time is their mean; the error is
+that of the last use, of the worst layer, against the converged sigma of the true operator in
+float64. Memory is by how much a warm use raises the peak of a process of its own.
 """
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from results import network, record, seconds
@@ -35,7 +37,8 @@ from hf_specreg.encoders.features import unwrap
 from hf_specreg.spectral.baselines import jacobian_norm
 from hf_specreg.spectral.operators import Convolution, LinearOperator
 
-USES, MEASURED, DRIFT, GRAM = 24, 16, 1e-3, 5
+DRIFT, GRAM = 1e-3, 5
+WARM, ANEW = (24, 16), (3, 2)  # uses, and how many of the last count
 
 
 class Only(nn.Module):
@@ -70,14 +73,17 @@ NETWORKS = {
 }
 
 
-def blocks(operator: LinearOperator, weight: Tensor) -> Tensor:
-    """The operator's blocks [frequencies, out, in * aliases]: of a convolution, as if circular."""
+def blocks(operator: LinearOperator, weight: Tensor, *, half: bool = False) -> Tensor:
+    """The operator's blocks [frequencies, out, in * aliases]: of a convolution, as if circular.
+
+    At stride 1 half the frequencies are enough, the others being their conjugates.
+    """
     if not isinstance(operator, Convolution):
         return weight[None]
     sizes, stride = operator.input_shape[1:], operator.stride
     padded = weight.new_zeros(*weight.shape[:2], *sizes)
     padded[..., : weight.shape[2], : weight.shape[3]] = weight
-    transfer = torch.fft.fft2(padded)
+    transfer = torch.fft.rfft2(padded) if half and stride == (1, 1) else torch.fft.fft2(padded)
     for dim, s in enumerate(stride, 2):  # frequencies that a stride lets alias act together
         transfer = transfer.unflatten(dim, (s, -1)).movedim(dim, 2).flatten(1, 2) / s**0.5
     return transfer.flatten(2).permute(2, 0, 1)
@@ -89,17 +95,22 @@ class Fft:
     def __init__(self, penalty: SpectralPenalty, kind: str):
         self.operators, self.kind = penalty.layers, kind
         self.vectors: dict[str, Tensor] = {}
+        self.sigmas: list[Tensor] = []
 
-    def sigmas(self) -> list[Tensor]:
-        """Every sigma, with its graph."""
-        return [self.sigma(o, blocks(o, o.effective_weight())) for o in self.operators]
+    def use(self) -> None:
+        """Value and gradient."""
+        half = self.kind == "gram"
+        self.sigmas = [
+            self.sigma(o, blocks(o, o.effective_weight(), half=half)) for o in self.operators
+        ]
+        sum(sigma.square() for sigma in self.sigmas).backward()
 
     def sigma(self, operator: LinearOperator, matrices: Tensor) -> Tensor:
         """Of all blocks of one operator."""
+        if matrices.shape[1] < matrices.shape[2]:  # the smaller side
+            matrices = matrices.mH
         if self.kind == "exact":
-            wide = matrices.shape[1] < matrices.shape[2]
-            gram = matrices @ matrices.mH if wide else matrices.mH @ matrices
-            return torch.linalg.eigvalsh(gram)[:, -1].max().sqrt()
+            return torch.linalg.eigvalsh(matrices.mH @ matrices)[:, -1].max().sqrt()
         if self.kind == "gram":
             gram, log = matrices, torch.zeros(len(matrices))
             for _ in range(GRAM):
@@ -119,10 +130,6 @@ class Fft:
             self.vectors[operator.name] = v
         return (u.mH @ matrices @ v).real.max()
 
-    def use(self) -> None:
-        """Value and gradient."""
-        sum(sigma.square() for sigma in self.sigmas()).backward()
-
 
 class Ours:
     """This package."""
@@ -134,44 +141,45 @@ class Ours:
         """Value and gradient."""
         self.penalty().backward()
 
+    @property
+    @torch.no_grad()
     def sigmas(self) -> list[Tensor]:
-        """Every sigma, by the directions that the last use had."""
-        with torch.no_grad():
-            return [
-                torch.stack([(d * w).sum()]).squeeze() for d, w in self._directions_and_weights()
-            ]
-
-    def _directions_and_weights(self):
-        triplets = self.penalty._triplets
-        for layer in self.penalty.layers:
-            u, v = (triplets.vectors[f"{layer.name}.{side}"] for side in "uv")
-            yield layer.weight_gradient(v, u), layer.effective_weight()
+        """u^T W v by the vectors of the last use."""
+        vectors = self.penalty.state_dict()["vectors"]
+        return [
+            (vectors[f"{o.name}.u"] * o.apply(o.effective_weight(), vectors[f"{o.name}.v"])).sum()
+            for o in self.penalty.layers
+        ]
 
 
 class TorchSpectralNorm:
     """torch's parametrization, on all layers that have a weight of their own."""
 
     def __init__(self, penalty: SpectralPenalty, model: nn.Module):
-        names = {o.name: o for o in penalty.layers}
         modules = dict(unwrap(model).named_modules())
-        whole = {n if n in modules else n.rpartition(".")[0] for n in names}
-        self.modules = [spectral_norm(modules[name]) for name in whole]
+        names = [o.name if o.name in modules else o.name.rpartition(".")[0] for o in penalty.layers]
+        self.modules = [spectral_norm(modules[name]) for name in dict.fromkeys(names)]
+        self.sigmas: list[Tensor] = []
 
     def use(self) -> None:
         """The normalised weights and their gradient."""
-        sum(module.weight.sum() for module in self.modules).backward()
+        weights = [module.weight for module in self.modules]
+        self.sigmas = [
+            (module.parametrizations.weight.original.flatten()[0] / weight.flatten()[0]).abs()
+            for module, weight in zip(self.modules, weights, strict=True)
+        ]
+        sum(weight.sum() for weight in weights).backward()
 
-    def sigmas(self) -> list[Tensor]:
-        """What the weights are divided by."""
-        with torch.no_grad():
-            return [
-                (m.parametrizations.weight.original.flatten()[0] / m.weight.flatten()[0]).abs()
-                for m in self.modules
-            ]
+    def remove(self) -> None:
+        """Give the layers their own weights back."""
+        for module in self.modules:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
 class Jacobian:
     """Of the features, by one random projection."""
+
+    sigmas = None
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.model, self.images = model.eval(), images
@@ -206,40 +214,51 @@ def drift(model: nn.Module, draws: torch.Generator) -> None:
             p.add_(noise * (DRIFT * p.norm() / noise.norm()))
 
 
-def run(case: str, name: str, threads: int, uses: int) -> tuple[float, float | None]:
-    """Return the time of a use, and the largest relative error of a sigma after the last."""
+def run(case: str, name: str, threads: int) -> tuple[float, float | None]:
+    """Return the time of a use, and the largest relative error of a sigma in the last."""
     torch.set_num_threads(threads)
     model, size, batch = build(case)
-    exact = SpectralPenalty(model, input_size=size, head=None if batch else "head", split_qkv=True)
+    head = None if batch else "head"
+    exact = SpectralPenalty(model, input_size=size, head=head, split_qkv=name != "torch")
     chosen, draws = method(name, model, size, batch), torch.Generator().manual_seed(1)
+    uses, counted = WARM if name in ("ours", "torch", "fft, power") else ANEW
     times = []
-    for _ in range(uses):
+    for use in range(uses):
+        if use:
+            drift(model, draws)
         times.append(seconds(chosen.use))
-        drift(model, draws)
-    summary = statistics.fmean if name == "ours" else statistics.median
     error = None
-    if name not in ("jacobian", "torch") or not batch:
-        found = chosen.sigmas()
+    if chosen.sigmas is not None:
+        found = [sigma.item() for sigma in chosen.sigmas]
         if name == "torch":
-            parametrize.remove_parametrizations(chosen.modules[0], "weight", False)
-        model.double()
-        truth = exact.top_singular_values(tolerance=1e-6)
-        error = max(
-            abs(s.item() / t.sigma.item() - 1) for s, t in zip(found, truth.values(), strict=True)
-        )
-    return summary(times[-MEASURED:]), error
+            chosen.remove()
+        truth = exact_sigmas(exact, model)
+        error = max(abs(s / t - 1) for s, t in zip(found, truth, strict=True))
+    return statistics.fmean(times[-counted:]), error
+
+
+def exact_sigmas(penalty: SpectralPenalty, model: nn.Module) -> list[float]:
+    """Return converged singular values, in float64."""
+    model.double()
+    values = penalty.top_singular_values(tolerance=1e-5)
+    return [value.sigma.item() for value in values.values()]
 
 
 def peak(case: str, name: str, threads: int) -> float:
-    """Return by how many MiB the peak of the process rises in a use; in a process of its own."""
+    """Return by how many MiB a warm use raises what the process holds; in one of its own."""
     torch.set_num_threads(threads)
     model, size, batch = build(case)
     chosen = method(name, model, size, batch)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     chosen.use()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    before = _status("VmRSS")
+    chosen.use()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    """In KiB."""
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def in_its_own_process(function: Callable, *arguments):
@@ -258,10 +277,8 @@ def main() -> None:
         ours = None
         names = ["ours", "fft, power", "fft, exact", "gram", "torch"]
         for name in names + (["jacobian"] if case in NETWORKS else []):
-            slow = name not in ("ours", "torch") and case in NETWORKS
-            uses = 3 if slow else USES
             try:
-                time, error = in_its_own_process(run, case, name, arguments.threads, uses)
+                time, error = in_its_own_process(run, case, name, arguments.threads)
                 memory = in_its_own_process(peak, case, name, arguments.threads)
             except (RuntimeError, MemoryError) as failure:
                 rows.append([case, name, "", "", "", f"failed: {str(failure)[:60]}"])
@@ -277,8 +294,9 @@ def main() -> None:
         ["layer or network", "method", "a use, ms", "times ours", "peak, MiB", "error of sigma"],
         rows,
         "A use is the value and its gradient, of random weights that move by 0.1 % of their norm "
-        f"a use; {USES} uses (3 of the slow methods on networks), the error of the worst layer at "
-        "the last. The Fourier methods take convolutions for circular.",
+        "between uses; the error is that of the worst layer in the last use, after 24 uses of the "
+        "warm methods (ours, fft power, torch). The Fourier methods take convolutions for "
+        "circular; torch takes kernels for matrices.",
     )
 
 

@@ -1,6 +1,6 @@
 """The recipe's loop against a bare PyTorch loop, and how long the import takes.
 
-    python benchmarks/recipe_cost.py [--steps 40] [--rounds 3]
+    python benchmarks/recipe_cost.py [--rounds 5]
 
 Both train the same network on the same images with the same batches and optimizer, without the
 penalty; they take turns. The recipe's loop also logs, looks for NaN, and augments nothing here. The
@@ -16,6 +16,7 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from results import network, record, seconds, spread
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from hf_specreg.data.images import collate
@@ -28,18 +29,19 @@ from hf_specreg.training.config import (
     PenaltyConfig,
     RunConfig,
 )
+from hf_specreg.training.interruption import StopSignal
 from hf_specreg.training.loop import TrainingLoop
+from hf_specreg.training.metrics import progress_bar
 from hf_specreg.training.objectives import Supervised
 
 BATCH, SIZE = 64, (3, 32, 32)
 
 
-def settings(folder: str, steps: int) -> RunConfig:
-    """One epoch of so many steps, with nothing but training in it."""
+def settings(folder: str) -> RunConfig:
+    """One epoch, with nothing but training in it."""
     return RunConfig(
         output_dir=folder,
         epochs=1,
-        steps_per_epoch=steps,
         batch_size=BATCH,
         log_every=10,
         data=DataConfig(in_memory=True),
@@ -50,16 +52,15 @@ def settings(folder: str, steps: int) -> RunConfig:
     )
 
 
-def loops(steps: int) -> tuple:
+def loops() -> tuple:
     """Return two functions: an epoch of the recipe's loop, and one of a bare loop."""
-    config = settings(tempfile.mkdtemp(), steps)
+    config = settings(tempfile.mkdtemp())
     splits = build_splits(config.data)
     model = build_model(config.model, splits.label_names)
     images = build_images(splits, model, config)
     loop = TrainingLoop(Supervised(model, augment=config.augment), **images, config=config)
-    loop.told_to_stop = type("Never", (), {"came": False})
-    loop.progress = type("Silent", (), {"update": lambda *_, **__: None})()
-    loop.task = 0
+    loop.told_to_stop, loop.progress = StopSignal(), progress_bar(Console(quiet=True))
+    loop.task = loop.progress.add_task("training")
 
     bare = network("resnet20_cifar")
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)
@@ -69,8 +70,6 @@ def loops(steps: int) -> tuple:
 
     def by_hand() -> None:
         for batch, (x, y) in enumerate(loader):
-            if batch == steps:
-                break
             optimizer.zero_grad()
             loss = F.cross_entropy(bare((x.float() / 255 - 0.5) / 0.5), y)
             loss.backward()
@@ -89,10 +88,9 @@ def imported(code: str) -> float:
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    recipe, bare = loops(arguments.steps)
+    recipe, bare = loops()
     pairs = [(seconds(recipe), seconds(bare)) for _ in range(arguments.rounds + 1)][1:]
     both = "import torch, timm", "import hf_specreg"
     starts = [tuple(imported(code) for code in both) for _ in range(arguments.rounds + 1)][1:]
@@ -106,7 +104,7 @@ def main() -> None:
         "The recipe against a bare loop, and the import",
         ["what", "hf_specreg, ms", "without, ms", "ratio"],
         rows,
-        f"ResNet-20 on digits at 32 px, {arguments.steps} batches of {BATCH}, without the penalty; "
+        f"ResNet-20 on digits at 32 px, batches of {BATCH}, without the penalty; "
         "the import against that of torch and timm, in fresh processes. Medians of "
         f"{arguments.rounds} rounds in turn; the ratio is the median of the rounds'.",
     )

@@ -1,7 +1,7 @@
 """What the benchmarks share: networks, clocks, and the file that their tables are written to.
 
-Every benchmark prints its tables, and puts them in the place of its earlier ones in
-benchmarks/results.md, with the command, the machine and the versions.
+`record` prints a table, and puts it in the place of its earlier self in benchmarks/results.md, with
+the command, the machine and the versions.
 """
 
 import platform

@@ -2,8 +2,8 @@
 
 Thirty moments in all, drawn by a fixed seed over the second half of the time that the work takes
 uninterrupted (in the first it starts): of a training, of one on two processes, of an evaluation and
-of a push. The processes are forked from a
-server that has imported everything, so that they start at once.
+of a push. The processes are forked from a server that has imported everything, so that they start
+at once.
 """
 
 import json

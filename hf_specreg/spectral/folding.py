@@ -3,12 +3,20 @@
 A batch norm after a linear map, with gain gamma, makes the map's own scale free: W -> c W changes
 nothing once the running variance has followed. So does the gain g of a layer norm before it, with
 W -> W / c and g -> c g. The folded map is what acts, of the batch norm at evaluation.
+
+A step against the gradient of its sigma^2 in W moves the folded map by (gamma / s)^2 as much as the
+same step moves a map without a norm, s^2 being the running variance. Weight decay, and the penalty
+itself, make W and with it s small, which makes the step longer still: a strong penalty blows up.
+So the gradient in W is divided by (gamma / s)^2 where that is above 1, row by row, and the one in
+gamma, which goes with 1 / gamma, multiplied by gamma^2 where that is below 1. Both are positive
+factors: the direction is still one of descent, and of the same length as without a norm.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_specreg.encoders.features import evaluating
@@ -93,7 +101,8 @@ def foldable(name: str, module: nn.Module, norms: Norms) -> Norms:
 def folded(weight: Tensor, norms: Norms) -> Tensor:
     """Return the weight [out, in, ...] with the norms' scales of its outputs and inputs.
 
-    Differentiable by the weight and the norms' gains; running statistics are constants.
+    Differentiable by the weight and the norms' gains, after a batch norm with the factors that the
+    module's head says; running statistics are constants.
 
     Args:
         weight: of a linear layer or an ungrouped convolution.
@@ -101,14 +110,37 @@ def folded(weight: Tensor, norms: Norms) -> Tensor:
     """
     weight = whole(weight)
     if norms.after is not None:
-        scale = (norms.after.running_var + norms.after.eps).rsqrt()
+        inverse = (norms.after.running_var + norms.after.eps).rsqrt().to(weight)
+        gain = torch.ones_like(inverse)
         if norms.after.weight is not None:
-            scale = scale * whole(norms.after.weight)
-        weight = weight * scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
+            gain = whole(norms.after.weight).to(weight)
+        weight = _ScaledRows.apply(weight, gain, inverse)
     if norms.before is not None:
         gain = whole(norms.before.weight).to(weight)
         weight = weight * gain.reshape(1, -1, *[1] * (weight.ndim - 2))
     return weight
+
+
+class _ScaledRows(torch.autograd.Function):
+    """diag(gain * inverse) W, with gradients that make steps of bounded length."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gain: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, gain, inverse)
+        return weight * _column(gain * inverse, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, gain, inverse = ctx.saved_tensors
+        scale = gain * inverse
+        by_gain = (grad * weight).flatten(1).sum(1) * inverse
+        by_weight = grad * _column(scale / scale.square().clamp(min=1), weight)
+        return by_weight, by_gain * gain.square().clamp(max=1), None
+
+
+def _column(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _has_gain(module: nn.Module) -> bool:

@@ -80,10 +80,9 @@ class SpectralPenalty:
             whole.
         fold_norm: penalise the maps with the norms beside them folded in, which act at evaluation:
             a batch norm after the map (running statistics, as constants) and the gain of a layer
-            norm before a linear layer. Their gains get a gradient too. A strong penalty of this
-            kind diverges: features shrink, the head grows to make up for it, and the step is too
-            long for what results; start from a tenth of the plain strength. With several processes
-            the statistics must be synchronised.
+            norm before a linear layer. Their gains get a gradient too. Beside a batch norm the
+            gradient has factors that keep steps as long as without one, lest a strong penalty blow
+            up (`folding.py`). With several processes the statistics must be synchronised.
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
             DistributedDataParallel with the default group does. All processes must then call it

@@ -132,17 +132,42 @@ def test_the_folded_penalty_is_that_of_the_matrix_between_the_norms(blocks):
     assert sigmas["plain"] == pytest.approx(plain.sqrt().item(), rel=1e-4)
 
 
-def test_its_gradient_is_that_of_the_dense_matrix_also_for_the_gains(blocks):
+def test_its_gradient_is_that_of_the_dense_matrix_with_the_factors_that_it_says(blocks):
     folded_penalty(blocks)().backward()
     found = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
     blocks.zero_grad()
     norms = [torch.linalg.matrix_norm(m, 2) for m in (dense(blocks), blocks.plain.weight)]
     (0.5 * sum(norm**2 for norm in norms)).backward()
     expected = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
+    gain = blocks.after.weight.detach()
+    squared = gain**2 / (blocks.after.running_var + blocks.after.eps)
+    assert squared.min() < 1 < squared.max()
+    assert gain.min() < 1 < gain.max()
+    expected["hidden.weight"] /= squared.clamp(min=1)[:, None]
+    expected["after.weight"] *= gain.square().clamp(max=1)
     assert found.keys() == expected.keys()
     assert {"hidden.weight", "before.weight", "after.weight"} <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_a_step_moves_the_folded_map_no_further_than_one_without_a_norm():
+    """Whatever the running variance: without the factors, by 1 / variance as much."""
+    moved = []
+    for variance in (1.0, 1e-4):
+        torch.manual_seed(0)
+        layer, norm = nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5)
+        norm.running_var.fill_(variance)
+        layer.weight.data *= variance**0.5  # so that the folded map is the same
+        net = nn.Sequential(nn.Flatten(), layer, norm, nn.Linear(5, 2))
+        penalty = SpectralPenalty(net, strength=1.0, head="3", input_size=(1, 2, 3), fold_norm=True)
+        before = penalty.sigmas()["1"]
+        penalty().backward()
+        with torch.no_grad():
+            layer.weight -= 0.01 * layer.weight.grad
+        moved.append(before - penalty.sigmas()["1"])
+    assert moved[0] > 0
+    assert moved[1] == pytest.approx(moved[0], rel=0.05)
 
 
 def test_rescaling_what_the_norms_undo_leaves_the_folded_penalty_and_moves_the_plain_one(blocks):
