@@ -214,8 +214,10 @@ def drift(model: nn.Module, draws: torch.Generator) -> None:
             p.add_(noise * (DRIFT * p.norm() / noise.norm()))
 
 
-def run(case: str, name: str, threads: int) -> tuple[float, float | None]:
-    """Return the time of a use, and the largest relative error of a sigma in the last."""
+def run(case: str, name: str, threads: int) -> tuple[float, float, float | None]:
+    """Return the time of a use, the MiB by which it raises what the process holds, and the largest
+    relative error of a sigma in the last.
+    """
     torch.set_num_threads(threads)
     model, size, batch = build(case)
     head = None if batch else "head"
@@ -227,6 +229,7 @@ def run(case: str, name: str, threads: int) -> tuple[float, float | None]:
         if use:
             drift(model, draws)
         times.append(seconds(chosen.use))
+    raised = peak(chosen.use)
     error = None
     if chosen.sigmas is not None:
         found = [sigma.item() for sigma in chosen.sigmas]
@@ -234,7 +237,7 @@ def run(case: str, name: str, threads: int) -> tuple[float, float | None]:
             chosen.remove()
         truth = exact_sigmas(exact, model)
         error = max(abs(s / t - 1) for s, t in zip(found, truth, strict=True))
-    return statistics.fmean(times[-counted:]), error
+    return statistics.fmean(times[-counted:]), raised, error
 
 
 def exact_sigmas(penalty: SpectralPenalty, model: nn.Module) -> list[float]:
@@ -244,15 +247,11 @@ def exact_sigmas(penalty: SpectralPenalty, model: nn.Module) -> list[float]:
     return [value.sigma.item() for value in values.values()]
 
 
-def peak(case: str, name: str, threads: int) -> float:
-    """Return by how many MiB a warm use raises what the process holds; in one of its own."""
-    torch.set_num_threads(threads)
-    model, size, batch = build(case)
-    chosen = method(name, model, size, batch)
-    chosen.use()
+def peak(work: Callable[[], None]) -> float:
+    """Return by how many MiB the work raises what this process holds."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     before = _status("VmRSS")
-    chosen.use()
+    work()
     return (_status("VmHWM") - before) / 1024
 
 
@@ -278,8 +277,7 @@ def main() -> None:
         names = ["ours", "fft, power", "fft, exact", "gram", "torch"]
         for name in names + (["jacobian"] if case in NETWORKS else []):
             try:
-                time, error = in_its_own_process(run, case, name, arguments.threads)
-                memory = in_its_own_process(peak, case, name, arguments.threads)
+                time, memory, error = in_its_own_process(run, case, name, arguments.threads)
             except (RuntimeError, MemoryError) as failure:
                 rows.append([case, name, "", "", "", f"failed: {str(failure)[:60]}"])
                 continue

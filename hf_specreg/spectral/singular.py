@@ -141,10 +141,17 @@ def bidiagonalize(
             small[:, j, j + 1] = beyond
     by_svd = exact or small.device.type == "cpu"
     sigma, left, right = _top_by_svd(small) if by_svd else _top_by_squaring(small)
-    u = _unit(sum(left[:, j, None] * rows for j, rows in enumerate(lefts)))[0]
-    v_rows = _unit(sum(right[:, j, None] * rows for j, rows in enumerate(rights)))[0]
+    u, v_rows = _unit(_combined(left, lefts))[0], _unit(_combined(right, rights))[0]
     residuals = beyond * left[:, -1].abs()
     return sigma, u.reshape(image.shape), v_rows.reshape(v.shape), residuals
+
+
+def _combined(coefficients: Tensor, basis: list[Tensor]) -> Tensor:
+    """The sum of vectors of [blocks, n] with coefficients [blocks, k]."""
+    total = coefficients[:, :1] * basis[0]
+    for j, rows in enumerate(basis[1:], 1):
+        total.addcmul_(coefficients[:, j, None], rows)
+    return total
 
 
 def _top_by_svd(small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
