@@ -72,7 +72,7 @@ def on_a_process() -> None:
     """What every one of several processes does: shared uses; the first prints its times."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    penalty = SpectralPenalty(build(128, 1), input_size=(3, 32, 32), shared=True)
+    penalty = SpectralPenalty(build(64, 4), input_size=(3, 32, 32), shared=True)
     used, passed = [], []
     for _ in range(ROUNDS + 1):
         dist.barrier()
@@ -134,7 +134,7 @@ def main() -> None:
         ["what", "value", "step, ms", "penalty, ms", "penalty / step"],
         rows,
         f"CIFAR ResNets of one block a stage, but for what is varied: {BASE}. Of several processes "
-        "(width 128, layers shared out, one thread each) the CPU time of the busiest one. "
+        "(depth 4, layers shared out, one thread each) the CPU time of the busiest one. "
         "![The curves](growth.png)",
     )
 

@@ -171,7 +171,10 @@ class SpectralPenalty:
         self._stacks = stacks(self.layers)
         self._owners = [0] * len(self._stacks)
         if self.shared:
-            self._owners = shares([s.cost for s in self._stacks], dist.get_world_size())
+            costs, turns = [stack.cost for stack in self._stacks], self.renew_every
+            if self.every >= turns:  # all are renewed in every use
+                turns = 1
+            self._owners = shares(costs, dist.get_world_size(), turns=turns)
         self._triplets = Triplets(
             self._stacks,
             renew_every=self.renew_every,

@@ -16,12 +16,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def shares(costs: Sequence[float], processes: int) -> list[int]:
-    """Return which process works which item: the most costly first, each to who has least."""
-    loads, owners = [0.0] * processes, [0] * len(costs)
+def shares(costs: Sequence[float], processes: int, *, turns: int = 1) -> list[int]:
+    """Return which process works which item, the most costly ones being given away first.
+
+    Item i is worked in turn i mod `turns`. In every turn all wait for the slowest, so an item goes
+    to who has least to do in its turn and, of those, least in all.
+
+    Args:
+        costs: of the items.
+        processes: how many share them.
+        turns: of a round.
+    """
+    of_turn = [[0.0] * processes for _ in range(turns)]
+    in_all, owners = [0.0] * processes, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[item] = loads.index(min(loads))
-        loads[owners[item]] += costs[item]
+        now = of_turn[item % turns]
+        owner = min(range(processes), key=lambda p: (now[p], in_all[p]))
+        owners[item] = owner
+        now[owner] += costs[item]
+        in_all[owner] += costs[item]
     return owners
 
 

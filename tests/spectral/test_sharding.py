@@ -26,6 +26,15 @@ def test_no_process_has_much_more_than_its_share(costs, processes):
     assert max(loads) <= sum(costs) / processes + max(costs)
 
 
+def test_in_every_turn_the_work_is_shared_too():
+    costs = [float(1 + i % 5) for i in range(48)]
+    owners = shares(costs, 2, turns=8)
+    for turn in range(8):
+        items = range(turn, 48, 8)
+        loads = [sum(costs[i] for i in items if owners[i] == p) for p in (0, 1)]
+        assert max(loads) - min(loads) <= max(costs[i] for i in items)
+
+
 def test_rows_of_one_process_give_their_part_of_every_block():
     torch.manual_seed(0)
     direction, weight = torch.randn(2, 12, 5)
