@@ -289,9 +289,9 @@ class TrainingLoop:
         self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
         if better and self.accelerator.is_main_process:
             self._save_model(self.output / "best")
-        due = epochs_done % self.config.checkpoint.every_epochs == 0
-        if due or epochs_done == self.config.epochs:
-            due = True
+        last = epochs_done == self.config.epochs
+        due = last or epochs_done % self.config.checkpoint.every_epochs == 0
+        if due:
             self._save_checkpoint(epochs_done, 0)
         if self._told_to_stop():
             self._stop(None if due else (epochs_done, 0))
