@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Protocol
 
@@ -53,6 +54,9 @@ class LinearOperator(Protocol):
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
         """The gradient of <u, W v> in the weight, of the weight's shape."""
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight in the type whose products are fastest, for vectors that are good to 1 %."""
+
 
 class _OfLayer:
     """An operator that is all of its layer."""
@@ -66,6 +70,10 @@ class _OfLayer:
     def effective_weight(self) -> Tensor:
         """The operator's own weight as it acts, with its graph."""
         return self.part(self.layer_weight())
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight in the type whose products are fastest, for vectors that are good to 1 %."""
+        return weight
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,13 @@ class Convolution(_OfLayer):
         gradients = (nn.grad.conv1d_weight, nn.grad.conv2d_weight, nn.grad.conv3d_weight)
         return gradients[len(stride) - 1](self._pad(v), shape, u, *self._arguments)
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """bfloat16 where the processor multiplies in it: of one image, a convolution takes half to
+        three quarters of the time. Not so where each channel has its own kernels.
+        """
+        quick = weight.device.type == "cpu" and self.groups == 1 and _multiplies_bfloat16()
+        return weight.bfloat16() if quick and weight.dtype == torch.float32 else weight
+
     def _pad(self, v: Tensor) -> Tensor:
         if self._pads_itself:
             return v
@@ -239,6 +254,16 @@ class TransposedConvolution(_OfLayer):
         i = dim - 2
         span = self.dilation[i] * (self.kernel_size[i] - 1) + 1
         return (size + 2 * self.padding[i] - span) // self.stride[i] + 1
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it, and torch the library that uses them; False
+    where this torch cannot tell.
+    """
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    has_instructions = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return has_instructions and torch.backends.mkldnn.is_available()
 
 
 @contextmanager

@@ -205,17 +205,17 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        terms = [self._zero()]
+        sigmas = [self._zero()[None]]
         with torch.autocast(self._device.type, enabled=False):
             for index in self._own():
-                weight = self._weight(index, self._norms)
+                weight, stack = self._weight(index, self._norms), self._stacks[index]
                 self._follow(index, weight)
                 part, rows = local(weight)
                 direction = self._triplets.direction(index, part, rows)
-                term = _SumOfSquares.apply(part, self._stacks[index], direction, rows)
-                terms.append(term.to(terms[0]))
+                products = _Products.apply(part, direction, stack.blocks, rows)
+                sigmas.append(_largest(products, len(stack.operators)).to(sigmas[0]))
+            own = torch.cat(sigmas).square().sum()
         self._uses += 1
-        own = torch.stack(terms).sum()
         return self.strength * (summed(own) if self.shared else own)
 
     def detach(self) -> None:
@@ -346,25 +346,29 @@ class SpectralPenalty:
         return found
 
 
-class _SumOfSquares(torch.autograd.Function):
-    """sum of sigma^2 = <D, W>^2 over the operators of one weight; the gradient is 2 sigma D."""
+class _Products(torch.autograd.Function):
+    """<D, W> of every block of rows, [blocks]; the gradient in W is D."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, stack: Stack, direction: Tensor, rows: Rows) -> Tensor:
-        products = block_products(direction, weight, stack.blocks, rows)
-        products = products.reshape(len(stack.operators), -1)
-        leading = products.abs().argmax(1, keepdim=True)
-        sigmas = products.gather(1, leading)  # negative where the weight has turned round
-        factors = torch.zeros_like(products).scatter_(1, leading, 2 * sigmas).flatten()
+    def forward(ctx, weight: Tensor, direction: Tensor, blocks: int, rows: Rows) -> Tensor:
         ctx.rows = rows
-        ctx.save_for_backward(direction, factors)
-        return sigmas.square().sum()
+        ctx.save_for_backward(direction)
+        return block_products(direction, weight, blocks, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        direction, factors = ctx.saved_tensors
-        return scaled(direction, grad * factors, ctx.rows), None, None, None
+        return scaled(ctx.saved_tensors[0], grad, ctx.rows), None, None, None
+
+
+def _largest(products: Tensor, operators: int) -> Tensor:
+    """Of products [blocks] each operator's largest, [operators]; negative where the weight has
+    turned round.
+    """
+    if len(products) == operators:
+        return products
+    of_each = products.reshape(operators, -1)
+    return of_each.gather(1, of_each.abs().argmax(1, keepdim=True)).flatten()
 
 
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:

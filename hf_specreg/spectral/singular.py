@@ -111,8 +111,8 @@ def bidiagonalize(
 
     Args:
         operator: the map.
-        weight: its effective weight.
-        v: [1, *input_shape], where to start; not 0 in any block.
+        weight: its effective weight, whose type the products are made in.
+        v: [1, *input_shape], where to start; not 0 in any block. All else is done in its type.
         steps: dimension of the spaces; each is a product with W and one with W^T.
         exact: keep the bases orthonormal to rounding, by making every new vector orthogonal to all
             before it; else to the last one, which is enough for a few steps.
@@ -123,22 +123,26 @@ def bidiagonalize(
         has sigma 0 and u = 0, and keeps its v.
     """
     count = blocks(operator)
-    rows = _unit(v.reshape(count, -1))[0]
+    rows, norm = _unit(v.reshape(count, -1))
     steps = min(steps, rows.shape[1])
-    rights, lefts = [], []
-    small = rows.new_zeros(count, steps, steps)
-    beyond = small.new_full((count,), torch.nan)
-    for j in range(steps):
+    rights, lefts, diagonal, beside, floor = [], [], [], [], None
+    for step in range(steps):
         rights.append(rows)
-        image = operator.apply(weight, rows.reshape(v.shape))
-        rows = _orthogonal(image.reshape(count, -1), lefts, exact)
-        rows, small[:, j, j] = _unit(rows, small[:, 0, 0])
+        image = operator.apply(weight, rows.reshape(v.shape).to(weight.dtype))
+        rows = _orthogonal(image.reshape(count, -1).to(v), lefts, norm, exact)
+        rows, norm = _unit(rows, floor)
+        floor = 1e-6 * norm if floor is None else floor
         lefts.append(rows)
-        if j + 1 < steps or exact:
-            back = operator.adjoint(weight, rows.reshape(image.shape)).reshape(count, -1)
-            rows, beyond = _unit(_orthogonal(back, rights, exact), small[:, 0, 0])
-        if j + 1 < steps:
-            small[:, j, j + 1] = beyond
+        diagonal.append(norm)
+        if exact or step + 1 < steps:
+            back = operator.adjoint(weight, rows.reshape(image.shape).to(weight.dtype))
+            rows = _orthogonal(back.reshape(count, -1).to(v), rights, norm, exact)
+            rows, norm = _unit(rows, floor)
+            beside.append(norm)
+    beyond = beside.pop() if exact else torch.full_like(norm, torch.nan)
+    small = torch.diag_embed(torch.stack(diagonal, 1))
+    if beside:
+        small += torch.diag_embed(torch.stack(beside, 1), offset=1)
     by_svd = exact or small.device.type == "cpu"
     sigma, left, right = _top_by_svd(small) if by_svd else _top_by_squaring(small)
     u, v_rows = _unit(_combined(left, lefts))[0], _unit(_combined(right, rights))[0]
@@ -178,28 +182,28 @@ def _top_by_squaring(small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sigma, left, right
 
 
-def _orthogonal(rows: Tensor, basis: list[Tensor], exact: bool) -> Tensor:
+def _orthogonal(rows: Tensor, basis: list[Tensor], last: Tensor, exact: bool) -> Tensor:
     """Take what lies along the basis, vectors of [blocks, n], away from rows [blocks, n]: along all
-    of it, twice, which is enough (Parlett), or along the last vector.
+    of it, twice, which is enough (Parlett), or along the last vector, of which `last` [blocks] is
+    in the rows.
     """
     if exact and basis:
         stacked = torch.stack(basis, 1)
         for _ in range(2):
             rows = rows - ((stacked @ rows[..., None]).mT @ stacked)[:, 0]
     elif basis:
-        rows = rows.addcmul(basis[-1], (basis[-1] * rows).sum(1, keepdim=True), value=-1)
+        rows = rows.addcmul(last[:, None], basis[-1], value=-1)
     return rows
 
 
-def _unit(rows: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows [blocks, n] with unit norm, and their norms; both 0 where nothing but rounding, against
-    the scale [blocks], is left.
+def _unit(rows: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows [blocks, n] with unit norm, and their norms; rows of 0 where the norm is not above the
+    floor [blocks]: there only rounding is left.
     """
     norm = torch.linalg.vector_norm(rows, dim=1)
     least = torch.finfo(rows.dtype).tiny / torch.finfo(rows.dtype).eps
-    floor = norm.new_full((), least) if scale is None else (1e-6 * scale).clamp(min=least)
-    spent = norm <= floor
-    return rows / torch.where(spent, torch.inf, norm)[:, None], torch.where(spent, 0, norm)
+    left = norm > (least if floor is None else floor.clamp(min=least))
+    return rows * torch.where(left, 1 / norm, 0)[:, None], norm
 
 
 def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Between two renewals a layer's u and v stay, and with them the gradient D of u^T W v in W, which
 does not depend on W. So sigma = u^T W v = <D, W> is exact for these u and v, and d sigma^2 / d W =
 2 sigma D: W and D are read, the gradient is written, and no product is made. What is lost as W
-turns away from u and v is of second order in how far it moved.
+turns away from u and v is of second order in how far it moved, and so is what is lost by u and v
+that were found with rounded products.
 
 A renewal takes the top triplet of a few Lanczos steps from v with some noise. The noise has a part
 in every direction: the penalty's own steps leave v a singular vector, of a value that may no longer
@@ -121,7 +122,8 @@ class Triplets:
             rows = v.nan_to_num(0, 0, 0).reshape(blocks(operator), -1)  # anew, after a NaN
             noise = self._noise_like(rows) * NOISE * rows.shape[1] ** -0.5
             start = (rows + noise).reshape(v.shape)
-            _, u, v, _ = bidiagonalize(operator, part, start, steps=self.lanczos_steps)
+            searched = operator.rounded(part)
+            _, u, v, _ = bidiagonalize(operator, searched, start, steps=self.lanczos_steps)
             self._keep(operator, u, v)
         self._directions.pop(index, None)
 
