@@ -93,7 +93,7 @@ class Dense(_OfLayer):
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
         """W v."""
-        return v @ weight.T
+        return F.linear(v, weight)
 
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
         """W^T u."""

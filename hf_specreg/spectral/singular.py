@@ -140,13 +140,13 @@ def bidiagonalize(
             rows, norm = _unit(rows, floor)
             beside.append(norm)
     beyond = beside.pop() if exact else torch.full_like(norm, torch.nan)
-    small = torch.diag_embed(torch.stack(diagonal, 1))
+    small = torch.diag_embed(torch.cat(diagonal, 1))
     if beside:
-        small += torch.diag_embed(torch.stack(beside, 1), offset=1)
+        small += torch.diag_embed(torch.cat(beside, 1), offset=1)
     by_svd = exact or small.device.type == "cpu"
     sigma, left, right = _top_by_svd(small) if by_svd else _top_by_squaring(small)
     u, v_rows = _unit(_combined(left, lefts))[0], _unit(_combined(right, rights))[0]
-    residuals = beyond * left[:, -1].abs()
+    residuals = beyond[:, 0] * left[:, -1].abs()
     return sigma, u.reshape(image.shape), v_rows.reshape(v.shape), residuals
 
 
@@ -177,33 +177,33 @@ def _top_by_squaring(small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = power.diagonal(dim1=1, dim2=2).argmax(1)
     right = power[torch.arange(len(power), device=power.device), :, largest]
     right, norm = _unit(right)
-    right = torch.where(norm[:, None] > 0, right, torch.eye(1, len(right[0])).to(right))
+    right = torch.where(norm > 0, right, torch.eye(1, len(right[0])).to(right))
     left, sigma = _unit((small @ right[..., None])[..., 0])
-    return sigma, left, right
+    return sigma[:, 0], left, right
 
 
 def _orthogonal(rows: Tensor, basis: list[Tensor], last: Tensor, exact: bool) -> Tensor:
     """Take what lies along the basis, vectors of [blocks, n], away from rows [blocks, n]: along all
-    of it, twice, which is enough (Parlett), or along the last vector, of which `last` [blocks] is
-    in the rows.
+    of it, twice, which is enough (Parlett), or along the last vector, of which `last` [blocks, 1]
+    is in the rows.
     """
     if exact and basis:
         stacked = torch.stack(basis, 1)
         for _ in range(2):
             rows = rows - ((stacked @ rows[..., None]).mT @ stacked)[:, 0]
     elif basis:
-        rows = rows.addcmul(last[:, None], basis[-1], value=-1)
+        rows = rows.addcmul(last, basis[-1], value=-1)
     return rows
 
 
 def _unit(rows: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows [blocks, n] with unit norm, and their norms; rows of 0 where the norm is not above the
-    floor [blocks]: there only rounding is left.
+    """Rows [blocks, n] with unit norm, and their norms [blocks, 1]; rows of 0 where the norm is not
+    above the floor [blocks, 1]: there only rounding is left.
     """
-    norm = torch.linalg.vector_norm(rows, dim=1)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     least = torch.finfo(rows.dtype).tiny / torch.finfo(rows.dtype).eps
-    left = norm > (least if floor is None else floor.clamp(min=least))
-    return rows * torch.where(left, 1 / norm, 0)[:, None], norm
+    spent = norm <= (least if floor is None else floor)
+    return rows / norm.masked_fill(spent, torch.inf), norm
 
 
 def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:
