@@ -57,8 +57,10 @@ class SpectralPenalty:
     to have theirs renewed (`tracking.py`), so that a use costs little more than reading weights.
     For that, as much memory as the weights that are penalised take is kept, with layers shared out
     or weights sharded each process's part of it.
-    The arithmetic is float32 also under autocast and for half-precision weights (on a GPU by TF32
-    where torch is told to allow it); frozen layers add their value and no gradient. A weight shared
+    The arithmetic is float32 also under autocast and for half-precision weights. Only the search of
+    singular vectors is rounded, to TF32 on a GPU where torch is told to allow it, and to bfloat16
+    for large convolutions on processors that multiply in it, which sigma feels little of; frozen
+    layers add their value and no gradient. A weight shared
     by several layers counts once, at the input size of its first use.
 
     Args:
@@ -70,7 +72,7 @@ class SpectralPenalty:
         burn_in: the first `burn_in` calls give 0.
         renew_every: calls between two renewals of a layer's singular vectors. Where the weights
             move fast (a learning rate of 0.1, say), fewer follow them better and cost more.
-        lanczos_steps: of a renewal; each is a product with W and one with W^T.
+        lanczos_steps: of a renewal, at least 2; each is a product with W and one with W^T.
         input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own
             configuration.
         head: dotted name or names of the head, () for a model that is all encoder; default: found
@@ -122,10 +124,10 @@ class SpectralPenalty:
     ):
         if scope not in ("features", "all"):
             raise ValueError(f"scope ({scope!r}) must be 'features' or 'all'")
-        if min(every, renew_every, lanczos_steps) < 1 or burn_in < 0:
+        if min(every, renew_every, lanczos_steps - 1) < 1 or burn_in < 0:
             raise ValueError(
-                f"every ({every}), renew_every ({renew_every}) and lanczos_steps "
-                f"({lanczos_steps}) must be at least 1, burn_in ({burn_in}) at least 0"
+                f"every ({every}) and renew_every ({renew_every}) must be at least 1, "
+                f"lanczos_steps ({lanczos_steps}) at least 2, burn_in ({burn_in}) at least 0"
             )
         if not strength >= 0:
             raise ValueError(f"strength ({strength}) must not be negative")

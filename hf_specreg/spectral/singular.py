@@ -113,30 +113,36 @@ def bidiagonalize(
         operator: the map.
         weight: its effective weight, whose type the products are made in.
         v: [1, *input_shape], where to start; not 0 in any block. All else is done in its type.
-        steps: dimension of the spaces; each is a product with W and one with W^T.
+        steps: dimension of the spaces; each is a product with W and, but for the last, with W^T.
         exact: keep the bases orthonormal to rounding, by making every new vector orthogonal to all
-            before it; else to the last one, which is enough for a few steps.
+            before it twice, which is enough (Parlett). A few steps need it once, if products may
+            be rounded to less than v's type (TF32, too), else not at all.
 
     Returns:
         sigma = u^T W v [blocks], u [1, *output_shape] and v [1, *input_shape], of unit norm in each
         block, and, if `exact`, ||W^T u - sigma v|| [blocks], else NaN. A block in which W v is 0
         has sigma 0 and u = 0, and keeps its v.
     """
-    count = blocks(operator)
+    count, may_round = blocks(operator), weight.dtype != v.dtype or weight.is_cuda
+    passes = 2 if exact else int(may_round)
     rows, norm = _unit(v.reshape(count, -1))
-    steps = min(steps, rows.shape[1])
-    rights, lefts, diagonal, beside, floor = [], [], [], [], None
+    image = operator.apply(weight, rows.reshape(v.shape).to(weight.dtype))
+    inputs, outputs = rows.shape[1], image.numel() // count
+    steps = min(steps, inputs, outputs + 1)  # 1 more: v may have a part that W takes to 0
+    rights, lefts = rows.new_empty(count, steps, inputs), rows.new_empty(count, steps, outputs)
+    diagonal, beside, floor = [], [], None
     for step in range(steps):
-        rights.append(rows)
-        image = operator.apply(weight, rows.reshape(v.shape).to(weight.dtype))
-        rows = _orthogonal(image.reshape(count, -1).to(v), lefts, norm, exact)
+        rights[:, step] = rows
+        if step:
+            image = operator.apply(weight, rows.reshape(v.shape).to(weight.dtype))
+        rows = _orthogonal(image.reshape(count, -1).to(v), lefts[:, :step], norm, passes)
         rows, norm = _unit(rows, floor)
         floor = 1e-6 * norm if floor is None else floor
-        lefts.append(rows)
+        lefts[:, step] = rows
         diagonal.append(norm)
         if exact or step + 1 < steps:
             back = operator.adjoint(weight, rows.reshape(image.shape).to(weight.dtype))
-            rows = _orthogonal(back.reshape(count, -1).to(v), rights, norm, exact)
+            rows = _orthogonal(back.reshape(count, -1).to(v), rights[:, : step + 1], norm, passes)
             rows, norm = _unit(rows, floor)
             beside.append(norm)
     beyond = beside.pop() if exact else torch.full_like(norm, torch.nan)
@@ -145,17 +151,10 @@ def bidiagonalize(
         small += torch.diag_embed(torch.cat(beside, 1), offset=1)
     by_svd = exact or small.device.type == "cpu"
     sigma, left, right = _top_by_svd(small) if by_svd else _top_by_squaring(small)
-    u, v_rows = _unit(_combined(left, lefts))[0], _unit(_combined(right, rights))[0]
+    u, _ = _unit((left[:, None] @ lefts)[:, 0])
+    v_rows, _ = _unit((right[:, None] @ rights)[:, 0])
     residuals = beyond[:, 0] * left[:, -1].abs()
     return sigma, u.reshape(image.shape), v_rows.reshape(v.shape), residuals
-
-
-def _combined(coefficients: Tensor, basis: list[Tensor]) -> Tensor:
-    """The sum of vectors of [blocks, n] with coefficients [blocks, k]."""
-    total = coefficients[:, :1] * basis[0]
-    for j, rows in enumerate(basis[1:], 1):
-        total.addcmul_(coefficients[:, j, None], rows)
-    return total
 
 
 def _top_by_svd(small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,23 +175,23 @@ def _top_by_squaring(small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         power = power @ power
     largest = power.diagonal(dim1=1, dim2=2).argmax(1)
     right = power[torch.arange(len(power), device=power.device), :, largest]
-    right, norm = _unit(right)
-    right = torch.where(norm > 0, right, torch.eye(1, len(right[0])).to(right))
+    right, _ = _unit(right)
+    right = torch.where(right.any(1, keepdim=True), right, torch.eye(1, len(right[0])).to(right))
     left, sigma = _unit((small @ right[..., None])[..., 0])
     return sigma[:, 0], left, right
 
 
-def _orthogonal(rows: Tensor, basis: list[Tensor], last: Tensor, exact: bool) -> Tensor:
-    """Take what lies along the basis, vectors of [blocks, n], away from rows [blocks, n]: along all
-    of it, twice, which is enough (Parlett), or along the last vector, of which `last` [blocks, 1]
-    is in the rows.
+def _orthogonal(rows: Tensor, basis: Tensor, last: Tensor, passes: int) -> Tensor:
+    """Take what lies along the basis [blocks, k, n] away from rows [blocks, n], in so many passes.
+
+    In none, if products are exact: then only the last vector is in the rows, `last` [blocks, 1] of
+    it. Rounded ones leave a part of the others, which grows until they are found a second time.
     """
-    if exact and basis:
-        stacked = torch.stack(basis, 1)
-        for _ in range(2):
-            rows = rows - ((stacked @ rows[..., None]).mT @ stacked)[:, 0]
-    elif basis:
-        rows = rows.addcmul(last, basis[-1], value=-1)
+    if basis.shape[1] and not passes:
+        return rows.addcmul(last, basis[:, -1], value=-1)
+    for _ in range(passes if basis.shape[1] else 0):
+        along = basis @ rows[..., None]
+        rows = torch.baddbmm(rows[:, None], along.mT, basis, alpha=-1)[:, 0]
     return rows
 
 

@@ -2,9 +2,9 @@
 
 Between two renewals a layer's u and v stay, and with them the gradient D of u^T W v in W, which
 does not depend on W. So sigma = u^T W v = <D, W> is exact for these u and v, and d sigma^2 / d W =
-2 sigma D: W and D are read, the gradient is written, and no product is made. What is lost as W
-turns away from u and v is of second order in how far it moved, and so is what is lost by u and v
-that were found with rounded products.
+2 sigma D: W and D are read, the gradient is written, and no product is made. What sigma loses as W
+turns away from u and v is of second order in how far it moved, and what it loses to products that
+were rounded in the search of u and v is of second order in the rounding.
 
 A renewal takes the top triplet of a few Lanczos steps from v with some noise. The noise has a part
 in every direction: the penalty's own steps leave v a singular vector, of a value that may no longer

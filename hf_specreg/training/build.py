@@ -35,7 +35,8 @@ from hf_specreg.training.objectives import Objective
 from hf_specreg.training.regularizers import normalize_spectra
 
 logger = logging.getLogger(__name__)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+MALLOC_SETTINGS = ("TRIM_THRESHOLD", "TOP_PAD", "MMAP_THRESHOLD", "MMAP_MAX")
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
 
 
@@ -96,7 +97,8 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
-    """Return accelerate's state of the run: devices, processes, precision, trackers.
+    """Return accelerate's state of the run: devices, processes, precision, trackers. On the CPU,
+    this process keeps from then on what memory it frees.
 
     Raises:
         ValueError: it was launched in a way that the training loop cannot work in.
@@ -125,13 +127,14 @@ def keep_freed_memory() -> None:
 
     By default it gives the activations of a step back to the system as soon as the top of the heap
     is free, to fault them in again, page by page, in the next: a tenth of a small network's step.
-    Does nothing with another C library, or where the environment says how memory is to be kept.
+    The price is that the process stays as large as it ever was. Does nothing with another C
+    library, or where the environment sets such a threshold of malloc already.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    said = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if mallopt is not None and not said:
-        for option, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**30)):
-            mallopt(option, size)
+    said = any(f"MALLOC_{name}_" in os.environ for name in MALLOC_SETTINGS)
+    said |= "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is not None and not said and mallopt(M_MMAP_MAX, 0):  # all from the heap,
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def check_processes(accelerator: Accelerator, *, launched: int) -> None:

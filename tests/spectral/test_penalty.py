@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_specreg.spectral import operators
 from hf_specreg.spectral.layers import linear_operators
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.singular import dense_matrix
@@ -162,6 +163,30 @@ def test_descending_the_penalty_lowers_the_exact_sum(net):
         penalty().backward()
         optimizer.step()
     assert exact_sum(net).item() < 0.7 * before
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("lanczos_steps", [4, 8])
+def test_uses_stay_at_a_top_singular_value_that_stands_out(monkeypatch, rounded, lanczos_steps):
+    """Once it has converged, a renewal has only noise and rounding to work on."""
+    monkeypatch.setattr(operators, "multiplies_bfloat16", lambda: rounded)
+    monkeypatch.setattr(operators, "LARGE_PRODUCT", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(), nn.Linear(512, 2))
+    model[0].weight.data = torch.randn(32, 1, 1, 1) * torch.randn(1, 32, 1, 1) * torch.ones(3, 3)
+    model[0].weight.data += 0.1 * torch.randn(32, 32, 3, 3)
+    penalty = SpectralPenalty(
+        model, strength=1, head="2", input_size=(32, 4, 4), lanczos_steps=lanczos_steps
+    )
+    expected = penalty.sigmas()["0"] ** 2
+    for _ in range(80):
+        assert penalty().item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_one_lanczos_step_is_refused(net):
+    """It would keep v where it is, and add the noise to it each time."""
+    with pytest.raises(ValueError, match=r"lanczos_steps \(1\) at least 2"):
+        make(net, lanczos_steps=1)
 
 
 def test_burn_in_and_cadence_count_calls(net):
