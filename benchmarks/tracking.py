@@ -100,7 +100,11 @@ def main() -> None:
         f"{STEPS} training steps from a cold start, SGD with momentum 0.9, strength {STRENGTH}, "
         f"one seed; {STEPS // LOOK_EVERY} looks at the root mean square of sigma over the layers "
         "against the converged one."
-        + ("" if data else f" The transformer has {VIT['depth']} blocks of {VIT['embed_dim']}."),
+        + (
+            ""
+            if data
+            else f" The transformer has {VIT['depth']} blocks of {VIT['embed_dim']} channels."
+        ),
     )
 
 

@@ -58,10 +58,10 @@ class SpectralPenalty:
     For that, as much memory as the weights that are penalised take is kept, with layers shared out
     or weights sharded each process's part of it.
     The arithmetic is float32 also under autocast and for half-precision weights. Only the search of
-    singular vectors is rounded, to TF32 on a GPU where torch is told to allow it, and to bfloat16
-    for large convolutions on processors that multiply in it, which sigma feels little of; frozen
-    layers add their value and no gradient. A weight shared
-    by several layers counts once, at the input size of its first use.
+    singular vectors is rounded, of which sigma feels little: to TF32 on a GPU where torch is told
+    to allow it, and to bfloat16 for large convolutions on a processor that multiplies in it.
+    Frozen layers add their value and no gradient. A weight shared by several layers counts once, at
+    the input size of its first use.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together

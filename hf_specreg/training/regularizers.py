@@ -26,6 +26,7 @@ RULES = {
     "positive": lambda value: value > 0,
     "not negative": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
     "in [0, 1]": lambda value: 0 <= value <= 1,
 }
 
@@ -102,7 +103,8 @@ class PenaltyConfig(RegularizerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "at least 1", "renew_every", "lanczos_steps")
+        require(self, "at least 1", "renew_every")
+        require(self, "at least 2", "lanczos_steps")
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_values_out_of_range_are_named(settings, message):
         (JacobianConfig, "images", 0),
         (L2SPConfig, "head", -1.0),
         (BSSConfig, "k", 0),
-        (PenaltyConfig, "lanczos_steps", 0),
+        (PenaltyConfig, "lanczos_steps", 1),
         (OptimizerConfig, "encoder_lr", -1.0),
         (OptimizerConfig, "layer_decay", 3.0),
         (SelfSupervisedConfig, "temperature", 0.0),
