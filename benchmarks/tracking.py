@@ -24,6 +24,7 @@ from hf_specreg.data.transforms import evaluation_transform
 
 STEPS, LOOK_EVERY, STRENGTH = 200, 10, 0.01
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+OF_VIT = f" The transformer has {VIT['depth']} blocks of {VIT['embed_dim']} channels."
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,7 @@ def main() -> None:
         rows,
         f"{STEPS} training steps from a cold start, SGD with momentum 0.9, strength {STRENGTH}, "
         f"one seed; {STEPS // LOOK_EVERY} looks at the root mean square of sigma over the layers "
-        "against the converged one."
-        + (
-            ""
-            if data
-            else f" The transformer has {VIT['depth']} blocks of {VIT['embed_dim']} channels."
-        ),
+        "against the converged one." + ("" if data else OF_VIT),
     )
 
 
