@@ -74,13 +74,10 @@ def test_half_precision_follows_the_plain_run(plain, dtype):
 
 
 def test_channels_last_gives_the_plain_run_and_gradients_with_the_weights_strides(plain):
-    """The layout decides in which order products are summed. Where a renewal makes them in
-    bfloat16, its u and v differ by that rounding, and by the end the weights by a little."""
     model = network()
     values, sigmas = train(model, memory_format=torch.channels_last)
-    torch.testing.assert_close(values[0], plain[0][0])
-    torch.testing.assert_close(values, plain[0], rtol=0.01, atol=0)
-    assert sigmas == pytest.approx(plain[1], rel=0.01)
+    torch.testing.assert_close(values, plain[0], rtol=1e-4, atol=0)
+    assert sigmas == pytest.approx(plain[1], rel=1e-3)
     model.zero_grad()
     SpectralPenalty(model, input_size=SIZE)().backward()
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] > 1]
