@@ -17,10 +17,10 @@ overlap.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,12 @@ class LinearOperator(Protocol):
     name: str
     input_shape: tuple[int, ...]
     layer_weight: Callable[[], Tensor]
+    groups: int  # blocks on the diagonal of its matrix, each of which maps its own channels
+
+    def repeated(self, count: int) -> Self:
+        """So many operators of this shape as one, block diagonal: their weights below each other,
+        the channels of their v and u one after the other.
+        """
 
     def part(self, weight: Tensor) -> Tensor:
         """The operator's own weight, as it is in the layer's."""
@@ -64,7 +70,16 @@ class LinearOperator(Protocol):
 class _OfLayer:
     """An operator that is all of its layer."""
 
+    input_shape: tuple[int, ...]
     layer_weight: Callable[[], Tensor]
+    groups: int
+
+    def repeated(self, count: int) -> Self:
+        """So many operators of this shape as one, block diagonal: their weights below each other,
+        the channels of their v and u one after the other.
+        """
+        channels, *sizes = self.input_shape
+        return replace(self, input_shape=(count * channels, *sizes), groups=count * self.groups)
 
     def part(self, weight: Tensor) -> Tensor:
         """The operator's own weight, as it is in the layer's."""
@@ -82,13 +97,18 @@ class _OfLayer:
 @dataclass(frozen=True)
 class Dense(_OfLayer):
     """A matrix [out, in], as in a linear layer: the rows from `rows[0]` to `rows[1]` of the layer's
-    weight.
+    weight. With groups, so many matrices of equal size, below each other in the weight.
     """
 
     name: str
     input_shape: tuple[int, ...]
     layer_weight: Callable[[], Tensor]
     rows: tuple[int | None, int | None] = (None, None)
+    groups: int = 1
+
+    def repeated(self, count: int) -> Self:
+        """So many matrices of this size as one operator, a group each."""
+        return replace(super().repeated(count), rows=(None, None))
 
     def part(self, weight: Tensor) -> Tensor:
         """The operator's own weight, as it is in the layer's."""
@@ -96,15 +116,28 @@ class Dense(_OfLayer):
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
         """W v."""
-        return F.linear(v, weight)
+        return _joined(self._grouped(v) @ self._matrices(weight).mT)
 
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
         """W^T u."""
-        return u @ weight
+        return _joined(self._grouped(u) @ self._matrices(weight))
 
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
         """The outer product u v^T."""
-        return u.T @ v
+        return (self._grouped(u).mT @ self._grouped(v)).flatten(0, 1)
+
+    def _matrices(self, weight: Tensor) -> Tensor:
+        """[groups, out, in]."""
+        return weight.unflatten(0, (self.groups, -1))
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        """[B, groups * n] as [groups, B, n]."""
+        return rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
+
+
+def _joined(rows: Tensor) -> Tensor:
+    """[groups, B, n] as [B, groups * n]."""
+    return rows.transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -158,12 +191,23 @@ class Convolution(_OfLayer):
 
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
         """W^T u."""
-        gradients = (nn.grad.conv1d_input, nn.grad.conv2d_input, nn.grad.conv3d_input)
-        channels, *sizes = self.input_shape
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[
+            len(self.stride) - 1
+        ]
+        stride, padding, dilation, groups = self._arguments
+        sizes = self.input_shape[1:]
         if not self._pads_itself:
             sizes = [n + a + b for n, (a, b) in zip(sizes, self.padding, strict=True)]
-        shape = (len(u), channels, *sizes)
-        return self._pad_adjoint(gradients[len(sizes) - 1](shape, weight, u, *self._arguments))
+        spans = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, dilation, strict=True)]
+        # Of the padded input, what the last position does not reach.
+        unread = [
+            n + 2 * p - span - s * (positions - 1)
+            for n, p, span, s, positions in zip(
+                sizes, padding, spans, stride, u.shape[2:], strict=True
+            )
+        ]
+        v = transpose(u, weight, None, stride, padding, unread, groups, dilation)
+        return self._pad_adjoint(v)
 
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
         """The gradient of <u, W v> in the kernel."""

@@ -171,18 +171,18 @@ class SpectralPenalty:
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
         self._stacks = stacks(self.layers)
-        self._owners = [0] * len(self._stacks)
-        if self.shared:
-            costs, turns = [stack.cost for stack in self._stacks], self.renew_every
-            if self.every >= turns:  # all are renewed in every use
-                turns = 1
-            self._owners = shares(costs, dist.get_world_size(), turns=turns)
         self._triplets = Triplets(
             self._stacks,
             renew_every=self.renew_every,
             lanczos_steps=self.lanczos_steps,
             seed=self.seed,
         )
+        self._owners = [0] * len(self._stacks)
+        if self.shared:
+            all_at_once = self.every >= self.renew_every
+            turns = [] if all_at_once else self._triplets.turns
+            costs = [stack.cost for stack in self._stacks]
+            self._owners = shares(costs, dist.get_world_size(), turns=turns)
         self._uses = 0
         self._seen.watch(owners)
 
@@ -209,16 +209,17 @@ class SpectralPenalty:
         self._seen.check(self.input_size)
         sigmas = [self._zero()[None]]
         with torch.autocast(self._device.type, enabled=False):
-            for index in self._own():
-                weight, stack = self._weight(index, self._norms), self._stacks[index]
-                self._follow(index, weight)
-                part, rows = local(weight)
+            own = self._own()
+            self._follow(own)
+            for index in own:
+                stack = self._stacks[index]
+                part, rows = local(self._weight(index, self._norms))
                 direction = self._triplets.direction(index, part, rows)
                 products = _Products.apply(part, direction, stack.blocks, rows)
                 sigmas.append(_largest(products, len(stack.operators)).to(sigmas[0]))
-            own = torch.cat(sigmas).square().sum()
+            squares = torch.cat(sigmas).square().sum()
         self._uses += 1
-        return self.strength * (summed(own) if self.shared else own)
+        return self.strength * (summed(squares) if self.shared else squares)
 
     def detach(self) -> None:
         """Take its hook off the model: for a penalty that has only looked at the layers."""
@@ -328,12 +329,19 @@ class SpectralPenalty:
         return folded(weight, beside) if beside is not None else weight
 
     @torch.no_grad()
-    def _follow(self, index: int, weight: Tensor) -> None:
-        """Start the vectors of a layer, or renew them where it is its turn."""
-        if not self._triplets.has(index):
-            self._triplets.start(index, whole(weight.detach()))
-        elif self._triplets.is_due(index, self._uses * self.every, since=self.every):
-            self._triplets.renew(index, whole(weight.detach()))
+    def _follow(self, own: Sequence[int]) -> None:
+        """Start the vectors of this process's layers, or renew them where it is their turn."""
+        triplets, step = self._triplets, self._uses * self.every
+        for group in triplets.groups:
+            new = [i for i in group if i in own and not triplets.has(i)]
+            due = [i for i in group if i in own and i not in new]
+            for index in new:
+                triplets.start(index, self._whole_weight(index))
+            if due and triplets.is_due(due[0], step, since=self.every):
+                triplets.renew(due, [self._whole_weight(index) for index in due])
+
+    def _whole_weight(self, index: int) -> Tensor:
+        return whole(self._weight(index, self._norms).detach())
 
     def _find_norms(self) -> dict[str, Norms]:
         """The norms beside each layer, by the layer's name, where they can be folded in."""

@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def shares(costs: Sequence[float], processes: int, *, turns: int = 1) -> list[int]:
+def shares(costs: Sequence[float], processes: int, *, turns: Sequence[int] = ()) -> list[int]:
     """Return which process works which item, the most costly ones being given away first.
 
-    Item i is worked in turn i mod `turns`. In every turn all wait for the slowest, so an item goes
-    to who has least to do in its turn and, of those, least in all.
+    In every turn all wait for the slowest, so an item goes to who has least to do in its turn and,
+    of those, least in all.
 
     Args:
         costs: of the items.
         processes: how many share them.
-        turns: of a round.
+        turns: in which turn each item is worked; default: all in one.
     """
-    of_turn = [[0.0] * processes for _ in range(turns)]
+    turns = turns or [0] * len(costs)
+    of_turn = {turn: [0.0] * processes for turn in turns}
     in_all, owners = [0.0] * processes, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        now = of_turn[item % turns]
+        now = of_turn[turns[item]]
         owner = min(range(processes), key=lambda p: (now[p], in_all[p]))
         owners[item] = owner
         now[owner] += costs[item]
@@ -91,6 +92,8 @@ def local(weight: Tensor) -> tuple[Tensor, Rows]:
 
 def rows_of(tensor: Tensor, rows: Rows, like: Tensor) -> Tensor:
     """Return of a whole tensor what a process has, with the strides of its weight."""
+    if len(tensor) == len(like) and tensor.stride() == like.stride():
+        return tensor
     here = tensor[rows.first : rows.first + len(like)]
     return torch.empty_like(like).copy_(here)
 

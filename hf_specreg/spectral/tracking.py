@@ -9,25 +9,23 @@ were rounded in the search of u and v is of second order in the rounding.
 A renewal takes the top triplet of a few Lanczos steps from v with some noise. The noise has a part
 in every direction: the penalty's own steps leave v a singular vector, of a value that may no longer
 be the largest, and from v alone another one would never be found. The layers take turns, so that
-the work is spread over the steps.
+the work is spread over the steps, and layers of equal shape are renewed together: a step of the
+search is a dozen small operations beside its product, which one batch of matrices needs once.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_specreg.spectral.operators import LinearOperator
-from hf_specreg.spectral.sharding import Rows, rows_of
-from hf_specreg.spectral.singular import (
-    bidiagonalize,
-    blocks,
-    random_vector,
-    top_singular_value,
-)
+from hf_specreg.spectral.sharding import Rows, rows_of, shares
+from hf_specreg.spectral.singular import bidiagonalize, random_vector, top_singular_value
 
 NOISE = 0.1  # of the norm of v
+CACHED = 2**22  # numbers of weights and bases: with more, layers renewed together leave a cache
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,20 @@ class Stack:
     @property
     def blocks(self) -> int:
         """How many blocks of rows have a singular value of their own."""
-        return len(self.operators) * blocks(self.operators[0])
+        return len(self.operators) * self.operators[0].groups
 
     @property
     def cost(self) -> int:
         """What a product with the weight costs, in multiply-adds; reading a number counts as 16."""
         positions = output_shape(self.operators[0])[1:].numel()
         return self.weight().numel() * (positions + 16)
+
+    @property
+    def kind(self) -> tuple:
+        """Equal for stacks that can be renewed together."""
+        shape = replace(self.operators[0].repeated(1), name="", layer_weight=None)
+        weight = self.weight()
+        return shape, len(self.operators), weight.shape, weight.dtype, weight.device
 
 
 def stacks(operators: Sequence[LinearOperator]) -> list[Stack]:
@@ -60,6 +65,25 @@ def stacks(operators: Sequence[LinearOperator]) -> list[Stack]:
     for operator in operators:
         found.setdefault(operator.layer_weight, []).append(operator)
     return [Stack(weight, tuple(parts)) for weight, parts in found.items()]
+
+
+@torch.no_grad()
+def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
+    """Return which stacks, by index, are renewed together: alike, and small enough for a cache in
+    so many Lanczos steps.
+    """
+    kinds: dict[tuple, list[int]] = {}
+    for index, stack in enumerate(stacks):
+        kinds.setdefault(stack.kind, []).append(index)
+    groups = []
+    for alike in kinds.values():
+        one = stacks[alike[0]]
+        vectors = math.prod(one.operators[0].input_shape) + output_shape(one.operators[0]).numel()
+        size = one.weight().numel() + steps * len(one.operators) * vectors
+        most = max(1, CACHED // size)
+        count = math.ceil(len(alike) / most)
+        groups += [alike[i::count] for i in range(count)]
+    return groups
 
 
 @torch.no_grad()
@@ -81,6 +105,8 @@ class Triplets:
 
     Attributes:
         vectors: "<name>.u" and "<name>.v" of every operator that was used.
+        groups: the stacks that are renewed together, by index.
+        turns: of a stack, which of the `renew_every` steps is its turn.
     """
 
     def __init__(self, stacks: Sequence[Stack], *, renew_every: int, lanczos_steps: int, seed: int):
@@ -89,12 +115,18 @@ class Triplets:
         self.lanczos_steps = lanczos_steps
         self.seed = seed
         self.vectors: dict[str, Tensor] = {}
+        self.groups = renewed_together(stacks, steps=lanczos_steps)
+        costs = [sum(stacks[index].cost for index in group) for group in self.groups]
+        self.turns = [0] * len(stacks)
+        for group, turn in zip(self.groups, shares(costs, renew_every), strict=True):
+            for index in group:
+                self.turns[index] = turn
         self._directions: dict[int, Tensor] = {}
         self._noise: Tensor | None = None
 
     def is_due(self, index: int, step: int, since: int) -> bool:
         """Whether a stack's turn fell on the step or the `since` - 1 before it."""
-        return since >= self.renew_every or (step - index) % self.renew_every < since
+        return since >= self.renew_every or (step - self.turns[index]) % self.renew_every < since
 
     def has(self, index: int) -> bool:
         """Whether a stack has vectors yet."""
@@ -114,18 +146,25 @@ class Triplets:
             self._keep(operator, found.u, found.v)
         self._directions.pop(index, None)
 
-    def renew(self, index: int, weight: Tensor) -> None:
-        """Bring the vectors of one stack closer to the top ones of the weight, which is whole."""
-        for operator in self.stacks[index].operators:
-            part = operator.part(weight)
-            v = self.vectors[f"{operator.name}.v"].to(part)
-            rows = v.nan_to_num(0, 0, 0).reshape(blocks(operator), -1)  # anew, after a NaN
-            noise = self._noise_like(rows) * NOISE * rows.shape[1] ** -0.5
-            start = (rows + noise).reshape(v.shape)
-            searched = operator.rounded(part)
-            _, u, v, _ = bidiagonalize(operator, searched, start, steps=self.lanczos_steps)
-            self._keep(operator, u, v)
-        self._directions.pop(index, None)
+    def renew(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
+        """Bring the vectors of stacks of one kind closer to the top ones of their weights, which
+        are whole.
+        """
+        operators = [operator for index in indices for operator in self.stacks[index].operators]
+        one, together = operators[0], operators[0].repeated(len(operators))
+        v = torch.cat([self.vectors[f"{o.name}.v"] for o in operators]).to(weights[0])
+        v = v.nan_to_num(0, 0, 0)  # anew, after a NaN
+        noise = self._noise_like(v[:1]) * NOISE * (v[0].numel() / one.groups) ** -0.5
+        start = (v + noise).reshape(1, *together.input_shape)
+        searched = [one.rounded(weight) for weight in weights]
+        weight = torch.cat(searched) if len(searched) > 1 else searched[0]
+        _, u, v, _ = bidiagonalize(together, together.part(weight), start, steps=self.lanczos_steps)
+        count = len(operators)
+        of_each = u.reshape(count, 1, -1, *u.shape[2:]), v.reshape(count, 1, *one.input_shape)
+        for operator, *vectors in zip(operators, *of_each, strict=True):
+            self._keep(operator, *vectors)
+        for index in indices:
+            self._directions.pop(index, None)
 
     def direction(self, index: int, weight: Tensor, rows: Rows) -> Tensor:
         """Return of a stack's D the rows of the weight that are on this process."""
@@ -144,11 +183,11 @@ class Triplets:
     def _keep(self, operator: LinearOperator, u: Tensor, v: Tensor) -> None:
         self.vectors |= {f"{operator.name}.u": u, f"{operator.name}.v": v}
 
-    def _noise_like(self, rows: Tensor) -> Tensor:
+    def _noise_like(self, v: Tensor) -> Tensor:
         """Standard normal numbers; the same ones each time, since only v must not be special."""
         if self._noise is None:
             sizes = [torch.Size(o.input_shape).numel() for s in self.stacks for o in s.operators]
             generator = torch.Generator().manual_seed(self.seed)
             self._noise = torch.randn(max(sizes), generator=generator)
-        self._noise = self._noise.to(rows)
-        return self._noise[: rows.numel()].reshape(rows.shape)
+        self._noise = self._noise.to(v)
+        return self._noise[: v.numel()].reshape(v.shape)

@@ -79,6 +79,7 @@ def check_operator(layer, shape):
     torch.testing.assert_close(operator.adjoint(weight, u), by_v)
     (raw,) = torch.autograd.grad(weight, layer.weight, operator.weight_gradient(v, u))
     torch.testing.assert_close(raw, by_weight)
+    check_repeated(operator, weight.detach(), v.detach(), u)
     layer = layer.float()
     weight = weight_of(operator)
     exact = torch.linalg.matrix_norm(dense_matrix(operator, weight).double(), ord=2)
@@ -86,6 +87,19 @@ def check_operator(layer, shape):
     found = top_singular_value(operator, weight, start, tolerance=2e-5)
     assert found.converged
     torch.testing.assert_close(found.sigma.double(), exact, rtol=1e-4, atol=1e-12)
+
+
+def check_repeated(operator, weight, v, u):
+    """Two at once map, each with its own weight, its own channels."""
+    twice, weights = operator.repeated(2), (weight, torch.randn_like(weight))
+    vs, us = (v, torch.randn_like(v)), (u, torch.randn_like(u))
+    weight, v, u = torch.cat(weights), torch.cat(vs, 1), torch.cat(us, 1)
+    images = [operator.apply(*pair) for pair in zip(weights, vs, strict=True)]
+    torch.testing.assert_close(twice.apply(weight, v), torch.cat(images, 1))
+    adjoints = [operator.adjoint(*pair) for pair in zip(weights, us, strict=True)]
+    torch.testing.assert_close(twice.adjoint(weight, u), torch.cat(adjoints, 1))
+    gradients = [operator.weight_gradient(*pair) for pair in zip(vs, us, strict=True)]
+    torch.testing.assert_close(twice.weight_gradient(v, u), torch.cat(gradients))
 
 
 def check_matrix(layer, shape, operator):
