@@ -14,7 +14,7 @@ representation learning", arXiv:2405.17181. As in the authors' code, and unlike 
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -207,17 +207,17 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        sigmas = [self._zero()[None]]
+        squares, weights, factors = self._zero(), [], []
         with torch.autocast(self._device.type, enabled=False):
             own = self._own()
             self._follow(own)
             for index in own:
-                stack = self._stacks[index]
-                part, rows = local(self._weight(index, self._norms))
-                direction = self._triplets.direction(index, part, rows)
-                products = _Products.apply(part, direction, stack.blocks, rows)
-                sigmas.append(_largest(products, len(stack.operators)).to(sigmas[0]))
-            squares = torch.cat(sigmas).square().sum()
+                weight, rows = local(self._weight(index, self._norms))
+                direction = self._triplets.direction(index, weight, rows)
+                weights.append(weight)
+                factors.append(_Factor(direction, rows, self._stacks[index]))
+            if own:
+                squares = _SumOfSquares.apply(squares, factors, *weights)
         self._uses += 1
         return self.strength * (summed(squares) if self.shared else squares)
 
@@ -356,29 +356,51 @@ class SpectralPenalty:
         return found
 
 
-class _Products(torch.autograd.Function):
-    """<D, W> of every block of rows, [blocks]; the gradient in W is D."""
+class _Factor(NamedTuple):
+    """What a weight is multiplied by to give sigma = <D, W>: D, or the rows of it that are here."""
+
+    direction: Tensor
+    rows: Rows
+    stack: Stack
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """The sum of sigma^2 = <D, W>^2 over the layers, 0-d; the gradient in W is 2 sigma D.
+
+    One function for all layers: a node of the graph costs more than a small layer's product.
+    """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, direction: Tensor, blocks: int, rows: Rows) -> Tensor:
-        ctx.rows = rows
-        ctx.save_for_backward(direction)
-        return block_products(direction, weight, blocks, rows)
+    def forward(ctx, zero: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
+        sigmas = []
+        for (direction, rows, stack), weight in zip(factors, weights, strict=True):
+            products = block_products(direction, weight, stack.blocks, rows)
+            sigmas.append(_only_largest(products, len(stack.operators)).to(zero))
+        sigmas = torch.cat(sigmas)
+        ctx.layout = [(stack.blocks, rows) for _, rows, stack in factors]
+        ctx.save_for_backward(sigmas, *(factor.direction for factor in factors))
+        return sigmas.square().sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return scaled(ctx.saved_tensors[0], grad, ctx.rows), None, None, None
+        sigmas, *directions = ctx.saved_tensors
+        slopes = (2 * grad * sigmas).split([blocks for blocks, _ in ctx.layout])
+        layers = zip(directions, slopes, ctx.layout, ctx.needs_input_grad[2:], strict=True)
+        gradients = [scaled(d, s, rows) if used else None for d, s, (_, rows), used in layers]
+        return None, None, *gradients
 
 
-def _largest(products: Tensor, operators: int) -> Tensor:
-    """Of products [blocks] each operator's largest, [operators]; negative where the weight has
-    turned round.
+def _only_largest(products: Tensor, operators: int) -> Tensor:
+    """Products [blocks] with each operator's largest as it is, negative where the weight has turned
+    round, and 0 for its other blocks.
     """
     if len(products) == operators:
         return products
     of_each = products.reshape(operators, -1)
-    return of_each.gather(1, of_each.abs().argmax(1, keepdim=True)).flatten()
+    largest = of_each.abs().argmax(1, keepdim=True)
+    only = torch.zeros_like(of_each).scatter_(1, largest, of_each.gather(1, largest))
+    return only.flatten()
 
 
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:

@@ -106,14 +106,15 @@ def whole(weight: Tensor) -> Tensor:
 def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -> Tensor:
     """Return <D, W> of every block of rows, [blocks]."""
     if blocks == 1:
-        # Both in the order of memory, also of a kernel with its channels last.
-        last = 1 if weight.is_contiguous() else -1
-        direction, weight = (t.movedim(1, last).reshape(-1) for t in (direction, weight))
-        products = torch.dot(direction, weight)[None]
+        if (
+            not weight.is_contiguous()
+        ):  # as a kernel with its channels last, whose memory is in order
+            direction, weight = direction.movedim(1, -1), weight.movedim(1, -1)
+        products = torch.dot(direction.reshape(-1), weight.reshape(-1))[None]
     elif rows.group is None:
-        products = (direction * weight).reshape(blocks, -1).sum(1)
+        products = torch.linalg.vecdot(direction.reshape(blocks, -1), weight.reshape(blocks, -1))
     else:
-        by_row = (direction * weight).flatten(1).sum(1)
+        by_row = torch.linalg.vecdot(direction.flatten(1), weight.flatten(1))
         index = rows.block_of_each(len(weight), blocks, weight.device)
         products = by_row.new_zeros(blocks).index_add_(0, index, by_row)
     if rows.group is not None:
@@ -126,4 +127,4 @@ def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
     if len(factors) > 1:
         index = rows.block_of_each(len(direction), len(factors), direction.device)
         factors = factors[index].reshape(-1, *[1] * (direction.ndim - 1))
-    return direction * factors
+    return direction * factors.to(direction)
