@@ -213,6 +213,12 @@ class Convolution(_OfLayer):
         """The gradient of <u, W v> in the kernel."""
         shape = (u.shape[1], self.input_shape[0] // self.groups, *self.kernel_size)
         stride, padding, dilation, groups = self._arguments
+        if shape[1] == 1 and len(u) == 1 and u.device.type == "cpu":
+            # A depthwise one is the convolution of v with u, whose steps are then each other's.
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+            v = self._pad(v).repeat_interleave(len(u[0]) // groups, dim=1)
+            taps = convolve(v, u.transpose(0, 1), None, dilation, padding, stride, len(u[0]))
+            return taps[(..., *(slice(k) for k in self.kernel_size))].transpose(0, 1)
         if len(stride) == 2 and groups == 1 and u.shape[2:].numel() <= FEW_POSITIONS:
             patches = F.unfold(self._pad(v), self.kernel_size, dilation, padding, stride)
             rows, columns = (t.transpose(0, 1).flatten(1) for t in (u.flatten(2), patches))

@@ -38,7 +38,11 @@ from hf_specreg.spectral.sharding import (
     whole,
 )
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
-from hf_specreg.spectral.tracking import Stack, Triplets, output_shape, stacks
+from hf_specreg.spectral.tracking import Stack, Triplets, in_parts, output_shape, stacks
+
+# So many weights share a node of the graph: more, and a layer's gradient would leave the cache
+# before it is added to the other one.
+ONE_NODE = 2**21
 
 
 class SpectralPenalty:
@@ -171,6 +175,7 @@ class SpectralPenalty:
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
         self._stacks = stacks(self.layers)
+        self._sizes = [stack.weight().numel() for stack in self._stacks]
         self._triplets = Triplets(
             self._stacks,
             renew_every=self.renew_every,
@@ -207,19 +212,24 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        squares, weights, factors = self._zero(), [], []
+        squares = self._zero()
         with torch.autocast(self._device.type, enabled=False):
             own = self._own()
             self._follow(own)
-            for index in own:
-                weight, rows = local(self._weight(index, self._norms))
-                direction = self._triplets.direction(index, weight, rows)
-                weights.append(weight)
-                factors.append(_Factor(direction, rows, self._stacks[index]))
-            if own:
-                squares = _SumOfSquares.apply(squares, factors, *weights)
+            for indices in in_parts(own, self._sizes, most=ONE_NODE):
+                squares = squares + self._squares(indices, squares)
         self._uses += 1
         return self.strength * (summed(squares) if self.shared else squares)
+
+    def _squares(self, indices: Sequence[int], like: Tensor) -> Tensor:
+        """The sum of sigma^2 of some layers, of the type and on the device of a tensor."""
+        weights, factors = [], []
+        for index in indices:
+            weight, rows = local(self._weight(index, self._norms))
+            direction = self._triplets.direction(index, weight, rows)
+            weights.append(weight)
+            factors.append(_Factor(direction, rows, self._stacks[index]))
+        return _SumOfSquares.apply(like, factors, *weights)
 
     def detach(self) -> None:
         """Take its hook off the model: for a penalty that has only looked at the layers."""
@@ -367,15 +377,15 @@ class _Factor(NamedTuple):
 class _SumOfSquares(torch.autograd.Function):
     """The sum of sigma^2 = <D, W>^2 over the layers, 0-d; the gradient in W is 2 sigma D.
 
-    One function for all layers: a node of the graph costs more than a small layer's product.
+    One function for several layers: a node of the graph costs more than a small layer's product.
     """
 
     @staticmethod
-    def forward(ctx, zero: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
+    def forward(ctx, like: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
         sigmas = []
         for (direction, rows, stack), weight in zip(factors, weights, strict=True):
             products = block_products(direction, weight, stack.blocks, rows)
-            sigmas.append(_only_largest(products, len(stack.operators)).to(zero))
+            sigmas.append(_only_largest(products, len(stack.operators)).to(like))
         sigmas = torch.cat(sigmas)
         ctx.layout = [(stack.blocks, rows) for _, rows, stack in factors]
         ctx.save_for_backward(sigmas, *(factor.direction for factor in factors))

@@ -14,7 +14,7 @@ search is a dozen small operations beside its product, which one batch of matric
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,6 +65,20 @@ def stacks(operators: Sequence[LinearOperator]) -> list[Stack]:
     for operator in operators:
         found.setdefault(operator.layer_weight, []).append(operator)
     return [Stack(weight, tuple(parts)) for weight, parts in found.items()]
+
+
+def in_parts(indices: Sequence[int], sizes: Sequence[int], *, most: int) -> Iterator[list[int]]:
+    """Yield the indices in parts of consecutive ones, whose sizes are at most so much together, or
+    which are alone.
+    """
+    part: list[int] = []
+    for index in indices:
+        if part and sum(sizes[i] for i in part) + sizes[index] > most:
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
 
 
 @torch.no_grad()
