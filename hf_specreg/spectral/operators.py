@@ -123,7 +123,7 @@ class Dense(_OfLayer):
         return _joined(self._grouped(u) @ self._matrices(weight))
 
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
-        """The outer product u v^T."""
+        """The outer product u v^T, of every group."""
         return (self._grouped(u).mT @ self._grouped(v)).flatten(0, 1)
 
     def _matrices(self, weight: Tensor) -> Tensor:
@@ -213,8 +213,9 @@ class Convolution(_OfLayer):
         """The gradient of <u, W v> in the kernel."""
         shape = (u.shape[1], self.input_shape[0] // self.groups, *self.kernel_size)
         stride, padding, dilation, groups = self._arguments
-        if shape[1] == 1 and len(u) == 1 and u.device.type == "cpu":
-            # A depthwise one is the convolution of v with u, whose steps are then each other's.
+        if groups > 1 and shape[1] == 1 and len(u) == 1 and u.device.type == "cpu":
+            # Of a depthwise one: v convolved with u, stride and dilation having changed places. On
+            # large maps ten times faster than torch's own: 0.5 ms for 6.7 at 7x7 on 56x56.
             convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
             v = self._pad(v).repeat_interleave(len(u[0]) // groups, dim=1)
             taps = convolve(v, u.transpose(0, 1), None, dilation, padding, stride, len(u[0]))

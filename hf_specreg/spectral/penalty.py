@@ -25,7 +25,7 @@ from hf_specreg.encoders.features import check_head, find_input_size, unwrap
 from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
 from hf_specreg.spectral.layers import operators_of
-from hf_specreg.spectral.operators import LinearOperator, exact_float32, full_precision
+from hf_specreg.spectral.operators import exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import (
     Rows,
@@ -38,10 +38,10 @@ from hf_specreg.spectral.sharding import (
     whole,
 )
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
-from hf_specreg.spectral.tracking import Stack, Triplets, in_parts, output_shape, stacks
+from hf_specreg.spectral.tracking import Triplets, stacks
 
-# So many weights share a node of the graph: more, and a layer's gradient would leave the cache
-# before it is added to the other one.
+# Layers of so many weights share a node of the graph: with more, their gradients would leave the
+# cache before they are added to the loss's. Of CPUs with 32 MiB; not measured on GPUs.
 ONE_NODE = 2**21
 
 
@@ -171,23 +171,26 @@ class SpectralPenalty:
             )
         self.input_size = tuple(input_size)
         self.layers = tuple(operator for _, operator in owners)
-        self._shapes = {n: shape for layer in self.layers for n, shape in _shapes(layer).items()}
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
         self._stacks = stacks(self.layers)
-        self._sizes = [stack.weight().numel() for stack in self._stacks]
         self._triplets = Triplets(
             self._stacks,
             renew_every=self.renew_every,
             lanczos_steps=self.lanczos_steps,
             seed=self.seed,
         )
-        self._owners = [0] * len(self._stacks)
+        self._owners, rank = [0] * len(self._stacks), 0
         if self.shared:
             all_at_once = self.every >= self.renew_every
             turns = [] if all_at_once else self._triplets.turns
             costs = [stack.cost for stack in self._stacks]
-            self._owners = shares(costs, dist.get_world_size(), turns=turns)
+            self._owners = shares(costs, dist.get_world_size(), rounds=turns)
+            rank = dist.get_rank()
+        self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
+        groups = [[i for i in group if i in self._own] for group in self._triplets.groups]
+        self._groups = [group for group in groups if group]
+        self._nodes = _in_parts(self._own, [stack.shape.numel() for stack in self._stacks])
         self._uses = 0
         self._seen.watch(owners)
 
@@ -212,24 +215,25 @@ class SpectralPenalty:
                 at.
         """
         self._seen.check(self.input_size)
-        squares = self._zero()
+        zero = self._zero()
         with torch.autocast(self._device.type, enabled=False):
-            own = self._own()
-            self._follow(own)
-            for indices in in_parts(own, self._sizes, most=ONE_NODE):
-                squares = squares + self._squares(indices, squares)
+            weights = self._follow()
+            squares = sum((self._squares(node, weights, zero) for node in self._nodes), zero)
         self._uses += 1
         return self.strength * (summed(squares) if self.shared else squares)
 
-    def _squares(self, indices: Sequence[int], like: Tensor) -> Tensor:
-        """The sum of sigma^2 of some layers, of the type and on the device of a tensor."""
-        weights, factors = [], []
+    def _squares(
+        self, indices: Sequence[int], weights: Mapping[int, Tensor], zero: Tensor
+    ) -> Tensor:
+        """The sum of sigma^2 of some layers, of which some weights are there already."""
+        parts, factors = [], []
         for index in indices:
-            weight, rows = local(self._weight(index, self._norms))
-            direction = self._triplets.direction(index, weight, rows)
-            weights.append(weight)
-            factors.append(_Factor(direction, rows, self._stacks[index]))
-        return _SumOfSquares.apply(like, factors, *weights)
+            weight = weights[index] if index in weights else self._weight(index, self._norms)
+            part, rows = local(weight)
+            direction, stack = self._triplets.direction(index, part, rows), self._stacks[index]
+            parts.append(part)
+            factors.append(_Factor(direction, rows, stack.blocks, len(stack.operators)))
+        return _SumOfSquares.apply(zero, factors, *parts)
 
     def detach(self) -> None:
         """Take its hook off the model: for a penalty that has only looked at the layers."""
@@ -283,8 +287,8 @@ class SpectralPenalty:
         vectors = dict(self._triplets.vectors)
         if self.shared and self._uses:
             for stack, owner in zip(self._stacks, self._owners, strict=True):
-                for name in _names(stack):
-                    vector = vectors.get(name, torch.empty(self._shapes[name]))
+                for name, shape in stack.vectors.items():
+                    vector = vectors.get(name, torch.empty(shape))
                     vectors[name] = vector.to(self._zero()).contiguous()
                     dist.broadcast(vectors[name], src=owner)
         return {"step": self.step, "uses": self._uses, "vectors": vectors}
@@ -297,7 +301,8 @@ class SpectralPenalty:
         """
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
-        vectors, expected = state["vectors"], self._shapes
+        vectors = state["vectors"]
+        expected = {name: shape for stack in self._stacks for name, shape in stack.vectors.items()}
         unknown = vectors and set(vectors) ^ set(expected)
         if unknown:
             raise ValueError(f"the vectors {sorted(unknown)} are in one of state and model only")
@@ -307,7 +312,7 @@ class SpectralPenalty:
                     f"the vector {name!r} is {tuple(vector.shape)}, but here it is "
                     f"{tuple(expected[name])}"
                 )
-        own = {name for index in self._own() for name in _names(self._stacks[index])}
+        own = {name for index in self._own for name in self._stacks[index].vectors}
         self.step, self._uses = state["step"], state["uses"]
         kept = {n: torch.empty_like(v, device=self._device) for n, v in vectors.items() if n in own}
         self._triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
@@ -327,31 +332,31 @@ class SpectralPenalty:
         dtype = next(self._network.parameters()).dtype
         return full_precision(torch.zeros((), dtype=dtype, device=self._device))
 
-    def _own(self) -> list[int]:
-        """The stacks that this process works, by index."""
-        rank = dist.get_rank() if self.shared else 0
-        return [index for index, owner in enumerate(self._owners) if owner == rank]
-
     def _weight(self, index: int, norms: Mapping[str, Norms]) -> Tensor:
         """A layer's weight, in full precision, with the norms beside it if there are some."""
         stack = self._stacks[index]
         weight, beside = full_precision(stack.weight()), norms.get(stack.operators[0].name)
         return folded(weight, beside) if beside is not None else weight
 
-    @torch.no_grad()
-    def _follow(self, own: Sequence[int]) -> None:
-        """Start the vectors of this process's layers, or renew them where it is their turn."""
+    def _follow(self) -> dict[int, Tensor]:
+        """Start the vectors of this process's layers, or renew them where it is their turn. Return
+        the weights that it took, with their graph: some are costly to compute.
+        """
         triplets, step = self._triplets, self._uses * self.every
-        for group in triplets.groups:
-            new = [i for i in group if i in own and not triplets.has(i)]
-            due = [i for i in group if i in own and i not in new]
-            for index in new:
-                triplets.start(index, self._whole_weight(index))
-            if due and triplets.is_due(due[0], step, since=self.every):
-                triplets.renew(due, [self._whole_weight(index) for index in due])
-
-    def _whole_weight(self, index: int) -> Tensor:
-        return whole(self._weight(index, self._norms).detach())
+        taken = {}
+        for group in self._groups:
+            started = triplets.has(group[0])
+            if started and not triplets.is_due(group[0], step, since=self.every):
+                continue
+            weights = {index: self._weight(index, self._norms) for index in group}
+            taken |= weights
+            with torch.no_grad():
+                wholes = {index: whole(weight.detach()) for index, weight in weights.items()}
+                if started:
+                    triplets.renew(wholes)
+                else:
+                    triplets.start(wholes)
+        return taken
 
     def _find_norms(self) -> dict[str, Norms]:
         """The norms beside each layer, by the layer's name, where they can be folded in."""
@@ -367,27 +372,30 @@ class SpectralPenalty:
 
 
 class _Factor(NamedTuple):
-    """What a weight is multiplied by to give sigma = <D, W>: D, or the rows of it that are here."""
+    """What a weight is multiplied by to give sigma = <D, W>: D, or the rows of it that are here, in
+    so many blocks of so many operators.
+    """
 
     direction: Tensor
     rows: Rows
-    stack: Stack
+    blocks: int
+    operators: int
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """The sum of sigma^2 = <D, W>^2 over the layers, 0-d; the gradient in W is 2 sigma D.
+    """The sum of sigma^2 = <D, W>^2 over layers, 0-d; the gradient in W is 2 sigma D.
 
     One function for several layers: a node of the graph costs more than a small layer's product.
     """
 
     @staticmethod
-    def forward(ctx, like: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
+    def forward(ctx, zero: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
         sigmas = []
-        for (direction, rows, stack), weight in zip(factors, weights, strict=True):
-            products = block_products(direction, weight, stack.blocks, rows)
-            sigmas.append(_only_largest(products, len(stack.operators)).to(like))
+        for (direction, rows, blocks, operators), weight in zip(factors, weights, strict=True):
+            products = block_products(direction, weight, blocks, rows)
+            sigmas.append(_only_largest(products, operators).to(zero))
         sigmas = torch.cat(sigmas)
-        ctx.layout = [(stack.blocks, rows) for _, rows, stack in factors]
+        ctx.layout = [(factor.blocks, factor.rows) for factor in factors]
         ctx.save_for_backward(sigmas, *(factor.direction for factor in factors))
         return sigmas.square().sum()
 
@@ -413,6 +421,17 @@ def _only_largest(products: Tensor, operators: int) -> Tensor:
     return only.flatten()
 
 
+def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Part consecutive layers: each part has ONE_NODE weights at most, or is one layer."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and sum(sizes[i] for i in (*parts[-1], index)) <= ONE_NODE:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     if isinstance(skip, str):
         raise ValueError(f"skip ({skip!r}) must be a sequence of names, not one string")
@@ -420,14 +439,3 @@ def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
     return tuple(skip)
-
-
-def _names(stack: Stack) -> list[str]:
-    """The names of the vectors of a stack."""
-    return [f"{operator.name}.{side}" for operator in stack.operators for side in "uv"]
-
-
-def _shapes(layer: LinearOperator) -> dict[str, torch.Size]:
-    """The names and shapes of a layer's u and v."""
-    v = torch.Size((1, *layer.input_shape))
-    return {f"{layer.name}.u": torch.Size((1, *output_shape(layer))), f"{layer.name}.v": v}

@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def shares(costs: Sequence[float], processes: int, *, turns: Sequence[int] = ()) -> list[int]:
-    """Return which process works which item, the most costly ones being given away first.
+def shares(costs: Sequence[float], bins: int, *, rounds: Sequence[int] = ()) -> list[int]:
+    """Return which bin each item goes to, a process or a turn, so that all have about as much.
 
-    In every turn all wait for the slowest, so an item goes to who has least to do in its turn and,
-    of those, least in all.
+    The most costly items are given away first. Of every round all wait for the slowest, so an item
+    goes to the bin that has least to do in its round and, of those, least in all.
 
     Args:
         costs: of the items.
-        processes: how many share them.
-        turns: in which turn each item is worked; default: all in one.
+        bins: how many there are.
+        rounds: in which round each item is worked; default: all in one.
     """
-    turns = turns or [0] * len(costs)
-    of_turn = {turn: [0.0] * processes for turn in turns}
-    in_all, owners = [0.0] * processes, [0] * len(costs)
+    rounds = rounds or [0] * len(costs)
+    of_round = {number: [0.0] * bins for number in rounds}
+    in_all, places = [0.0] * bins, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        now = of_turn[turns[item]]
-        owner = min(range(processes), key=lambda p: (now[p], in_all[p]))
-        owners[item] = owner
-        now[owner] += costs[item]
-        in_all[owner] += costs[item]
-    return owners
+        now = of_round[rounds[item]]
+        place = min(range(bins), key=lambda b: (now[b], in_all[b]))
+        places[item] = place
+        now[place] += costs[item]
+        in_all[place] += costs[item]
+    return places
 
 
 def summed(own: Tensor) -> Tensor:
@@ -106,9 +106,8 @@ def whole(weight: Tensor) -> Tensor:
 def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -> Tensor:
     """Return <D, W> of every block of rows, [blocks]."""
     if blocks == 1:
-        if (
-            not weight.is_contiguous()
-        ):  # as a kernel with its channels last, whose memory is in order
+        # Of a kernel with its channels last the memory is in order too, but not its dimensions.
+        if not weight.is_contiguous():
             direction, weight = direction.movedim(1, -1), weight.movedim(1, -1)
         products = torch.dot(direction.reshape(-1), weight.reshape(-1))[None]
     elif rows.group is None:
@@ -124,7 +123,8 @@ def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -
 
 def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
     """Return D with every block of rows times its factor [blocks]."""
+    factors = factors.to(direction)
     if len(factors) > 1:
         index = rows.block_of_each(len(direction), len(factors), direction.device)
         factors = factors[index].reshape(-1, *[1] * (direction.ndim - 1))
-    return direction * factors.to(direction)
+    return direction * factors

@@ -9,9 +9,9 @@ of the explicitly built matrix (any operator, small), and the Fourier transform 
 convolutions, any stride).
 
 A grouped convolution is block diagonal, one block a group, as are operators of equal shape that are
-worked together. Here every block has unit vectors and a
-small matrix of its own. One vector for all of them would die out exactly to 0 in every block but
-the leading one, and when training shrinks that block the iteration could never move to the next.
+worked together. Here every block has unit vectors and a small matrix of its own. One vector for all
+of them would die out exactly to 0 in every block but the leading one, and when training shrinks
+that block the iteration could never move to the next.
 
 Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, Gupta, Long, ICLR
 2019, for the Fourier form, extended here to strides by folding the frequencies that alias.
@@ -185,9 +185,7 @@ def _orthogonal(rows: Tensor, basis: Tensor, last: Tensor, passes: int) -> Tenso
     if basis.shape[1] and not passes:
         return rows.addcmul(last, basis[:, -1], value=-1)
     for _ in range(passes if basis.shape[1] else 0):
-        along = (
-            rows[:, None] @ basis.mT
-        )  # a row times a matrix: far faster than a matrix times a column
+        along = rows[:, None] @ basis.mT  # the row first: a column last is far slower
         rows = torch.baddbmm(rows[:, None], along, basis, alpha=-1)[:, 0]
     return rows
 

@@ -8,13 +8,15 @@ were rounded in the search of u and v is of second order in the rounding.
 
 A renewal takes the top triplet of a few Lanczos steps from v with some noise. The noise has a part
 in every direction: the penalty's own steps leave v a singular vector, of a value that may no longer
-be the largest, and from v alone another one would never be found. The layers take turns, so that
-the work is spread over the steps, and layers of equal shape are renewed together: a step of the
-search is a dozen small operations beside its product, which one batch of matrices needs once.
+be the largest, and from v alone another one would never be found.
+
+Layers of equal shape are renewed together: a Lanczos step is a dozen small operations beside its
+product, which a batch of layers needs once. Such groups take turns, which spreads the work over the
+steps as evenly as groups can be.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +27,9 @@ from hf_specreg.spectral.sharding import Rows, rows_of, shares
 from hf_specreg.spectral.singular import bidiagonalize, random_vector, top_singular_value
 
 NOISE = 0.1  # of the norm of v
-CACHED = 2**22  # numbers of weights and bases: with more, layers renewed together leave a cache
+# Layers are renewed together as far as their weights and bases are so many numbers: with more they
+# leave the cache, which costs more than is saved. Of CPUs with 32 MiB; not measured on GPUs.
+CACHED = 2**22
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,14 @@ class Stack:
     Attributes:
         weight: the layer's weight as it acts, with its graph.
         operators: whose parts are of equal size and make up the weight.
+        shape: of the weight.
+        output_shape: of each operator's u, which is [1, *output_shape].
     """
 
     weight: Callable[[], Tensor]
     operators: tuple[LinearOperator, ...]
+    shape: torch.Size
+    output_shape: torch.Size
 
     @property
     def blocks(self) -> int:
@@ -48,40 +56,48 @@ class Stack:
     @property
     def cost(self) -> int:
         """What a product with the weight costs, in multiply-adds; reading a number counts as 16."""
-        positions = output_shape(self.operators[0])[1:].numel()
-        return self.weight().numel() * (positions + 16)
+        return self.shape.numel() * (self.output_shape[1:].numel() + 16)
+
+    @property
+    def size(self) -> int:
+        """How many numbers a Lanczos step adds to the bases."""
+        inputs = math.prod(self.operators[0].input_shape)
+        return len(self.operators) * (inputs + self.output_shape.numel())
+
+    @property
+    def vectors(self) -> dict[str, torch.Size]:
+        """The names and shapes of the operators' u and v."""
+        u = torch.Size((1, *self.output_shape))
+        return {
+            f"{operator.name}.{side}": shape
+            for operator in self.operators
+            for side, shape in (("u", u), ("v", torch.Size((1, *operator.input_shape))))
+        }
 
     @property
     def kind(self) -> tuple:
-        """Equal for stacks that can be renewed together."""
-        shape = replace(self.operators[0].repeated(1), name="", layer_weight=None)
-        weight = self.weight()
-        return shape, len(self.operators), weight.shape, weight.dtype, weight.device
+        """Equal for stacks that can be renewed together: of the same geometry."""
+        geometry = replace(self.operators[0].repeated(1), name="", layer_weight=None)
+        return geometry, len(self.operators), self.shape
 
 
+@torch.no_grad()
 def stacks(operators: Sequence[LinearOperator]) -> list[Stack]:
     """Put the operators of each layer's weight together, in their order."""
     found: dict[Callable[[], Tensor], list[LinearOperator]] = {}
     for operator in operators:
         found.setdefault(operator.layer_weight, []).append(operator)
-    return [Stack(weight, tuple(parts)) for weight, parts in found.items()]
+    return [_stack(layer_weight, tuple(parts)) for layer_weight, parts in found.items()]
 
 
-def in_parts(indices: Sequence[int], sizes: Sequence[int], *, most: int) -> Iterator[list[int]]:
-    """Yield the indices in parts of consecutive ones, whose sizes are at most so much together, or
-    which are alone.
-    """
-    part: list[int] = []
-    for index in indices:
-        if part and sum(sizes[i] for i in part) + sizes[index] > most:
-            yield part
-            part = []
-        part.append(index)
-    if part:
-        yield part
+def _stack(layer_weight: Callable[[], Tensor], operators: tuple[LinearOperator, ...]) -> Stack:
+    """Measure a stack by shapes alone."""
+    one, weight = operators[0], layer_weight()
+    v = torch.empty(1, *one.input_shape, dtype=weight.dtype, device="meta")
+    u = one.apply(torch.empty_like(one.part(weight), device="meta"), v)
+    return Stack(layer_weight, operators, weight.shape, u.shape[1:])
 
 
-@torch.no_grad()
 def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
     """Return which stacks, by index, are renewed together: alike, and small enough for a cache in
     so many Lanczos steps.
@@ -92,20 +108,10 @@ def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
     groups = []
     for alike in kinds.values():
         one = stacks[alike[0]]
-        vectors = math.prod(one.operators[0].input_shape) + output_shape(one.operators[0]).numel()
-        size = one.weight().numel() + steps * len(one.operators) * vectors
-        most = max(1, CACHED // size)
-        count = math.ceil(len(alike) / most)
-        groups += [alike[i::count] for i in range(count)]
+        most = max(1, CACHED // (one.shape.numel() + steps * one.size))
+        parts = math.ceil(len(alike) / most)
+        groups += [alike[i::parts] for i in range(parts)]
     return groups
-
-
-@torch.no_grad()
-def output_shape(operator: LinearOperator) -> torch.Size:
-    """Return the shape of u without its first dimension; no compute is spent."""
-    weight = operator.effective_weight()
-    v = torch.empty(1, *operator.input_shape, dtype=weight.dtype, device="meta")
-    return operator.apply(torch.empty_like(weight, device="meta"), v).shape[1:]
 
 
 class Triplets:
@@ -132,7 +138,8 @@ class Triplets:
         self.groups = renewed_together(stacks, steps=lanczos_steps)
         costs = [sum(stacks[index].cost for index in group) for group in self.groups]
         self.turns = [0] * len(stacks)
-        for group, turn in zip(self.groups, shares(costs, renew_every), strict=True):
+        turns = shares(costs, min(renew_every, len(costs)))
+        for group, turn in zip(self.groups, turns, strict=True):
             for index in group:
                 self.turns[index] = turn
         self._directions: dict[int, Tensor] = {}
@@ -150,20 +157,28 @@ class Triplets:
         """Take over vectors."""
         self.vectors, self._directions = vectors, {}
 
-    def start(self, index: int, weight: Tensor) -> None:
-        """Take the best of one Krylov space from random vectors."""
-        for place, operator in enumerate(self.stacks[index].operators):
-            generator = torch.Generator().manual_seed(self.seed + 1000 * index + place)
-            part = operator.part(weight)
-            v = random_vector(operator, part, generator)
-            found = top_singular_value(operator, part, v, max_restarts=1)
-            self._keep(operator, found.u, found.v)
-        self._directions.pop(index, None)
+    def start(self, weights: Mapping[int, Tensor]) -> None:
+        """Take the best of one Krylov space from random vectors, of whole weights by index."""
+        for index, weight in weights.items():
+            for place, operator in enumerate(self.stacks[index].operators):
+                generator = torch.Generator().manual_seed(self.seed + 1000 * index + place)
+                part = operator.part(weight)
+                v = random_vector(operator, part, generator)
+                found = top_singular_value(operator, part, v, max_restarts=1)
+                self._keep(operator, found.u, found.v)
+            self._directions.pop(index, None)
 
-    def renew(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
-        """Bring the vectors of stacks of one kind closer to the top ones of their weights, which
-        are whole.
+    def renew(self, weights: Mapping[int, Tensor]) -> None:
+        """Bring the vectors of stacks of one kind closer to the top ones of their weights, by
+        index, which are whole.
         """
+        places: dict[tuple, list[int]] = {}
+        for index, weight in weights.items():
+            places.setdefault((weight.device, weight.dtype), []).append(index)
+        for indices in places.values():
+            self._renew_together(indices, [weights[index] for index in indices])
+
+    def _renew_together(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
         operators = [operator for index in indices for operator in self.stacks[index].operators]
         one, together = operators[0], operators[0].repeated(len(operators))
         v = torch.cat([self.vectors[f"{o.name}.v"] for o in operators]).to(weights[0])
@@ -195,7 +210,8 @@ class Triplets:
         return direction
 
     def _keep(self, operator: LinearOperator, u: Tensor, v: Tensor) -> None:
-        self.vectors |= {f"{operator.name}.u": u, f"{operator.name}.v": v}
+        """Keep copies, not views of what was renewed together: as they are after a resume."""
+        self.vectors |= {f"{operator.name}.u": u.clone(), f"{operator.name}.v": v.clone()}
 
     def _noise_like(self, v: Tensor) -> Tensor:
         """Standard normal numbers; the same ones each time, since only v must not be special."""

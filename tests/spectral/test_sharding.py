@@ -28,7 +28,7 @@ def test_no_process_has_much_more_than_its_share(costs, processes):
 
 def test_in_every_turn_the_work_is_shared_too():
     costs = [float(1 + i % 5) for i in range(48)]
-    owners = shares(costs, 2, turns=[i % 8 for i in range(48)])
+    owners = shares(costs, 2, rounds=[i % 8 for i in range(48)])
     for turn in range(8):
         items = range(turn, 48, 8)
         loads = [sum(costs[i] for i in items if owners[i] == p) for p in (0, 1)]
