@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class LinearOperator(Protocol):
     layer_weight: Callable[[], Tensor]
     groups: int  # blocks on the diagonal of its matrix, each of which maps its own channels
 
-    def repeated(self, count: int) -> Self:
+    def repeated(self, count: int) -> "LinearOperator":
         """So many operators of this shape as one, block diagonal: their weights below each other,
         the channels of their v and u one after the other.
         """
@@ -74,7 +74,7 @@ class _OfLayer:
     layer_weight: Callable[[], Tensor]
     groups: int
 
-    def repeated(self, count: int) -> Self:
+    def repeated(self, count: int) -> "LinearOperator":
         """So many operators of this shape as one, block diagonal: their weights below each other,
         the channels of their v and u one after the other.
         """
@@ -106,7 +106,7 @@ class Dense(_OfLayer):
     rows: tuple[int | None, int | None] = (None, None)
     groups: int = 1
 
-    def repeated(self, count: int) -> Self:
+    def repeated(self, count: int) -> "LinearOperator":
         """So many matrices of this size as one operator, a group each."""
         return replace(super().repeated(count), rows=(None, None))
 
@@ -191,9 +191,8 @@ class Convolution(_OfLayer):
 
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
         """W^T u."""
-        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[
-            len(self.stride) - 1
-        ]
+        functions = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        transpose = functions[len(self.stride) - 1]
         stride, padding, dilation, groups = self._arguments
         sizes = self.input_shape[1:]
         if not self._pads_itself:
