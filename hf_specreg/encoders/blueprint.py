@@ -71,7 +71,7 @@ TRANSFORMERS_CONFIG = {
 }
 # Vision encoders of transformers beside those with an image classifier.
 ENCODERS = (
-    *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"),
+    *("clip_vision_model", "siglip_vision_model"),
     *("dinov3_vit", "dinov3_convnext", "vit_mae"),
 )
 

@@ -59,6 +59,9 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     if inner is not None:
         return tuple(f"timm_model.{n}" for n in find_head(inner))
     if hasattr(model, "base_model_prefix") and hasattr(model, "config"):
+        kind = type(model)
+        if kind.__module__.startswith("transformers.") and "For" not in kind.__name__:
+            return ()  # whatever its children are called: SigLIP's head is its pooling
         base = model.base_model
         beside = [(n, m) for n, m in model.named_children() if m is not base and _has_matrix(m)]
         if base is model:
@@ -109,9 +112,8 @@ def find_input_size(model: nn.Module) -> tuple[int, int, int]:
     if cfg and cfg.get("input_size"):
         channels, *size = cfg["input_size"]
         first = getattr(_first_convolution(model, cfg.get("first_conv")), "in_channels", channels)
-        channels = (
-            first if first < 16 else channels
-        )  # a stem that folds space into channels has more
+        if first < 16:  # a stem that folds space into channels has more
+            channels = first
         for owner in (getattr(model, "patch_embed", None), model):
             size = _pair(getattr(owner, "img_size", None)) or size
         return (channels, *size)

@@ -6,6 +6,7 @@ transformers   config.json, model.safetensors, preprocessor_config.json
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,20 @@ def merged(network: nn.Module) -> nn.Module:
 
     A network that has neither is returned as it is, else a copy.
     """
-    adapted = any(hasattr(m, "get_base_layer") for m in network.modules())
+    adapted = any(
+        hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
+        for m in network.modules()
+    )
     if not adapted and not any(is_parametrized(m) for m in network.modules()):
         return network
     network = copy.deepcopy(network).eval()
     for name, module in list(network.named_modules()):
         if is_parametrized(module):
             _compute(module)
-        if hasattr(module, "get_base_layer"):
+        if hasattr(module, "unload_and_optionally_merge_module"):  # trained beside, as a head
+            whole = module.unload_and_optionally_merge_module(True, False, None)
+            network.set_submodule(name, whole)
+        elif hasattr(module, "get_base_layer"):
             module.merge()
             network.set_submodule(name, module.get_base_layer())
     return network
@@ -145,6 +152,7 @@ def load_transformers(
     if isinstance(name_or_config, PretrainedConfig):
         config = name_or_config
         config.architectures = config.architectures or []  # from_config iterates over them
+        config.update(_all_patches(config))
         if num_classes == 0:
             config.update(_class_entries(0, None))
             network = _headless_class(config).from_config(config)
@@ -199,7 +207,7 @@ def save_transformers(
     _, height, width = data["input_size"]
     # As timm's evaluation transform: resize the shorter side, then cut the middle.
     processor = BitImageProcessor(
-        size={"shortest_edge": int(min(height, width) / data["crop_pct"])},
+        size={"shortest_edge": math.floor(min(height, width) / data["crop_pct"] + 1e-6)},
         crop_size={"height": height, "width": width},
         do_center_crop=True,
         do_convert_rgb=data["input_size"][0] == 3,
@@ -231,6 +239,7 @@ def _load_headless(name: Any, config: Any, **where: Any) -> nn.Module:
     from transformers import AutoModel
 
     where = {**where, "use_safetensors": True, "output_loading_info": True}
+    where |= _all_patches(config)
     labels = _class_entries(0, None)
     network, info = _headless_class(config).from_pretrained(name, **labels, **where)
     if find_head(network):
@@ -239,6 +248,13 @@ def _load_headless(name: Any, config: Any, **where: Any) -> nn.Module:
         network, info = AutoModel.from_pretrained(name, add_pooling_layer=False, **where)
     _check_is_complete(info, name, ())
     return network
+
+
+def _all_patches(config: Any) -> dict[str, float]:
+    """The entry that keeps a masked autoencoder from masking patches: it does so in evaluation as
+    well, other ones at each call.
+    """
+    return {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}
 
 
 def _check_is_complete(info: dict[str, Any], name: Any, fresh: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ LINEAR_FUNCTIONS = frozenset(
         *(getattr(nn.functional, f"conv{d}d") for d in (1, 2, 3)),
         *(getattr(nn.functional, f"conv_transpose{d}d") for d in (1, 2, 3)),
         *(nn.functional.linear, nn.functional.bilinear),
+        nn.functional.multi_head_attention_forward,
         *(torch.matmul, torch.mm, torch.bmm, torch.einsum, torch.addmm, torch.baddbmm),
         *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
     }
@@ -72,6 +73,8 @@ def trace_layers(
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.device("meta"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_not_checkpointed(model))
         for hook in recorder.hooks():
             stack.callback(hook.remove)
         for name in head:
@@ -114,7 +117,7 @@ class _Recorder(TorchFunctionMode):
         self.outputs: dict[str, list[Tensor]] = {}
         self.direct: dict[str, set[str]] = {}
 
-    def note(self, name: str, fed: Tensor | None, output) -> None:
+    def note(self, name: str, fed: Tensor | None, output=()) -> None:
         """Take note of one use, unless nothing that depends on the image is fed in."""
         if fed is None:
             return
@@ -127,20 +130,13 @@ class _Recorder(TorchFunctionMode):
         others'.
         """
         for name, module in self.model.named_modules():
-            if dict(module.named_parameters(recurse=False)) or _computes_weight(module):
-                yield module.register_forward_pre_hook(self._reserve(name), with_kwargs=True)
-                yield module.register_forward_hook(self._note_module(name), with_kwargs=True)
-
-    def _reserve(self, name: str):
-        def hook(module, args, kwargs):
-            fed = _image_dependent((args, kwargs))
-            if fed is not None:
-                self.inputs.setdefault(name, tuple(fed.shape[1:]))
-
-        return hook
+            if dict(module.named_parameters(recurse=False)) or computes_weight(module):
+                hook = self._note_module(name)  # before as well, for the order of use
+                yield module.register_forward_pre_hook(hook, with_kwargs=True)
+                yield module.register_forward_hook(hook, with_kwargs=True)
 
     def _note_module(self, name: str):
-        def hook(module, args, kwargs, output):
+        def hook(module, args, kwargs, output=()):
             self.note(name, _image_dependent((args, kwargs)), output)
 
         return hook
@@ -203,5 +199,23 @@ def _as_meta(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="meta", dtype=dtype)
 
 
-def _computes_weight(module: nn.Module) -> bool:
-    return hasattr(module, "parametrizations") or hasattr(module, "get_delta_weight")
+@contextlib.contextmanager
+def _not_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Switch off timm's gradient checkpointing, which would run layers again, outside the trace."""
+    switched = [m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True]
+    for module in switched:
+        module.grad_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.grad_checkpointing = True
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a module's weight is computed from parameters of its children: parametrizations, and
+    the layers that peft wraps.
+    """
+    return hasattr(module, "parametrizations") or isinstance(
+        getattr(module, "base_layer", None), nn.Module
+    )

@@ -224,7 +224,7 @@ def normalize_spectra(model: nn.Module, names: Iterable[str]) -> None:
     Args:
         model: changed in place.
         names: dotted names of the linear and convolutional layers, such as
-            `[layer.name for layer in SpectralPenalty(model).layers]`.
+            `[layer.name for layer in SpectralPenalty(model, split_qkv=False).layers]`.
 
     Source: Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial
     Networks", ICLR 2018.

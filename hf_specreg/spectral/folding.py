@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_specreg.encoders.features import evaluating
+from hf_specreg.encoders.trace import computes_weight
 from hf_specreg.spectral.sharding import whole
 
 
@@ -64,13 +65,13 @@ def adjoining_norms(network: nn.Module, input_size: tuple[int, int, int]) -> dic
 
     hooks = []
     for module in network.modules():
-        if dict(module.named_parameters(recurse=False)):
+        if dict(module.named_parameters(recurse=False)) or computes_weight(module):
             hooks.append(module.register_forward_pre_hook(before))
             if not isinstance(module, _BatchNorm):
                 hooks.append(module.register_forward_hook(after))
     first = next(network.parameters())
     try:
-        with evaluating(network):
+        with evaluating(network), torch.compiler.set_stance("force_eager"):
             network(torch.zeros(1, *input_size, dtype=first.dtype, device=first.device))
     finally:
         for hook in hooks:

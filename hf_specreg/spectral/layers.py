@@ -81,7 +81,9 @@ def linear_operators(
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return _attention_operators(name, module, split_qkv)
-    if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+    if isinstance(getattr(module, "base_layer", None), nn.Module):  # wrapped by peft
+        if not any(base.__name__ == "LoraLayer" for base in kind.__mro__):
+            raise unsupported(name, module, "base_layer.weight")
         return _lora_operators(name, module, input_shape, split_qkv, parent)
     if _is_linear(module):
         return _dense(
@@ -114,11 +116,15 @@ def operators_of(
         skip: dotted names of modules to leave out, with all they hold.
         split_qkv: see `linear_operators`.
     """
+
+    def within(name: str, others: Sequence[str]) -> bool:
+        return any(name == other or name.startswith(f"{other}.") for other in others)
+
     covered: list[str] = list(skip)
     shared: set[frozenset[int]] = set()
     owners = []
     for layer in found:
-        if any(layer.name == name or layer.name.startswith(f"{name}.") for name in covered):
+        if within(layer.name, covered):
             continue
         operators = linear_operators(
             layer.name,
@@ -135,7 +141,8 @@ def operators_of(
         if weights and weights in shared:
             continue
         shared.add(weights)
-        owners.extend((layer.module, operator) for operator in operators)
+        kept = [operator for operator in operators if not within(operator.name, skip)]
+        owners.extend((layer.module, operator) for operator in kept)
     return owners
 
 
@@ -223,8 +230,9 @@ def _lora_operators(
     """Peft's LoRA layers: the base weight plus the active adapters' products, with a gradient to
     both.
     """
-    if any(getattr(module, "use_dora", {}).values()):
-        raise unsupported(name, module, "lora_magnitude_vector")
+    variants = getattr(module, "use_dora", {}), getattr(module, "lora_variant", {})
+    if any(variant.get(a) for variant in variants for a in module.active_adapters):
+        raise unsupported(name, module, "base_layer.weight")
 
     def added(weight: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def effective() -> Tensor:

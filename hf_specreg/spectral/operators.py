@@ -325,21 +325,25 @@ def _capabilities() -> dict:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within, float32 is not rounded to TF32, and the algorithm does not depend on the batch, where
-    CUDA could choose.
+    """Within, float32 is not rounded to TF32 or bfloat16, and the algorithm does not depend on the
+    batch, where CUDA could choose.
+
+    By torch's settings of each operation: its older ones fail where only the newer are set.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = torch.backends
+    operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    precisions = [operation.fp32_precision for operation in operations]
+    chosen = backends.cudnn.benchmark, backends.cudnn.deterministic
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
     try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=False,
-            deterministic=True,
-            allow_tf32=False,
-        ):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        backends.cudnn.benchmark, backends.cudnn.deterministic = chosen
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision
 
 
 def full_precision(tensor: Tensor) -> Tensor:

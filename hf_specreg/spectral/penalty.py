@@ -336,6 +336,12 @@ class SpectralPenalty:
         """A layer's weight, in full precision, with the norms beside it if there are some."""
         stack = self._stacks[index]
         weight, beside = full_precision(stack.weight()), norms.get(stack.operators[0].name)
+        if weight.shape != stack.shape:
+            raise ValueError(
+                f"the weight of {stack.operators[0].name!r} was {tuple(stack.shape)} and is "
+                f"{tuple(weight.shape)}, as FSDP1 and DeepSpeed's ZeRO-3 leave it: shard with "
+                "FSDP2, or train with DistributedDataParallel"
+            )
         return folded(weight, beside) if beside is not None else weight
 
     def _follow(self) -> dict[int, Tensor]:

@@ -67,7 +67,7 @@ class Rows:
 
 def check_whole(network: nn.Module) -> None:
     """Raise ValueError if weights are sharded already: then no forward pass finds the layers."""
-    if any(isinstance(p, DTensor) for p in network.parameters()):
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in network.parameters()):
         raise ValueError(
             f"the weights of {type(network).__name__} are sharded already: make the penalty "
             "before the model is given to fully_shard or accelerator.prepare"

@@ -118,7 +118,7 @@ def bidiagonalize(
         block, and, if `exact`, ||W^T u - sigma v|| [blocks], else NaN. A block in which W v is 0
         has sigma 0 and u = 0, and keeps its v.
     """
-    count, may_round = operator.groups, weight.dtype != v.dtype or weight.is_cuda
+    count, may_round = operator.groups, weight.dtype != v.dtype or weight.device.type != "cpu"
     passes = 2 if exact else int(may_round)
     rows, norm = _unit(v.reshape(count, -1))
     image = operator.apply(weight, rows.reshape(v.shape).to(weight.dtype))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.operators import LinearOperator, exact_float32
 from hf_specreg.spectral.sharding import Rows, rows_of, shares
 from hf_specreg.spectral.singular import bidiagonalize, random_vector, top_singular_value
 
@@ -201,9 +201,10 @@ class Triplets:
         alike = ("shape", "device", "dtype")  # not so once the model was moved or sharded
         if direction is None or any(getattr(direction, a) != getattr(weight, a) for a in alike):
             parts = []
-            for operator in self.stacks[index].operators:
-                u, v = (self.vectors[f"{operator.name}.{side}"].to(weight) for side in "uv")
-                parts.append(operator.weight_gradient(v, u))
+            with exact_float32():
+                for operator in self.stacks[index].operators:
+                    u, v = (self.vectors[f"{operator.name}.{side}"].to(weight) for side in "uv")
+                    parts.append(operator.weight_gradient(v, u))
             direction = torch.cat(parts) if len(parts) > 1 else parts[0]
             direction = rows_of(direction.reshape(-1, *weight.shape[1:]), rows, like=weight)
             self._directions[index] = direction

@@ -250,6 +250,11 @@ def test_finding_the_layers_touches_no_statistics_mode_or_random_state(net):
     assert [net.training, net.depthwise.training, net.norm.training] == [True, False, True]
     assert all(torch.equal(a, before[k]) for k, a in net.state_dict().items())
     assert not any(m._forward_hooks for m in net.modules())
+    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1  # the resolution's
+    penalty.set_input_size(penalty.input_size)
+    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1
+    penalty.detach()
+    assert not any(m._forward_pre_hooks for m in net.modules())
 
 
 @pytest.mark.parametrize("calls", [1, 3, 12])
