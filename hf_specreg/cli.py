@@ -61,6 +61,7 @@ def evaluate(
     data: str,
     split: str = "test",
     revision: str | None = None,
+    splits: dict[str, Any] | None = None,
     attacks: list[str] | dict[str, dict[str, Any] | None] = ["tangent", "pgd-l2"],  # noqa: B006
     eps: list[float] | dict[str, list[float]] | None = None,
     samples: int | None = None,
@@ -83,6 +84,9 @@ def evaluate(
         data: "digits", a local folder, or a Hub id.
         split: train, validation or test.
         revision: of the data on the Hub.
+        splits: how to load and cut the data, such as {label_column: fine_label}, {ignore_splits:
+            [test]} or {validation_fraction: 0.2, seed: 0}; default: as the model's training did, if
+            it was trained on them.
         attacks: tangent, hopskipjump, deepfool-l2, cw-l2, pgd-l2, pgd-linf, autoattack-l2,
             autoattack-linf; or from a name to its settings.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list, or {l2: [...], linf: [...]}.
@@ -102,6 +106,7 @@ def evaluate(
         data=data,
         split=split,
         revision=revision,
+        splits=splits,
         attacks=attacks,
         eps=eps,
         samples=samples,

@@ -43,6 +43,7 @@ class ImageSplits:
         label_names: of the classes, in order.
         source: the Hub id, folder or name.
         fingerprints: of the splits' contents by split name; empty when streaming.
+        cut: the splits that the source does not have, and that were cut from its training split.
     """
 
     train: Dataset | datasets.IterableDataset
@@ -51,6 +52,7 @@ class ImageSplits:
     label_names: list[str]
     source: str
     fingerprints: dict[str, str]
+    cut: tuple[str, ...] = ()
 
 
 def load_splits(
@@ -113,11 +115,13 @@ def load_splits(
     label_names = splits["train"].features["label"].names
     for name, split in splits.items():
         _check(split, name, label_names, source)
-    for name in ("test", "validation"):
-        if name not in splits:
-            splits["train"], splits[name] = _cut(splits["train"], validation_fraction, seed, source)
+    cut = tuple(name for name in ("test", "validation") if name not in splits)
+    for name in cut:
+        splits["train"], splits[name] = _cut(splits["train"], validation_fraction, seed, source)
     fingerprints = {name: split._fingerprint for name, split in splits.items()}
-    return ImageSplits(**splits, label_names=label_names, source=source, fingerprints=fingerprints)
+    return ImageSplits(
+        **splits, label_names=label_names, source=source, fingerprints=fingerprints, cut=cut
+    )
 
 
 def _digits() -> dict[str, Dataset]:
@@ -211,6 +215,14 @@ def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -
             "load it whole"
         )
     splits = {"validation": held_out, "test": held_out, **splits}
+    for name in ("validation", "test"):
+        first = next(iter(splits[name].select_columns(["label"])), {"label": None})["label"]
+        if first is None or not 0 <= first < label.num_classes:
+            raise DataError(
+                f"split {name!r} of the stream {source} begins with the label {first}, so it is "
+                f"empty or not labelled with 0 to {label.num_classes - 1}; to do without that "
+                "split, name it in ignore_splits"
+            )
     return ImageSplits(**splits, label_names=label.names, source=source, fingerprints={})
 
 
@@ -224,6 +236,7 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
             f"the labels of {source} must be integers or names, but are such as {values[:3]}"
         )
     values = sorted(values)
+    places = {value: place for place, value in enumerate(values)}
     names = ClassLabel(names=[str(v) for v in values])
     encoded = {}
     for name, split in splits.items():
@@ -233,7 +246,7 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
                 f"split {name!r} of {source} has labels that the training split lacks: "
                 f"{sorted(unknown)[:3]}"
             )
-        labels = [values.index(v) for v in split["label"][:]]
+        labels = [places[v] for v in split["label"][:]]
         split = split.remove_columns("label").add_column("label", labels)
         encoded[name] = split.cast_column("label", names)
     return encoded
@@ -269,7 +282,7 @@ def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Datas
 def _check(split: Dataset, name: str, label_names: list[str], source: str) -> None:
     if len(split) == 0:
         raise DataError(f"split {name!r} of {source} is empty")
-    labels = np.asarray(split["label"])
+    labels = np.asarray([-1 if label is None else label for label in split["label"]])
     if labels.min() < 0 or labels.max() >= len(label_names):
         wrong = labels[(labels < 0) | (labels >= len(label_names))]
         raise DataError(

@@ -1,11 +1,13 @@
 """Labelled images for a data loader: few are decoded once and kept, many are decoded on demand."""
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -58,19 +60,18 @@ class LabelledImages(Dataset):
         self.epoch = 0
         self.skipped: list[str] = []
         self._drawn: tuple[int, Tensor] | None = None
-        if in_memory is None:
-            in_memory = len(rows) * torch.Size(input_size).numel() <= MEMORY_BUDGET
+        budget = {None: MEMORY_BUDGET, True: math.inf, False: 0}[in_memory]
+        keep = len(rows) * torch.Size(input_size).numel() <= budget
         self._pictures: list[Image.Image] | None = None
         self._pixels: Tensor | None = None
-        if in_memory or skip_unreadable:
+        if keep or skip_unreadable:
             pictures = self._readable_pictures(skip_unreadable)
-            if not in_memory:
-                for _ in pictures:
-                    pass
-            elif callable(augment):
-                self._pictures = list(pictures)
-            else:
+            if keep and callable(augment):
+                self._pictures = _within(budget, pictures)
+            elif keep:
                 self._pixels = torch.stack([evaluate(picture) for picture in pictures])
+            for _ in pictures:  # to the end, where it is known which can be read
+                pass
         self.labels = torch.as_tensor(self.rows["label"][:])
 
     def set_epoch(self, epoch: int) -> None:
@@ -140,6 +141,17 @@ class LabelledImages(Dataset):
             )
         if self.skipped:
             self.rows = self.rows.select(kept)
+
+
+def _within(budget: float, pictures: Iterator[Image.Image]) -> list[Image.Image] | None:
+    """The pictures, which have the size that they are stored in; None if they exceed the budget."""
+    kept: list[Image.Image] = []
+    for picture in pictures:
+        budget -= picture.width * picture.height * len(picture.getbands())
+        if budget < 0:
+            return None
+        kept.append(picture)
+    return kept
 
 
 class StreamedImages(IterableDataset):
@@ -217,9 +229,12 @@ def decode(stored: dict[str, Any] | None, channels: int) -> Image.Image:
     if stored is None:
         raise UnreadableImageError("it is missing")
     name = stored.get("path")
-    source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else name
     try:
-        with Image.open(source) as picture:
+        content = stored.get("bytes")
+        if content is None and "://" in (name or ""):  # a folder that is streamed from the Hub
+            with xopen(name, "rb") as file:
+                content = file.read()
+        with Image.open(name if content is None else io.BytesIO(content)) as picture:
             return to_channels(ImageOps.exif_transpose(picture), channels)
     except (
         OSError,

@@ -121,11 +121,11 @@ def _flags(
     flags = []
     correct = results["clean"]["correct"]
     n = int(correct.sum())
-    if not n:
-        return ["no image is classified correctly: nothing was attacked"]
     invalid = int(results["clean"]["invalid"].sum())
     if invalid:
         flags.append(f"{invalid} images have logits that are NaN or infinite; counted as wrong")
+    if not n:
+        return [*flags, "no image is classified correctly: nothing was attacked"]
     for name, attack in attacks.items():
         missing = int(np.isinf(results[name]["distances"][correct]).sum())
         if attack.minimum_distance and missing:
@@ -180,7 +180,7 @@ def _flags(
         if unbounded > max(2, 0.05 * total):
             flags.append(
                 f"gradient masking: {unbounded} of {total} images withstand PGD of unbounded eps "
-                "(Linf 1), which no classifier can"
+                "(Linf 1), which only a constant classifier could"
             )
         flat = int(masking["no_gradient"][looked].sum())
         if flat > max(2, 0.05 * total):

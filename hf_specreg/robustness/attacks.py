@@ -10,6 +10,7 @@ TangentAttack is this package's; PGD, DeepFool, Carlini-Wagner and HopSkipJump a
 """
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ class HopSkipJump:
     """foolbox's HopSkipJump (Chen, Jordan, Wainwright 2020): black-box, L2, minimum distance.
 
     Starts are found image by image, so that one image without a start does not fail the batch, and
-    normals are normalised image by image: foolbox divides by the norm over the whole batch.
+    normals are normalised image by image: foolbox divides by the norm over the whole batch. Of the
+    points that it comes by the nearest is kept, where foolbox gives the last.
     """
 
     norm: ClassVar[Norm] = "l2"
@@ -83,6 +85,7 @@ class HopSkipJump:
         class PerImage(foolbox.attacks.HopSkipJumpAttack):
             def approximate_gradients(self, is_adversarial, x_advs, steps, delta):
                 center = x_advs.raw
+                keep(self.index, center)
                 signed, plain = torch.zeros_like(center), torch.zeros_like(center)
                 total = torch.zeros_like(delta.raw)
                 for _ in range(steps):
@@ -103,6 +106,7 @@ class HopSkipJump:
         start = TangentAttack(iterations=0).run(classifier, images, labels, seeds=seeds)
         started = start.distances.isfinite() & (start.distances > 0)
         adversarials, queries = start.adversarials.clone(), start.queries.clone()
+        warnings = ()
         if started.any():
             attack = PerImage(
                 steps=self.iterations,
@@ -112,24 +116,33 @@ class HopSkipJump:
             before = classifier.queries
             model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
 
-            def improve(index: Tensor) -> None:
-                adversarials[index] = attack.run(
-                    model,
-                    images[index],
-                    foolbox.criteria.Misclassification(labels[index]),
-                    starting_points=adversarials[index],
-                )
+            index = started.nonzero()[:, 0]
+
+            def keep(index: Tensor, points: Tensor) -> None:
+                """Keep what is adversarial and nearer than what was found before."""
+                before = distance(images[index], adversarials[index], "l2")
+                better = distance(images[index], points, "l2") < before
+                better &= classifier.predict(points) != labels[index]
+                adversarials[index[better]] = points[better]
+
+            def improve(index: Tensor) -> bool:
+                """Attack images; False if foolbox gave them up."""
+                attack.index = index
+                goal = foolbox.criteria.Misclassification(labels[index])
+                starts = start.adversarials[index]
+                # A point on the boundary may be decided otherwise in other company.
+                with suppress(AssertionError, ValueError):
+                    keep(index, attack.run(model, images[index], goal, starting_points=starts))
+                    return True
+                return False
 
             with _seeded(seeds, classifier):
-                index = started.nonzero()[:, 0]
-                try:
-                    improve(index)
-                except AssertionError:  # a boundary point's decision flipped by its company
-                    for i in index:
-                        with suppress(AssertionError):
-                            improve(i[None])
+                stopped = 0 if improve(index) else sum(not improve(i[None]) for i in index)
+            if stopped:
+                warnings = (f"foolbox gave {stopped} images up before the last iteration",)
             queries[started] += (classifier.queries - before) // int(started.sum())
-        return _checked(classifier, images, labels, adversarials, queries, self.norm)
+        result = _checked(classifier, images, labels, adversarials, queries, self.norm)
+        return result._replace(warnings=warnings)
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,9 @@ class CarliniWagner:
 class PGD:
     """foolbox's projected gradient descent (Madry et al. 2018): white-box, at fixed eps.
 
+    In L2 steps have their full length however small the gradient is: that of a confident model's
+    cross-entropy is, and foolbox would divide it by 1e-12 at least.
+
     Args:
         norm: "l2" or "linf".
         steps: a restart.
@@ -196,12 +212,15 @@ class PGD:
 
     def run(self, classifier, images, labels, *, seeds, eps) -> AttackResult:
         """See `Attack.run`."""
+        import eagerpy
         import foolbox
 
-        names = {"l2": "L2ProjectedGradientDescentAttack", "linf": "LinfPGD"}
-        attack = getattr(foolbox.attacks, names[self.norm])(
-            steps=self.steps, rel_stepsize=self.relative_stepsize, random_start=True
-        )
+        class L2(foolbox.attacks.L2ProjectedGradientDescentAttack):
+            def normalize(self, gradients, *, x, bounds):
+                return eagerpy.astensor(_unit(gradients.raw))
+
+        kind = {"l2": L2, "linf": foolbox.attacks.LinfPGD}[self.norm]
+        attack = kind(steps=self.steps, rel_stepsize=self.relative_stepsize, random_start=True)
 
         def at(images: Tensor, labels: Tensor, e: float) -> Tensor:
             model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
@@ -342,6 +361,9 @@ def _run_minimization(
     model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
     with _seeded(seeds, classifier):
         found = attack.run(model, images, foolbox.criteria.Misclassification(labels))
+    # Where Carlini and Wagner's finds nothing, foolbox gives a black image back.
+    failed = (found == 0).flatten(1).all(1) | (classifier.predict(found.nan_to_num()) == labels)
+    found = torch.where(failed[:, None, None, None], images, found)
     low, high = (images.new_full((len(images), 1, 1, 1), v) for v in (0.0, 1.0))
     for _ in range(PULL_BACK_STEPS):
         middle = (low + high) / 2
@@ -383,6 +405,13 @@ def _run_over_grid(
         adversarials[fallen] = result.adversarials[within]
         distances[fallen] = e
     return AttackResult(adversarials, distances, queries)
+
+
+def _unit(gradients: Tensor) -> Tensor:
+    """Gradients [B, ...] with norm 1 each, however small; 0 where they are 0."""
+    rows = gradients.flatten(1).double()
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (rows / norms.masked_fill(norms == 0, math.inf)).to(gradients).reshape_as(gradients)
 
 
 @contextmanager

@@ -33,6 +33,9 @@ class Classifier(nn.Module):
 
     Attributes:
         queries: how many images it was asked for.
+
+    Raises:
+        ClassifierError: weights in half precision.
     """
 
     def __init__(self, model: nn.Module, *, device: torch.device | str | None = None):
@@ -43,6 +46,11 @@ class Classifier(nn.Module):
         self.device = torch.device(device or (first.device if first is not None else "cpu"))
         floating = first is not None and first.is_floating_point()
         self.dtype = first.dtype if floating else torch.float32
+        if self.dtype in (torch.float16, torch.bfloat16):
+            raise ClassifierError(
+                f"the weights are {str(self.dtype).removeprefix('torch.')}, which rounds away the "
+                "steps of an attack, and so makes a model look robust: give model.float()"
+            )
         self.queries = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,36 +104,37 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check_classifier(
+@torch.no_grad()
+def count_classes(classifier: Classifier, images: Tensor) -> int:
+    """Return how many classes the model has, by running it on one of the images.
+
+    Raises:
+        ClassifierError: it cannot be run on them.
+    """
+    try:
+        return classifier(images[:1]).shape[1]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ClassifierError(
+            f"the model cannot be run on images {tuple(images.shape)}: {error}"
+        ) from error
+
+
+def check_pixels(
     classifier: Classifier, images: Tensor, labels: Tensor, *, batch_size: int = 64
 ) -> None:
-    """See on a few images that the model takes [0, 1] pixels and knows these labels.
+    """See on a few images that the model takes [0, 1] pixels.
 
     Args:
         classifier: the model.
-        images: [N, C, H, W].
+        images: [N, C, H, W] in [0, 1].
         labels: [N].
         batch_size: images classified at once.
 
     Raises:
-        ClassifierError: the pixels are not in [0, 1], the labels are not the head's, or the model
-            classifies other pixels better: 8-bit ones, or normalised ones.
+        ClassifierError: the model classifies other pixels better: 8-bit ones, or normalised ones.
     """
-    check_images(images)
-    with torch.no_grad():
-        try:
-            classes = classifier(images[:1]).shape[1]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ClassifierError(
-                f"the model cannot be run on images {tuple(images.shape)}: {error}"
-            ) from error
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ClassifierError(
-            f"the labels go from {labels.min()} to {labels.max()}, but the model has {classes} "
-            "classes: is it of another data set, or is its head missing?"
-        )
 
     def accuracy_on(pixels: Tensor) -> float:
         found = [classifier.predict(part).cpu() for part in pixels.split(batch_size)]
@@ -154,8 +163,9 @@ def check_classifier(
         )
 
 
-def check_images(images: Tensor) -> None:
-    """See that images are [N, C, H, W], floating-point, in [0, 1].
+def check_images(images: Tensor, labels: Tensor, *, classes: int) -> None:
+    """See that images are [N, C, H, W], floating-point, in [0, 1], and labels those of so many
+    classes.
 
     Raises:
         ClassifierError: they are not.
@@ -172,6 +182,11 @@ def check_images(images: Tensor) -> None:
         raise ClassifierError(
             f"the images' pixels go from {low:.3g} to {high:.3g}, not from 0 to 1: give them as "
             "they are before any normalisation"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ClassifierError(
+            f"the labels go from {labels.min()} to {labels.max()}, but the model has {classes} "
+            "classes: is it of another data set, or is its head missing?"
         )
 
 

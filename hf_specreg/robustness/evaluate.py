@@ -41,7 +41,13 @@ from hf_specreg.robustness.chunks import (
     workspace,
     write,
 )
-from hf_specreg.robustness.classifier import Classifier, check_classifier, frozen
+from hf_specreg.robustness.classifier import (
+    Classifier,
+    check_images,
+    check_pixels,
+    count_classes,
+    frozen,
+)
 from hf_specreg.robustness.images import Images
 from hf_specreg.robustness.provenance import device_name, digest, versions
 from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
@@ -53,6 +59,16 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
 CHECK_IMAGES = 256  # to see that model and data belong together
+# What a run's configuration calls the arguments of load_splits.
+DATA_SETTINGS = {
+    "revision": "revision",
+    "image_column": "image_column",
+    "label_column": "label_column",
+    "ignore_splits": "ignore_splits",
+    "classes": "classes",
+    "validation_fraction": "validation_fraction",
+    "split_seed": "seed",
+}
 
 
 def evaluate_robustness(
@@ -61,6 +77,7 @@ def evaluate_robustness(
     *,
     split: str = "test",
     revision: str | None = None,
+    splits: Mapping[str, Any] | None = None,
     attacks: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("tangent",),
     eps: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     samples: int | None = None,
@@ -90,6 +107,10 @@ def evaluate_robustness(
             of an image set (see `hf_specreg.data.datasets`).
         split: train, validation or test, of an image set given by name.
         revision: of an image set on the Hub.
+        splits: of an image set given by name, the arguments of `load_splits`, such as
+            validation_fraction or label_column. Default: those that the model was trained with, if
+            its specreg.json says that it was trained on this image set: with others, images that it
+            was trained on could be in its test split.
         attacks: names (see `hf_specreg.robustness.attacks.ATTACKS`), or a mapping from a name to
             settings that differ from its default.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list for attacks of one norm, or
@@ -118,7 +139,9 @@ def evaluate_robustness(
     Raises:
         EvaluationError: no images, an eps grid that does not fit the attacks, or an `output` that
             holds another evaluation.
-        ClassifierError: the model does not take [0, 1] pixels, or the labels are not its own.
+        ClassifierError: the model does not take [0, 1] pixels, its weights are in half precision,
+            or the labels are not its own.
+        DataError: the image set cannot be loaded, or not split as `splits` says.
         MissingPackageError: the library of an attack is not installed.
     """
     if batch_size < 1 or not 0 <= shard[0] < shard[1]:
@@ -129,15 +152,22 @@ def evaluate_robustness(
     chosen = make_attacks(attacks)
     grid = _eps_grid(eps, chosen)
     flags = []
-    if isinstance(model, str):
+    if from_name := isinstance(model, str):
         if "/" not in model and not Path(model).is_dir():
             flags.append(f"the weights are random: {model} is the name of an architecture")
         name, model = name or model, load_model(model)
+    weights = weights_sha256(model)
+    if from_name and (half := next(model.parameters()).dtype) in (torch.float16, torch.bfloat16):
+        flags.append(f"the weights are {str(half).removeprefix('torch.')}: attacked in float32")
+        model = model.float()
     if device is not None:
         model = model.to(device)
     if isinstance(dataset, str):
+        found, flag, options = _split(dataset, split, revision, splits, model)
+        flags += flag
+        revision = options.pop("revision", None)
         data = {"id": dataset, "revision": revision, "split": split, **(data or {})}
-        dataset = _split(dataset, split, revision)
+        dataset, data["splits"] = found, options
     images = Images(dataset, model, input_size)
     if not len(images):
         raise EvaluationError("the data set has no images")
@@ -153,11 +183,13 @@ def evaluate_robustness(
         raise EvaluationError("several processes need a common output folder")
     with frozen(classifier), exact_float32(), workspace(output) as folder:
         first, labels = images.read(_draw(len(images), CHECK_IMAGES, seed))
+        classes = count_classes(classifier, first)
+        check_images(first, labels, classes=classes)
         if check_inputs:
-            check_classifier(classifier, first, labels, batch_size=batch_size)
+            check_pixels(classifier, first, labels, batch_size=batch_size)
         logits = classifier(first[:batch_size]).detach().cpu()
         settings = {
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": weights,
             "data": {"images": len(images), **(data or {})},
             "first_images_sha256": digest(first.numpy(), labels.numpy()),
             "first_logits_sha256": digest(logits.numpy()),
@@ -174,7 +206,7 @@ def evaluate_robustness(
         claim(folder, settings, shard[0] == 0, barrier)
         layers, bound = _layers_and_bound(model, head, images.size, fold_norm)
         stages = make_stages(classifier, chosen, grid, corruptions, masking_check)
-        _work(stages, classifier, images, rows, seed, folder, batch_size, shard, progress)
+        _work(stages, classifier, classes, images, rows, seed, folder, batch_size, shard, progress)
         barrier()
         results = {stage: gather(folder, stage, len(rows), batch_size) for stage in stages}
     content = aggregate(results, chosen, grid, seed, bound)
@@ -183,7 +215,7 @@ def evaluate_robustness(
         "model": {
             "id": name or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
-            "weights_sha256": settings["weights_sha256"],
+            "weights_sha256": weights,
             "parameters": sum(p.numel() for p in model.parameters()),
             "input_size": list(images.size),
             "classes": int(results["clean"]["logits"].shape[1]),
@@ -215,16 +247,52 @@ def evaluate_robustness(
     return RobustnessReport(content, per_image(results, rows, chosen), twins(results))
 
 
-def _split(source: str, split: str, revision: str | None) -> datasets.Dataset:
-    splits = load_splits(source, revision=revision)
+def _split(
+    source: str,
+    split: str,
+    revision: str | None,
+    options: Mapping[str, Any] | None,
+    model: nn.Module,
+) -> tuple[datasets.Dataset, list[str], dict[str, Any]]:
+    """A split of an image set, what must be said of it, and the options that it was loaded with."""
     if split not in ("train", "validation", "test"):
         raise EvaluationError(f"split ({split!r}) must be train, validation or test")
-    return getattr(splits, split)
+    trained = _data_settings(model)
+    known = options is not None or trained.get("source") == source
+    if options is None and known:
+        options = {
+            argument: trained[setting]
+            for setting, argument in DATA_SETTINGS.items()
+            if trained.get(setting) not in (None, (), [])
+        }
+    options = {**(options or {}), **({"revision": revision} if revision else {})}
+    try:
+        found = load_splits(source, **options)
+    except TypeError as error:
+        raise EvaluationError(
+            f"splits ({options}) must be arguments of load_splits: {error}"
+        ) from error
+    flags = []
+    if split in found.cut and not known:
+        flags.append(
+            f"the {split} split was cut from the training split of {source}: a model that was "
+            "trained on another cut has seen some of its images"
+        )
+    return getattr(found, split), flags, options
+
+
+def _data_settings(model: nn.Module) -> Mapping[str, Any]:
+    """How a saved model's training loaded its images; empty where it is not known."""
+    found = getattr(model, "metadata", None)
+    for key in ("config", "data"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _work(
     stages: Mapping[str, Stage],
     classifier: Classifier,
+    classes: int,
     images: Images,
     rows: np.ndarray,
     seed: int,
@@ -258,6 +326,7 @@ def _work(
                 path = chunk_path(folder, name, start)
                 if not path.exists():
                     pixels, labels = images.read(part)
+                    check_images(pixels, labels, classes=classes)
                     seeds = [derived_seed(seed, int(row)) for row in part]
                     places = np.arange(start, start + len(part))
                     begun = time.perf_counter()

@@ -39,7 +39,9 @@ class Images:
         return len(self.dataset)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return images [B, C, H, W] and labels [B]; 8-bit pixels are divided by 255."""
+        """Return images [B, C, H, W], float32, and labels [B], both on the CPU; 8-bit pixels are
+        divided by 255.
+        """
         rows = [int(row) for row in rows]
         if isinstance(self.dataset, LabelledImages):
             images, labels = self.dataset.__getitems__(rows)
@@ -56,4 +58,6 @@ class Images:
             labels = torch.tensor([int(label) for _, label in pairs])
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        return images, labels.long()
+        if images.is_floating_point():
+            images = images.float()
+        return images.detach().cpu(), labels.cpu().long()

@@ -76,7 +76,7 @@ def make_stages(
             for j, severity in enumerate(SEVERITIES):
                 keys = [derived_seed(s, i, j) for s in seeds]
                 changed = corrupt(images, kind, severity, seeds=keys)
-                hits[:, i, j] = (classifier.predict(changed).cpu() == labels).numpy()
+                hits[:, i, j] = classifier.judge(changed, labels)[1].numpy()
         return {"hits": hits}
 
     def masking(images, labels, seeds, places):

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "eval_batch_size",
     "checkpoint.",
     "data.num_workers",
+    "data.in_memory",
     "ssl.neighbours",
     "ssl.bank",
     "probe.",

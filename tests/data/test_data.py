@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_specreg.data import images as images_module
 from hf_specreg.data.datasets import DataError, load_splits
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate, decode
 from hf_specreg.data.transforms import (
@@ -348,3 +349,56 @@ def test_views_of_a_picture_that_is_not_square_and_without_lightly_are_errors(mo
     monkeypatch.setitem(sys.modules, "lightly", None)
     with pytest.raises(ImportError, match=r"hf-specreg\[ssl\]"):
         two_view_transform("simclr", SIZE)
+
+
+def test_pictures_are_kept_in_memory_only_as_far_as_they_fit_in_the_size_they_are_stored_in(
+    monkeypatch,
+):
+    rows = load_splits_of(table([0, 1] * 3, [random_picture(i, (40, 40)) for i in range(6)]))
+    arguments = {"input_size": SIZE, "evaluate": evaluation_transform(SIZE)}
+    augment = training_transform(SIZE)
+    monkeypatch.setattr(images_module, "MEMORY_BUDGET", 6 * 8 * 8 * 3)  # enough once resized
+    assert LabelledImages(rows, **arguments)._pixels is not None
+    large = LabelledImages(rows, **arguments, augment=augment)
+    assert large._pictures is None
+    told = LabelledImages(rows, **arguments, augment=augment, in_memory=True)
+    assert len(told._pictures) == 6
+    for index in range(6):
+        assert torch.equal(large[index][0], told[index][0])
+    monkeypatch.setattr(images_module, "MEMORY_BUDGET", 6 * 40 * 40 * 3)
+    assert len(LabelledImages(rows, **arguments, augment=augment)._pictures) == 6
+
+
+def load_splits_of(rows):
+    return rows.add_column("row", range(len(rows)))
+
+
+def test_a_stream_whose_test_split_has_no_labels_is_an_error_before_training(tmp_path):
+    save_parquet(tmp_path, train=table([0, 1]), validation=table([1, 0]), test=table([-1, -1]))
+    with pytest.raises(
+        DataError, match=r"'test' of the stream .* begins with the label -1.*ignore"
+    ):
+        load_splits(str(tmp_path), streaming=True)
+    splits = load_splits(str(tmp_path), streaming=True, ignore_splits=["test"])
+    assert next(iter(splits.test))["label"] == 1
+
+
+def test_a_split_with_missing_labels_is_named(tmp_path):
+    save_parquet(tmp_path, train=table([0, 1] * 4), test=table([None, 0]))
+    with pytest.raises(DataError, match=r"'test' of .* has 1 labels out of range.*ignore_splits"):
+        load_splits(str(tmp_path))
+
+
+def test_a_picture_of_a_remote_folder_is_read_by_its_address():
+    fsspec = pytest.importorskip("fsspec")
+    buffer = io.BytesIO()
+    random_picture(3).save(buffer, "PNG")
+    with fsspec.open("memory://pets/3.png", "wb") as file:
+        file.write(buffer.getvalue())
+    found = decode({"bytes": None, "path": "memory://pets/3.png"}, 3)
+    assert np.array_equal(np.asarray(found), np.asarray(random_picture(3)))
+
+
+def test_it_is_said_which_splits_were_cut(class_folders):
+    assert load_splits("digits").cut == ("test", "validation")
+    assert load_splits(str(class_folders)).cut == ("validation",)

@@ -137,6 +137,61 @@ def test_an_unbreakable_model_ends_every_attack_with_nothing_found(name, value):
     assert torch.equal(result.adversarials, linear.images)
 
 
+class Plateau(nn.Module):
+    """Black pictures are of class 1, all others of class 0; there is no gradient."""
+
+    def forward(self, images):
+        black = (images.flatten(1).sum(1) < 1).float()
+        return torch.stack([1 - black, black], dim=1) + 0 * images.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["cw-l2", "deepfool-l2"])
+def test_the_black_image_that_a_library_gives_up_with_is_not_found_by_it(name):
+    linear = Linear(2, count=3)
+    linear.classifier, linear.labels = Classifier(Plateau()), torch.zeros(3, dtype=torch.long)
+    settings = {"cw-l2": {"steps": 20, "binary_search_steps": 2}}.get(name, {})
+    assert linear.attack(name, **settings).distances.isinf().all()
+
+
+@pytest.mark.parametrize("scale", [1, 300])
+def test_pgd_does_not_stand_still_where_a_model_is_confident(scale):
+    linear = Linear(2, count=12)
+    eps = [2 * linear.truth["l2"].max().item()]
+    layer = linear.net[1]
+    with torch.no_grad():
+        layer.weight.mul_(scale), layer.bias.mul_(scale)
+        margins = linear.net(linear.images).diff(dim=1).abs()
+    assert scale == 1 or ((margins > 35) & (margins < 85)).sum() >= 3
+    found = linear.attack("pgd-l2", eps=eps, restarts=1).distances.isfinite()
+    near = (margins[:, 0] < 85) if scale > 1 else torch.ones(12, dtype=torch.bool)
+    assert found[near].all()
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError])
+def test_images_that_foolbox_gives_up_keep_the_nearest_point_and_are_counted(
+    linear, monkeypatch, error
+):
+    foolbox = pytest.importorskip("foolbox")
+    plain = linear.attack("hopskipjump", iterations=6)
+    original, calls = foolbox.attacks.HopSkipJumpAttack._binary_search, []
+
+    def stop_after_four(self, *arguments):
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            raise error("flipped")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(foolbox.attacks.HopSkipJumpAttack, "_binary_search", stop_after_four)
+    found = linear.attack("hopskipjump", iterations=6)
+    monkeypatch.undo()
+    started = linear.attack("hopskipjump", iterations=1)
+    assert plain.warnings == ()
+    assert found.warnings == (
+        f"foolbox gave {len(linear.images)} images up before the last iteration",
+    )
+    assert found.distances.mean() < started.distances.mean()
+
+
 @pytest.mark.parametrize("name", ["pgd-l2", "hopskipjump", "autoattack-l2"])
 def test_attacks_do_not_move_the_global_random_numbers_and_repeat(linear, name):
     before = torch.get_rng_state()

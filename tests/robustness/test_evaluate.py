@@ -9,6 +9,8 @@ from PIL import Image
 from torch import nn
 
 from hf_specreg import SpecRegModel, evaluate_robustness
+from hf_specreg.data.datasets import load_splits
+from hf_specreg.encoders.model import weights_sha256
 from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.classifier import Classifier, ClassifierError
 
@@ -362,3 +364,68 @@ def test_the_warnings_of_an_attacks_library_are_flags(trained):
     said = [f for f in report.content["flags"] if f.startswith("autoattack-l2, on at least one")]
     assert len(said) == 1
     assert "zero gradient" in said[0]
+
+
+def test_a_set_given_by_name_is_split_as_the_model_was_trained():
+    size = (1, 8, 8)
+    model = SpecRegModel.from_timm("mlp_2000", input_size=size, img_size=8, hidden_features=8)
+    arguments = {"attacks": QUICK, "samples": 5, "progress": False}
+    for settings in ({"validation_fraction": 0.3}, {"split_seed": 1, "validation_fraction": 0.2}):
+        model.metadata = {"config": {"data": {"source": "digits", **settings}}}
+        seed = settings.get("split_seed", 0)
+        own = load_splits("digits", validation_fraction=settings["validation_fraction"], seed=seed)
+        report = evaluate_robustness(model, "digits", **arguments)
+        data = report.content["data"]
+        assert data["images"] == len(own.test)
+        labels = np.asarray(own.test["label"])[report.images["row"]]
+        assert np.array_equal(report.images["label"], labels)
+        assert not any("cut from the training split" in f for f in report.content["flags"])
+    trained = set(own.train["row"])
+    other = load_splits("digits", validation_fraction=0.3, seed=2)
+    assert trained & set(other.test["row"])  # which is why the cut must be the model's own
+
+
+def test_a_cut_that_may_not_be_the_models_own_is_said():
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=8)
+    arguments = {"attacks": QUICK, "samples": 5, "progress": False}
+    report = evaluate_robustness(model, "digits", **arguments)
+    assert any("cut from the training split of digits" in f for f in report.content["flags"])
+    chosen = {"validation_fraction": 0.2, "seed": 3}
+    report = evaluate_robustness(model, "digits", splits=chosen, **arguments)
+    assert report.content["data"]["splits"] == chosen
+    assert not any("cut from" in f for f in report.content["flags"])
+    with pytest.raises(EvaluationError, match=r"splits .*fraction.* must be arguments of load_spl"):
+        evaluate_robustness(model, "digits", splits={"fraction": 0.2}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: x[350].fill_(torch.nan), "NaN or infinite"),
+        (lambda x, y: x[350].add_(1), "not from 0 to 1"),
+        (lambda x, y: y[350:351].fill_(9), "labels go from 0 to 9"),
+    ],
+    ids=["nan", "box", "label"],
+)
+def test_every_image_is_checked_whatever_the_model_takes(trained, spoil, message):
+    net, images, labels = trained
+    images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    spoil(images, labels)
+    with pytest.raises(ClassifierError, match=message):
+        evaluate(net, images, labels, check_inputs=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_of_a_module_and_lifted_of_a_folder(trained, dtype, tmp_path):
+    net, images, labels = trained
+    with pytest.raises(ClassifierError, match=r"float16.*give model\.float\(\)"):
+        evaluate(copy.deepcopy(net).to(dtype), images[:10], labels[:10])
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, num_classes=4)
+    model.to(dtype).save_pretrained(tmp_path)
+    half = SpecRegModel.from_pretrained(tmp_path)
+    report = evaluate_robustness(
+        str(tmp_path), (images[:10], labels[:10]), attacks=QUICK, progress=False
+    )
+    if next(half.parameters()).dtype == dtype:
+        assert any("attacked in float32" in flag for flag in report.content["flags"])
+    assert report.content["model"]["weights_sha256"] == weights_sha256(half)
