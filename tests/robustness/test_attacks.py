@@ -156,15 +156,14 @@ def test_the_black_image_that_a_library_gives_up_with_is_not_found_by_it(name):
 @pytest.mark.parametrize("scale", [1, 300])
 def test_pgd_does_not_stand_still_where_a_model_is_confident(scale):
     linear = Linear(2, count=12)
-    eps = [2 * linear.truth["l2"].max().item()]
+    eps = (1.2 * linear.truth["l2"]).tolist()
     layer = linear.net[1]
     with torch.no_grad():
         layer.weight.mul_(scale), layer.bias.mul_(scale)
         margins = linear.net(linear.images).diff(dim=1).abs()
-    assert scale == 1 or ((margins > 35) & (margins < 85)).sum() >= 3
-    found = linear.attack("pgd-l2", eps=eps, restarts=1).distances.isfinite()
-    near = (margins[:, 0] < 85) if scale > 1 else torch.ones(12, dtype=torch.bool)
-    assert found[near].all()
+    near = margins[:, 0] < 60  # of larger ones the gradient is 0 in float32
+    assert scale == 1 or (margins[near] > 35).sum() >= 3
+    assert linear.attack("pgd-l2", eps=eps).distances[near].isfinite().all()
 
 
 @pytest.mark.parametrize("error", [AssertionError, ValueError])
