@@ -87,6 +87,7 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         data=encoder.data,
         training=_training(encoder),
         report=report.content if report else None,
+        baseline=encoder.baseline is not None,
         results=results,
         pictures=drawn,
         limits=_limits(report.content) if report else [],
@@ -140,7 +141,7 @@ def _base_model(encoder: Encoder) -> str | None:
         return None
     if "/" in name:
         return name.removeprefix("hf-hub:").split("@")[0]
-    if settings.get("library") == "saved":  # in a folder that others do not have
+    if not encoder.model.is_timm or settings.get("library") == "saved":  # a folder, then
         return None
     cfg = getattr(encoder.model.network, "pretrained_cfg", {})
     return f"timm/{name}.{cfg['tag']}" if cfg.get("tag") and "." not in name else f"timm/{name}"
@@ -174,13 +175,18 @@ def _eval_results(content: Mapping[str, Any], task: str) -> list[EvalResult]:
     }
     drawn = {"n": content["n"], "seed": content["seed"]}
 
+    def of_found(distance: Mapping[str, Any]) -> dict[str, int]:
+        """Of how many images a mean distance is: those with one."""
+        missing = distance["not_found"]
+        return {"n": distance["n"] - missing, "not_found": missing, "of": content["n"]}
+
     def result(kind: str, name: str, estimate: Mapping[str, Any], **arguments: Any) -> EvalResult:
         low, high = estimate["ci"]
         return EvalResult(
             metric_type=kind,
             metric_name=name,
             metric_value=round(estimate["value"], 6),
-            metric_args={**arguments, **drawn, "ci_95_low": low, "ci_95_high": high},
+            metric_args={**drawn, **arguments, "ci_95_low": low, "ci_95_high": high},
             **shared,
         )
 
@@ -190,7 +196,8 @@ def _eval_results(content: Mapping[str, Any], task: str) -> list[EvalResult]:
         if "distance" in attack and attack["distance"]["mean"]["value"] is not None:
             label = f"mean {norm_name(attack['norm'])} distance, {name}"
             mean = attack["distance"]["mean"]
-            found.append(result("adversarial_distance", label, mean, **how))
+            counts = of_found(attack["distance"])
+            found.append(result("adversarial_distance", label, mean, **how, **counts))
         for point in attack["robust_accuracy"]:
             label = f"robust accuracy, {norm_name(attack['norm'])} {point['eps']:g}, {name}"
             found.append(result("robust_accuracy", label, point, eps=point["eps"], **how))
@@ -224,6 +231,10 @@ def _training(encoder: Encoder) -> list[tuple[str, str]]:
         rows.append(("trained", what.get(trained, rest)))
     if encoder.penalty:
         scope = "all linear maps" if penalty["scope"] == "all" else "linear maps up to the features"
+        if penalty.get("fold_norm"):
+            scope += ", with the norms beside them folded in"
+        if penalty.get("skip"):
+            scope += f", but for {', '.join(map(str, penalty['skip']))}"
         strength = f"{penalty['strength']:g} x sum of sigma^2 of {scope}"
         rows.append(("penalty", f"{strength}, {_when(penalty)}"))
     elif penalty:
@@ -264,25 +275,55 @@ def _when(settings: Mapping[str, Any]) -> str:
 
 
 def _verdict(comparison: Comparison) -> str:
-    """Whether the encoder is harder to attack than the baseline, in words."""
-    said = []
-    for row in comparison.rows:
-        difference = row["difference"]
-        if difference is None or difference["value"] is None:
-            continue
-        low, high = difference["ci"]
-        attack = f"by `{row['attack']}`, on the same {row['n']} images"
-        if low <= 0 <= high:
-            said.append(f"No difference from the baseline is shown {attack}.")
-            continue
-        kind = "harder" if difference["value"] > 0 else "**easier**"
-        way = "farther" if difference["value"] > 0 else "nearer"
-        low, high = sorted((abs(low), abs(high)))
-        said.append(
-            f"It is {kind} to attack than the baseline {attack}: the nearest adversarial images "
-            f"are {abs(difference['value']):.3f} ({low:.3f} to {high:.3f}) {way} on average."
+    """Whether the encoder is harder to attack than the baseline, in words; where gradients look
+    masked, that it cannot be said.
+    """
+    baseline, own = (report.content for report in comparison.reports)
+    masked = [
+        name
+        for name, content in zip(comparison.names, (baseline, own), strict=True)
+        if any(flag.startswith("gradient masking") for flag in content["flags"])
+    ]
+    if masked:
+        return (
+            "Whether it is harder to attack than the baseline cannot be said: the gradients of "
+            f"{' and '.join(masked)} look masked (see below)."
         )
-    return " ".join(said)
+    said = [_by_distance(row, comparison.paired) for row in comparison.rows if row["difference"]]
+    points = [_at_eps(point) for point in comparison.robust_accuracy]
+    if points:
+        said.append(f"Robust accuracy against that of the baseline: {', '.join(points)}.")
+    accuracy, other = (c["clean"]["accuracy"]["value"] for c in (own, baseline))
+    said.append(f"Accuracy is {100 * accuracy:.1f} %, the baseline's {100 * other:.1f} %.")
+    return " ".join(filter(None, said))
+
+
+def _by_distance(row: Mapping[str, Any], paired: int) -> str:
+    """What an attack's mean distances say; nothing where it found none."""
+    difference = row["difference"]
+    if difference["value"] is None:
+        return ""
+    low, high = difference["ci"]
+    attack = f"by `{row['attack']}`, on the same {row['n']} images"
+    if row["n"] < paired:
+        attack += f" (for {paired - row['n']} others it found nothing)"
+    if low <= 0 <= high:
+        return f"No difference in distance from the baseline is shown {attack}."
+    kind = "harder" if difference["value"] > 0 else "**easier**"
+    way = "farther" if difference["value"] > 0 else "nearer"
+    low, high = sorted((abs(low), abs(high)))
+    return (
+        f"It is {kind} to attack than the baseline {attack}: the nearest adversarial images are "
+        f"{abs(difference['value']):.3f} ({low:.3f} to {high:.3f}) {way} on average."
+    )
+
+
+def _at_eps(point: Mapping[str, Any]) -> str:
+    """A difference of robust accuracies."""
+    difference = point["models"][1]["difference"]
+    value, low, high = (100 * x for x in (difference["value"], *difference["ci"]))
+    where = f"{norm_name(point['norm'])} {point['eps']:.4g}"
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f}) at {where}"
 
 
 def _limits(content: Mapping[str, Any]) -> list[str]:
@@ -312,7 +353,7 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
         "other data may give other numbers, and one training run says nothing of the spread "
         "between runs."
     )
-    if "lipschitz" not in content["lower_bound"]:
+    if not content["lower_bound"].get("exact"):
         limits.append("Nothing is certified.")
     return limits + list(content["flags"])
 

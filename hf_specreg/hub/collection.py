@@ -10,6 +10,7 @@ from hf_specreg.encoders.download import translated
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, card_metadata
 
+LARGEST_CARD = 2**20  # bytes that are looked at
 Row = dict[str, str | float | None]
 
 
@@ -30,15 +31,25 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
     folder = Path(source)
     if folder.is_dir():
         cards = {
-            str(path.parent.relative_to(folder)): card_metadata(path.read_text("utf-8", "replace"))
+            str(path.parent.relative_to(folder)): card_metadata(_beginning(path))
             for path in sorted(folder.rglob(CARD_FILE))
         }
         cards = {name: card for name, card in cards.items() if TAGS[0] in (card.get("tags") or ())}
+    elif "/" in source or source.startswith("."):
+        raise ValueError(
+            f"there is no folder {source}, and no namespace of the Hub has such a name"
+        )
     else:
         with translated(f"listing {source}"):
             found = HfApi(token=token).list_models(author=source, filter=TAGS[0], cardData=True)
             cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
     return [_row(name, card) for name, card in cards.items()]
+
+
+def _beginning(path: Path) -> str:
+    """What a card may have as its front matter."""
+    with path.open("rb") as file:
+        return file.read(LARGEST_CARD).decode("utf-8", "replace")
 
 
 def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
@@ -67,22 +78,27 @@ def _row(name: str, card: Mapping[str, Any]) -> Row:
     row: Row = {"encoder": name, "data": None, "n": None, "accuracy": None}
     for model in _list(card.get("model-index")):
         for result in _list(_dict(model).get("results")):
-            data = _dict(_dict(result).get("dataset")).get("name")
+            data = _text(_dict(_dict(result).get("dataset")).get("name"))
             for metric in map(_dict, _list(_dict(result).get("metrics"))):
                 value, how = metric.get("value"), _dict(metric.get("args"))
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     continue
-                norm = str(how.get("norm", "")).replace("l", "L", 1)
+                norm = _text(how.get("norm")).replace("l", "L", 1)
                 if metric.get("type") == "accuracy":
                     n = how.get("n")
-                    row |= {"data": str(data)[:60], "accuracy": value}
+                    row |= {"data": data or None, "accuracy": value}
                     row["n"] = n if isinstance(n, int) else None
                 elif metric.get("type") == "adversarial_distance":
-                    row[f"{norm} distance, {how.get('attack')}"] = value
+                    row[f"{norm} distance, {_text(how.get('attack'))}"] = value
                 elif metric.get("type") == "robust_accuracy":
-                    key = f"robust at {norm} {how.get('eps')}"
+                    key = f"robust at {norm} {_text(how.get('eps'))}"
                     row[key] = min(value, row.get(key, value))
     return row
+
+
+def _text(value: Any) -> str:
+    """A name or a number as it is shown; of anything else, which may be vast, nothing."""
+    return str(value)[:60] if isinstance(value, str | int | float) else ""
 
 
 def _dict(value: Any) -> Mapping[str, Any]:

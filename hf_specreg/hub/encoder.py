@@ -142,7 +142,9 @@ class Encoder:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
         card = folder / CARD_FILE
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
-        license = license or card_metadata(text).get("license") or _started_from(model, run)
+        stated = card_metadata(text).get("license")
+        stated = stated if isinstance(stated, str) else None
+        license = license or stated or _started_from(model, run)
         return cls(folder, model, run, report, baseline, license, notes_of(text))
 
     @property

@@ -30,7 +30,7 @@ def aggregate(
         attacks: by name.
         grid: the eps of each norm.
         seed: of the bootstrap.
-        bound: the certified bound, or why there is none.
+        bound: of the adversarial distance, or why there is none.
     """
     clean = results["clean"]
     correct = clean["correct"]
@@ -71,11 +71,11 @@ def aggregate(
         content["lower_bound"] = {"unavailable": bound}
     else:
         logits, labels = torch.from_numpy(clean["logits"]), torch.from_numpy(clean["labels"])
-        clean["certified"] = bound.distances(logits, labels).numpy()
-        certified = clean["certified"][correct]
+        certified = bound.distances(logits, labels).numpy()[correct]
         content["lower_bound"] = {
             "lipschitz": bound.lipschitz,
             "factors": bound.factors,
+            "exact": bound.exact,
             "n": int(correct.sum()),
             "mean": mean(certified, seed=seed),
             "median": quantile(certified, 0.5, seed=seed),
@@ -194,13 +194,15 @@ def per_image(
     results: Results,
     rows: np.ndarray,
     attacks: Mapping[str, Attack],
+    bound: Bound | str,
 ) -> dict[str, np.ndarray]:
     """Return what is kept of each image, see `RobustnessReport`."""
     clean = results["clean"]
     arrays = {"row": rows, "label": clean["labels"], "correct": clean["correct"]}
     arrays["predicted"] = clean["logits"].argmax(1)
-    if "certified" in clean:
-        arrays["certified"] = clean["certified"]
+    if isinstance(bound, Bound):
+        logits, labels = torch.from_numpy(clean["logits"]), torch.from_numpy(clean["labels"])
+        arrays["certified"] = bound.distances(logits, labels).numpy()
     for name in attacks:
         for key in ("distances", "queries", "trajectory"):
             if key in results[name]:

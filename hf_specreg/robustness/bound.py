@@ -1,4 +1,4 @@
-"""A certified lower bound of the adversarial distance, for networks that are a chain of layers.
+"""A lower bound of the adversarial distance, for networks that are a chain of layers.
 
 If every layer is Lipschitz, so is the network, with the product of the constants; then no image
 within
@@ -44,14 +44,17 @@ class Bound:
     lipschitz: of the features, L2 to L2, in [0, 1] pixels.
     factors: it is their product, by layer.
     head: [K, D], what the features are multiplied with.
+    exact: the singular values are. Else some are what an iteration converged to, which is one of
+        the layer's, the top one as far as anybody can see; then the bound is no certificate.
     """
 
     lipschitz: float
     factors: dict[str, float]
     head: Tensor
+    exact: bool
 
     def distances(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the certified L2 distance of each image, [B]; 0 where it is misclassified."""
+        """Return the lower bound of each image's L2 distance, [B]; 0 where it is misclassified."""
         head, logits = self.head.double(), logits.double()
         exact = "donot_use_mm_for_euclid_dist"
         gaps = torch.cdist(head, head, compute_mode=exact)[labels]
@@ -62,15 +65,21 @@ class Bound:
 
 
 def lipschitz_bound(
-    network: nn.Module, head: tuple[str, ...], sigmas: dict[str, float], *, pixel_std: Tensor
+    network: nn.Module,
+    head: tuple[str, ...],
+    sigmas: dict[str, float],
+    *,
+    pixel_std: Tensor,
+    exact: bool = True,
 ) -> Bound:
     """Return the bound of a chain network.
 
     Args:
         network: the network, in evaluation mode.
         head: its head's name; one linear layer.
-        sigmas: converged top singular values of the layers up to the features, by name.
+        sigmas: top singular values of the layers up to the features, by name.
         pixel_std: what pixels are divided by before the network.
+        exact: whether the singular values are.
 
     Raises:
         NoBoundError: with the layer that is no factor of a product.
@@ -118,7 +127,7 @@ def lipschitz_bound(
     weight = scale * modules[head[0]].weight.detach().cpu()
     if len(weight) == 1:  # one logit z stands for the two (0, z)
         weight = torch.cat([torch.zeros_like(weight), weight])
-    return Bound(math.prod(factors.values()), factors, weight)
+    return Bound(math.prod(factors.values()), factors, weight, exact)
 
 
 def _factor(name: str, module: nn.Module) -> float:

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.features import check_head, unwrap
-from hf_specreg.encoders.model import load_model, weights_sha256
+from hf_specreg.encoders.model import SpecRegModel, load_model, weights_sha256
 from hf_specreg.robustness.aggregate import aggregate, per_image, twins
 from hf_specreg.robustness.attacks import Attack, describe, make_attacks
 from hf_specreg.robustness.bound import Bound, NoBoundError, lipschitz_bound
@@ -54,10 +54,11 @@ from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
 from hf_specreg.robustness.stages import Stage, make_stages
 from hf_specreg.robustness.statistics import LEVEL, RESAMPLES
 from hf_specreg.robustness.threat import NORMS
-from hf_specreg.spectral.operators import exact_float32
+from hf_specreg.spectral.operators import Dense, exact_float32
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
+LARGEST_MATRIX = 2**22  # numbers, whose exact singular values are a matter of seconds
 CHECK_IMAGES = 256  # to see that model and data belong together
 # What a run's configuration calls the arguments of load_splits.
 DATA_SETTINGS = {
@@ -244,7 +245,7 @@ def evaluate_robustness(
         "flags": flags + _layer_flags(layers) + content["flags"],
         "wall_seconds": float(sum(stage["seconds"] for stage in results.values())),
     }
-    return RobustnessReport(content, per_image(results, rows, chosen), twins(results))
+    return RobustnessReport(content, per_image(results, rows, chosen, bound), twins(results))
 
 
 def _split(
@@ -379,7 +380,7 @@ def _layers_and_bound(
     size: tuple[int, int, int],
     fold_norm: bool,
 ) -> tuple[list[dict[str, Any]], Bound | str]:
-    """The top singular values up to the features, and the certified bound or why there is none.
+    """The top singular values up to the features, and the bound or why there is none.
 
     Nothing that goes wrong here is a reason not to attack the model.
     """
@@ -405,14 +406,26 @@ def _layers_and_bound(
             layers.append(layer)
         if not all(layer["converged"] for layer in layers):
             return layers, "a singular value did not converge"
-        # What Lanczos finds is a little below the top: by the residual at most, once converged.
+        if network is not model and type(model) is not SpecRegModel:
+            return layers, f"what {type(model).__name__} does around the network is not known"
         sigmas = {k: v.sigma.item() * (1 + v.residual) for k, v in values.items()}
-        std = next((m.pixel_std for m in model.modules() if hasattr(m, "pixel_std")), torch.ones(1))
-        return layers, lipschitz_bound(network, names, sigmas, pixel_std=std)
+        matrices = {m.name: m.effective_weight() for m in penalty.layers if isinstance(m, Dense)}
+        exact = {k: _norm(w) for k, w in matrices.items() if w.numel() <= LARGEST_MATRIX}
+        std = model.pixel_std if isinstance(model, SpecRegModel) else torch.ones(1)
+        bound = lipschitz_bound(
+            network, names, sigmas | exact, pixel_std=std, exact=set(exact) == set(sigmas)
+        )
+        return layers, bound
     except NoBoundError as error:
         return layers, str(error)
     except Exception as error:
         return layers, f"no singular values: {error}"
+
+
+@torch.no_grad()
+def _norm(weight: Tensor) -> float:
+    """A matrix's top singular value, but for float64's rounding."""
+    return torch.linalg.matrix_norm(weight.double(), ord=2).item()
 
 
 def _finite(number: float) -> float | None:

@@ -7,6 +7,7 @@ beside it the per-image results, from which reports are compared image by image.
 import io
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -17,10 +18,20 @@ from zipfile import BadZipFile, ZipFile
 import jsonschema
 import numpy as np
 
-from hf_specreg.robustness.statistics import Estimate, mean, proportion, quantile
+from hf_specreg.robustness.statistics import (
+    Estimate,
+    mean,
+    paired_difference,
+    proportion,
+    quantile,
+)
 
 SCHEMA_VERSION = 1
 LARGEST_JSON, LARGEST_ARRAYS = 32 * 2**20, 4 * 2**30  # bytes
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, MemoryError, RuntimeError),
+    *(BadZipFile, zlib.error),
+)
 
 
 class ReportError(ValueError):
@@ -73,11 +84,23 @@ class RobustnessReport:
         if problem is not None:
             where = "/".join(map(str, problem.absolute_path)) or "the report"
             raise ReportError(f"{where}: {problem.message[:200]}")
-        if self.images and len(self.images["row"]) != self.content["n"]:
-            raise ReportError(
-                f"per-image results of {len(self.images['row'])} images are not those of a report "
-                f"on {self.content['n']}"
-            )
+        if self.images:
+            self._check_images()
+
+    def _check_images(self) -> None:
+        """Raise ReportError unless there is a number of every image for all that is reported."""
+        expected = {"row": "iu", "label": "iu", "predicted": "iu", "correct": "b"}
+        for name in self.content["attacks"]:
+            expected |= {f"{name}/distances": "f", f"{name}/queries": "iu"}
+        for name, kinds in expected.items():
+            found = self.images.get(name)
+            if found is None or found.dtype.kind not in kinds or found.ndim != 1:
+                raise ReportError(f"the per-image results have no {name!r}, a number an image")
+            if len(found) != self.content["n"]:
+                raise ReportError(
+                    f"per-image results of {len(found)} images are not those of a report on "
+                    f"{self.content['n']}"
+                )
 
     @property
     def name(self) -> str:
@@ -85,8 +108,14 @@ class RobustnessReport:
         return self.content["model"]["id"]
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers to `path` and the per-image results beside it, with suffix .npz."""
+        """Write the numbers to `path`, and the per-image results beside it with suffix .npz.
+
+        Raises:
+            ReportError: the path does not end in .json.
+        """
         path = Path(path)
+        if path.suffix != ".json":
+            raise ReportError(f"a report is saved as NAME.json, not {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".npz").unlink(missing_ok=True)  # never beside numbers of another run
         for name, content in reversed(self.to_bytes().items()):
@@ -137,7 +166,7 @@ class RobustnessReport:
                         raise ValueError(f"it has more than {LARGEST_ARRAYS >> 30} GiB")
                 with np.load(beside) as file:
                     arrays = dict(file)
-            except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+            except UNREADABLE as error:
                 raise ReportError(f"{beside} cannot be read: {error}") from error
         parts = {
             part: {k.split("/", 1)[1]: v for k, v in arrays.items() if k.startswith(f"{part}/")}
@@ -291,7 +320,7 @@ class Comparison:
             ]
             estimates = [{**proportion(own), "difference": None} for own in hits]
             for own, estimate in zip(hits[1:], estimates[1:], strict=True):
-                estimate["difference"] = mean(own - hits[0].astype(float), seed=first["seed"])
+                estimate["difference"] = paired_difference(own, hits[0])
             points.append({"norm": norm, "eps": eps, "models": estimates})
         return points
 

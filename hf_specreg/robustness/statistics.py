@@ -2,16 +2,18 @@
 
 Means and quantiles: percentile intervals of 2,000 bootstrap resamples of the images. Proportions:
 the exact binomial (Clopper-Pearson) interval, because the bootstrap of a proportion has nothing to
-vary where all images agree, and claims certainty there.
+vary where all images agree, and claims certainty there; for the same reason differences of paired
+proportions have Newcombe's.
 
 Sources: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13; Clopper, Pearson,
-Biometrika 1934.
+Biometrika 1934; Newcombe, "Improved confidence intervals for the difference between binomial
+proportions based on paired data", Statistics in Medicine 1998.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -21,7 +23,7 @@ Estimate = dict[str, float | list[float | None] | None]
 
 
 def proportion(hits: np.ndarray) -> Estimate:
-    """Return the fraction of true values, with its interval."""
+    """Return the fraction of true values among hits, bool [n], with its interval."""
     if not len(hits):
         return {"value": None, "ci": [None, None]}
     low, high = binomial_interval(np.array(hits.sum()), len(hits))
@@ -36,13 +38,47 @@ def binomial_interval(hits: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]
     return low, high
 
 
+def paired_difference(hits: np.ndarray, reference: np.ndarray) -> Estimate:
+    """Return the difference of two proportions of the same images, bool [n] each, with its
+    interval: Wilson's of each, put together by how far they agree (Newcombe's method 10). It has a
+    width also where all images agree.
+    """
+    n = len(hits)
+    if not n:
+        return {"value": None, "ci": [None, None]}
+    p, q = hits.mean(), reference.mean()
+    (p_low, p_high), (q_low, q_high) = (_wilson(x.sum(), n) for x in (hits, reference))
+    both, neither = (hits & reference).sum(), (~hits & ~reference).sum()
+    agreement = both * neither - (hits & ~reference).sum() * (~hits & reference).sum()
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0)  # continuity
+    spread = float(n) ** 2 * np.sqrt(p * (1 - p) * q * (1 - q))
+    phi = agreement / spread if spread else 0.0
+
+    def reach(down: float, up: float) -> float:
+        return np.sqrt(max(down**2 - 2 * phi * down * up + up**2, 0))
+
+    low = p - q - reach(p - p_low, q_high - q)
+    high = p - q + reach(p_high - p, q - q_low)
+    return {"value": float(p - q), "ci": [float(low), float(high)]}
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    z = norm.ppf((1 + LEVEL) / 2)
+    middle = (hits + z**2 / 2) / (n + z**2)
+    half = z * np.sqrt(hits * (n - hits) / n + z**2 / 4) / (n + z**2)
+    return middle - half, middle + half
+
+
 def mean(values: np.ndarray, *, seed: int) -> Estimate:
-    """Return the mean, with its interval."""
+    """Return the mean of values [n], with its interval."""
     return _estimate(values, lambda x: x.mean(-1), seed)
 
 
 def quantile(values: np.ndarray, q: float, *, seed: int) -> Estimate:
-    """Return a quantile, with its interval; infinite values count as larger than any other."""
+    """Return a quantile of values [n], with its interval; infinite values count as larger than any
+    other.
+    """
     return _estimate(values, lambda x: np.quantile(x, q, axis=-1, method="inverted_cdf"), seed)
 
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -69,6 +70,8 @@ def test_without_a_report_nothing_is_claimed(tmp_path):
     make_model().save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert "Not measured. Nothing is claimed." in card
+    assert "whether it did was not measured" in card
+    assert "below" not in card[: card.index("## How robust")]
     assert "model-index" not in card
 
 
@@ -93,7 +96,59 @@ def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
         return RobustnessReport(report.content, images)
 
     for factor, verdict in ((0.5, "It is harder"), (2.0, "It is **easier**"), (1.0, "No differ")):
-        assert verdict in card_of(folder, baseline=scaled(factor))
+        card = card_of(folder, baseline=scaled(factor))
+        assert verdict in card
+        assert "below it is compared with a baseline" in card
+        assert "Robust accuracy against that of the baseline: " in card
+        assert "Accuracy is " in card
+
+
+def test_nothing_is_said_to_be_harder_where_gradients_look_masked(folder):
+    report = RobustnessReport.load(folder)
+    masked = {**report.content, "flags": ["gradient masking: PGD does not improve"]}
+    images = {**report.images, "tangent/distances": 0.5 * report.images["tangent/distances"]}
+    card = card_of(folder, baseline=RobustnessReport(masked, images))
+    assert "cannot be said: the gradients of baseline look masked" in card
+    assert "It is harder" not in card
+
+
+def test_images_for_which_nothing_was_found_are_counted(folder):
+    report = RobustnessReport.load(folder)
+    distances = report.images["tangent/distances"].copy()
+    first = np.flatnonzero(report.images["correct"])[0]
+    distances[first] = np.inf
+    images = {**report.images, "tangent/distances": distances}
+    card = card_of(folder, baseline=RobustnessReport(report.content, images))
+    assert "(for 1 others it found nothing)" in card
+
+
+def test_the_n_of_a_mean_distance_is_that_of_the_images_with_one(folder):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    distance = content["attacks"]["tangent"]["distance"]
+    distance["not_found"] = 2
+    path.write_text(json.dumps(content))
+    results = ModelCard(card_of(folder)).data.eval_results
+    (mean,) = [r for r in results if r.metric_type == "adversarial_distance"]
+    assert mean.metric_args["n"] == distance["n"] - 2
+    assert mean.metric_args["not_found"] == 2
+    assert mean.metric_args["of"] == content["n"]
+
+
+def test_attacks_at_fixed_eps_alone_are_compared_too(folder):
+    report = RobustnessReport.load(folder)
+    only = {n: a for n, a in report.content["attacks"].items() if n == "pgd-l2"}
+    fixed = RobustnessReport({**report.content, "attacks": only}, report.images)
+    card = card_of(folder, report=fixed, baseline=fixed)
+    assert "Robust accuracy against that of the baseline: +0.0 points (-" in card
+
+
+def test_folded_and_skipped_layers_are_told(tmp_path):
+    model = make_model()
+    model.metadata["config"]["penalty"] |= {"fold_norm": True, "skip": ["conv1"]}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "with the norms beside them folded in, but for conv1, at every step" in card
 
 
 def test_the_card_is_written_anew_but_notes_and_license_stay(folder):

@@ -70,3 +70,23 @@ def test_a_hub_that_does_not_answer_is_an_error(hub):
     hub.faults = lambda method, path: "403"
     with pytest.raises(HubError, match="listing org"):
         collect("org")
+
+
+def test_a_card_that_would_unfold_without_end_is_shown_without_it(tmp_path):
+    bomb = ["a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    for level, last in zip("bcdefghij", "abcdefghi", strict=True):
+        bomb.append(f"{level}: &{level} [{', '.join([f'*{last}'] * 9)}]")
+    index = (
+        "model-index: [{results: [{dataset: {name: *j}, metrics: [{type: accuracy, value: 1}]}]}]"
+    )
+    (tmp_path / "README.md").write_text(
+        "\n".join(["---", "tags: [hf-specreg]", *bomb, index, "---", ""])
+    )
+    (row,) = collect(str(tmp_path))
+    assert row["data"] is None
+    assert row["accuracy"] == 1
+
+
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub():
+    with pytest.raises(ValueError, match="there is no folder runs/demoo"):
+        collect("runs/demoo")

@@ -429,3 +429,34 @@ def test_half_precision_is_refused_of_a_module_and_lifted_of_a_folder(trained, d
     if next(half.parameters()).dtype == dtype:
         assert any("attacked in float32" in flag for flag in report.content["flags"])
     assert report.content["model"]["weights_sha256"] == weights_sha256(half)
+
+
+def test_the_bound_is_a_certificate_only_of_exact_singular_values(trained):
+    net, images, labels = trained
+    exact = evaluate(net, images[:10], labels[:10]).content["lower_bound"]
+    assert exact["exact"]
+    assert exact["factors"]["1"] == pytest.approx(
+        torch.linalg.matrix_norm(net[1].weight.double(), 2).item(), rel=1e-9
+    )
+    convolves = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    )
+    found = evaluate(convolves, images[:40], labels[:40], check_inputs=False)
+    assert found.content["lower_bound"]["exact"] is False
+
+
+def test_there_is_no_bound_of_a_network_inside_unknown_arithmetic(trained):
+    net, images, labels = trained
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = net
+            self.register_buffer("pixel_mean", torch.zeros(1))
+
+        def forward(self, x):
+            return self.network(255 * x)
+
+    found = evaluate(Wrapper(), images[:10], labels[:10], check_inputs=False)
+    assert "what Wrapper does around" in found.content["lower_bound"]["unavailable"]
+    assert found.content["layers"]

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 
@@ -62,6 +63,45 @@ def test_unreadable_files_are_named(reports, tmp_path):
     arrays.write_bytes(arrays.read_bytes()[:1000])
     with pytest.raises(ReportError, match=r"robustness.npz cannot be read"):
         RobustnessReport.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("images/row"), "no 'row', a number an image"),
+        (lambda a: a.pop("images/tangent/distances"), "no 'tangent/distances'"),
+        (lambda a: a.update({"images/correct": a["images/correct"].astype(float)}), "'correct'"),
+        (lambda a: a.update({"images/label": a["images/label"][:3]}), "results of 3 images"),
+        (lambda a: a.update({"images/label": a["images/label"][:, None]}), "no 'label'"),
+    ],
+    ids=["row", "distances", "type", "length", "shape"],
+)
+def test_per_image_results_that_are_not_the_reports_are_refused(reports, tmp_path, change, message):
+    reports[0].save(tmp_path / "robustness.json")
+    with np.load(tmp_path / "robustness.npz") as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(tmp_path / "robustness.npz", **arrays)
+    with pytest.raises(ReportError, match=message):
+        RobustnessReport.load(tmp_path)
+
+
+def test_any_flipped_byte_of_the_arrays_gives_the_report_or_an_error_that_names_them(
+    reports, tmp_path
+):
+    reports[0].save(tmp_path / "robustness.json")
+    path = tmp_path / "robustness.npz"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with contextlib.suppress(ReportError):
+            assert RobustnessReport.load(tmp_path).content == reports[0].content
+
+
+def test_a_report_is_saved_under_the_name_that_is_read(reports, tmp_path):
+    with pytest.raises(ReportError, match=r"NAME\.json"):
+        reports[0].save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_comparison_is_paired_on_images_that_all_classify_correctly(reports):
