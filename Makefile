@@ -34,7 +34,7 @@ bench: $(VENV)/ready
 	$(PYTHON) benchmarks/attack_cost.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)
 
 # Installed again only when the dependencies change; a broken install leaves no mark, so the next run repeats it.
 $(VENV)/ready: pyproject.toml

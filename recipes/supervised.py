@@ -12,7 +12,14 @@ from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
-from hf_specreg.training.build import build_encoder, build_images, build_splits, run_metadata
+from hf_specreg.training.build import (
+    build_accelerator,
+    build_encoder,
+    build_images,
+    build_splits,
+    run_metadata,
+)
+from hf_specreg.training.checkpoints import starting_point
 from hf_specreg.training.command import finish, parse_run
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.loop import TrainingLoop
@@ -27,12 +34,17 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
 
 def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     """Build what the configuration names, and train."""
+    accelerator = build_accelerator(config)
+    starting_point(config, resume=resume)
     set_seed(config.seed)
     splits = build_splits(config.data)
     model = build_encoder(config, splits.label_names)
     objective = Supervised(model, augment=config.augment)
     images = build_images(splits, model, config)
-    loop = TrainingLoop(objective, **images, config=config, metadata=run_metadata(splits, images))
+    metadata = run_metadata(splits, images)
+    loop = TrainingLoop(
+        objective, **images, config=config, accelerator=accelerator, metadata=metadata
+    )
     return loop.run(resume=resume)
 
 

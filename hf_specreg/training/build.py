@@ -279,27 +279,32 @@ def freeze_unused(model: SpecRegModel) -> None:
 
 
 def build_optimizer(objective: Objective, config: OptimizerConfig) -> Optimizer:
-    """Return timm's optimizer, with no weight decay on biases and norms.
+    """Return timm's optimizer, with no weight decay on biases, norms and what else the network
+    names. A group's `lr_scale` is applied by the scheduler.
 
     Raises:
         ValueError: layer_decay for a network that is not timm's.
     """
     fractions = _rate_fractions(objective.encoder, config)
+    network = objective.encoder.network
+    named = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    exempt = {id(p) for name, p in network.named_parameters() if name in named}
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.endswith(".bias")
+            plain = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in exempt
             key = fractions.get(id(parameter), 1.0), 0.0 if plain else config.weight_decay
             groups.setdefault(key, []).append(parameter)
     return create_optimizer_v2(
         [
-            {"params": parameters, "lr": config.lr * fraction, "weight_decay": decay}
+            {"params": parameters, "lr_scale": fraction, "weight_decay": decay}
             for (fraction, decay), parameters in groups.items()
         ],
         opt=config.opt,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        **({"betas": config.betas} if config.betas else {}),
     )
 
 
@@ -321,26 +326,24 @@ def _rate_fractions(encoder: SpecRegModel, config: OptimizerConfig) -> dict[int,
     }
 
 
-def build_scheduler(
-    optimizer: Optimizer, config: RunConfig, steps_per_epoch: int
-) -> Scheduler | None:
-    """Return timm's schedule by optimizer steps, at step 0; None for a constant rate."""
+def build_scheduler(optimizer: Optimizer, config: RunConfig, steps_per_epoch: int) -> Scheduler:
+    """Return timm's schedule by optimizer steps, at step 0; it applies each group's `lr_scale`."""
     settings = config.optimizer
+    constant = settings.sched == "none"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=settings.sched,
+        sched="step" if constant else settings.sched,
         num_epochs=config.epochs,
         warmup_epochs=settings.warmup_epochs,
         warmup_lr=0.0,
         min_lr=settings.min_lr,
         decay_milestones=list(settings.decay_milestones),
-        decay_rate=settings.decay_rate,
+        decay_rate=1.0 if constant else settings.decay_rate,
         decay_epochs=settings.decay_epochs,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
-    if scheduler is not None:
-        scheduler.step_update(0)
+    scheduler.step_update(0)
     return scheduler
 
 

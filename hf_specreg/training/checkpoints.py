@@ -68,6 +68,10 @@ def naming_the_last_good(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has a RuntimeError for a disk that is full.
+        of_the_disk = any(word in str(error) for word in ("PytorchStreamWriter", "inline_contain"))
+        if isinstance(error, RuntimeError) and not of_the_disk:
+            raise
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({free:.1f} MiB are "
@@ -129,10 +133,11 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
-    """Return the checkpoint that a run goes on from, None for a new run.
+    """Return the checkpoint that a run goes on from, None for a new run, and for one that was
+    stopped before its first checkpoint.
 
     Raises:
-        CheckpointError: the output folder holds another run, or there is nothing to resume.
+        CheckpointError: the output folder holds another run, or no checkpoint in it is whole.
     """
     output = Path(config.output_dir)
     if not resume:
@@ -141,6 +146,9 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
                 f"{output} already holds a run: resume it with --resume, or choose another "
                 "output_dir"
             )
+        return None
+    if not all_checkpoints(output / "checkpoints"):
+        logger.warning("%s has no checkpoint yet: the run begins anew", output)
         return None
     checkpoint = latest_checkpoint(output / "checkpoints")
     if checkpoint is None:

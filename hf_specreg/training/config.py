@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from timm.optim import get_optimizer_info
+
 from hf_specreg.training.regularizers import (
     BURN_INS,
     PenaltyConfig,
@@ -16,6 +18,7 @@ from hf_specreg.training.regularizers import (
     require,
 )
 
+SCHEDULES = ("none", "cosine", "tanh", "poly", "step", "multistep")
 VIEWS = ("simclr", "byol", "vicreg")
 # What a run that is resumed may change: it has no part in the weights.
 MAY_CHANGE = (
@@ -126,11 +129,12 @@ class OptimizerConfig:
         encoder_lr: rate of all but the head, as a fraction of `lr`.
         layer_decay: rate of a layer as a fraction of that of the next one; timm networks only;
             default: the same for all.
-        momentum: or the first beta.
+        momentum: of optimizers that have one, such as sgd.
+        betas: of optimizers that have them, such as adamw; default: the optimizer's own.
         weight_decay: not on biases and norms.
         clip_grad: largest norm of the gradient, loss and penalty together; default: not clipped.
-        sched: name for `timm.scheduler.create_scheduler_v2` ("cosine", "multistep", "step"), or
-            "none", a constant rate.
+        sched: name for `timm.scheduler.create_scheduler_v2` ("cosine", "tanh", "poly", "multistep",
+            "step"), or "none", a constant rate after the warm-up.
         warmup_epochs: of the learning rate, linear from 0.
         min_lr: at the end of the schedule.
         decay_milestones: epochs, for "multistep".
@@ -145,6 +149,7 @@ class OptimizerConfig:
     encoder_lr: float = 1.0
     layer_decay: float | None = None
     momentum: float = 0.9
+    betas: tuple[float, float] | None = None
     weight_decay: float = 5e-4
     clip_grad: float | None = None
     sched: str = "cosine"
@@ -158,6 +163,14 @@ class OptimizerConfig:
     def __post_init__(self):
         require(self, "not negative", "lr", "encoder_lr", "weight_decay", "clip_grad")
         require(self, "in [0, 1]", "layer_decay", "ema_decay")
+        if self.sched not in SCHEDULES:
+            raise ValueError(
+                f"optimizer.sched ({self.sched!r}) must be one of {', '.join(SCHEDULES)}: "
+                "schedules go by steps here, without a metric"
+            )
+        known = get_optimizer_info(self.opt.lower().removeprefix("lookahead_"))
+        if self.betas and not known.has_betas:
+            raise ValueError(f"optimizer.betas are not for {self.opt}")
 
 
 @dataclass(frozen=True)
@@ -232,8 +245,6 @@ class RunConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed ({self.seed}) must not be negative")
-        if self.optimizer.sched == "plateau":
-            raise ValueError("optimizer.sched 'plateau' needs a metric; schedules here go by steps")
         if self.data.streaming and not self.steps_per_epoch:
             raise ValueError(
                 "steps_per_epoch is needed for a stream, which does not know its length"

@@ -137,6 +137,7 @@ class TrainingLoop:
             RunStopped: SIGTERM came; there is a checkpoint of the step that was then done.
         """
         checkpoint = starting_point(self.config, resume=resume)
+        self._check_agreement(checkpoint)
         epoch, batch = self._resume(checkpoint) if checkpoint else self._start()
         self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
@@ -156,6 +157,17 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return TrainingResult(folder, self.metrics, self.step)
+
+    def _check_agreement(self, checkpoint: Path | None) -> None:
+        """Raise CheckpointError unless all processes have found the same checkpoint, or none."""
+        own = int(checkpoint.name.removeprefix("step_")) if checkpoint else -1
+        steps = torch.tensor([own], device=self.accelerator.device)
+        found = self.accelerator.gather(steps).unique().tolist()
+        if len(found) > 1:
+            raise CheckpointError(
+                f"the processes find different checkpoints in {self.output} (steps {found}, -1 for "
+                "none): output_dir must be on a filesystem that all nodes share"
+            )
 
     def _train_epoch(self, epoch: int, first_batch: int) -> None:
         self.objective.train()
@@ -236,8 +248,7 @@ class TrainingLoop:
     def _end_step(self, epoch: int, batch: int) -> None:
         self.step += 1
         self.plain.after_step(self.step / (self.config.epochs * self.steps_per_epoch))
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.step)
+        self.scheduler.step_update(self.step)
         if self.ema is not None:
             self.ema.update(self.encoder, step=self.step)
         self.progress.update(self.task, completed=self.step)
@@ -300,9 +311,8 @@ class TrainingLoop:
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
         """Return what `score` says of the encoder; of its averaged weights, if any."""
         encoder = self.ema.module if self.ema else self.encoder
-        if self.ema:  # averaged on each process, of statistics that differ
-            for buffer in encoder.buffers():
-                buffer.copy_(broadcast(buffer))
+        for buffer in encoder.buffers():  # each process has its own statistics of batch norms
+            buffer.copy_(broadcast(buffer))
         with evaluating(encoder):
             return self.score(encoder, loader, self.accelerator)
 
@@ -346,8 +356,7 @@ class TrainingLoop:
         self.step = progress["step"]
         self.best_accuracy = progress["best_accuracy"]
         self.metrics = progress["metrics"]
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.step)
+        self.scheduler.step_update(self.step)
         if self.accelerator.is_main_process:
             self.metrics_file.cut_after(self.step)
         self.console.print(

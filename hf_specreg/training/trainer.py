@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -49,7 +51,8 @@ class SpecRegTrainer(Trainer):
         penalty: the SpectralPenalty on the model that is trained.
 
     Raises:
-        ValueError: the model's head or input size is not known; see `SpectralPenalty`.
+        ValueError: the model's head or input size is not known, see `SpectralPenalty`; or weights
+            will be sharded in a way that hides them, by FSDP1 or DeepSpeed's ZeRO-3.
     """
 
     def __init__(self, *args: Any, penalty: Mapping[str, Any] | None = None, **kwargs: Any):
@@ -67,6 +70,7 @@ class SpecRegTrainer(Trainer):
         """On the model that is trained; `model_init` makes a new one for each trial."""
         network = unwrap(self.model)
         if self._penalty is None or self._penalized is not network:
+            _check_shards(self.accelerator)
             shared = {"shared": averages_gradients(self.accelerator)}
             self._penalty = SpectralPenalty(network, **shared | self._settings)
             self._penalized = network
@@ -173,6 +177,20 @@ class _FromTheStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.penalty.step = state.global_step
+        self.trainer._last = torch.zeros(())
+
+
+def _check_shards(accelerator: Accelerator) -> None:
+    """Raise ValueError if weights are sharded otherwise than by FSDP2."""
+    kind = accelerator.distributed_type
+    fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    deepspeed = kind == DistributedType.DEEPSPEED
+    if fsdp1 or (deepspeed and accelerator.deepspeed_plugin.zero_stage == 3):
+        raise ValueError(
+            f"the penalty does not see weights that {'FSDP1' if fsdp1 else 'ZeRO-3'} shards: use "
+            "FSDP2 (fsdp_version 2 in accelerate's configuration or fsdp_config), "
+            "DistributedDataParallel, or ZeRO-2"
+        )
 
 
 def _stored_names(folder: Path) -> set[str]:

@@ -207,8 +207,53 @@ def test_another_run_is_neither_overwritten_nor_continued(tmp_path):
     other = replace(run, batch_size=64)
     with pytest.raises(CheckpointError, match=r"batch_size: 128 and 64"):
         build(other).run(resume=True)
+    for file in (tmp_path / "run/checkpoints").rglob("progress.json"):
+        file.unlink()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        build(config(tmp_path / "empty")).run(resume=True)
+        build(run).run(resume=True)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_and_says_so(
+    tmp_path, caplog
+):
+    settings = {"epochs": 1, "checkpoint": CheckpointConfig()}
+    broken = config(tmp_path / "broken", **settings)
+    with pytest.raises(Interrupted):
+        build(broken, objective=interrupted_at(3)).run()
+    resumed = weights(build(broken).run(resume=True).model_folder)
+    assert "has no checkpoint yet: the run begins anew" in caplog.text
+    whole = weights(build(config(tmp_path / "whole", **settings)).run().model_folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_processes_that_find_different_checkpoints_stop(tmp_path, monkeypatch):
+    loop = build(config(tmp_path, epochs=1))
+    monkeypatch.setattr(loop.accelerator, "gather", lambda own: torch.cat([own, own + 121]))
+    with pytest.raises(CheckpointError, match=r"steps \[-1, 120\].*filesystem that all nodes"):
+        loop.run()
+
+
+def test_the_best_epochs_weights_are_kept(tmp_path):
+    accuracies = iter([0.5, 0.9, 0.7, 0.6])
+    run = config(tmp_path, checkpoint=CheckpointConfig(keep=9))
+    loop = build(run)
+    loop.score = lambda *_: {"accuracy": next(accuracies)}
+    loop.run()
+    best = weights(tmp_path / "run/best")
+    steps = loop.steps_per_epoch
+    of_epochs = [
+        weights(tmp_path / f"run/checkpoints/step_{epoch * steps:08d}/model") for epoch in (1, 2, 3)
+    ]
+    equal = [all(torch.equal(best[name], of[name]) for name in best) for of in of_epochs]
+    assert equal == [False, True, False]
+
+
+def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):
+    def broken(folder):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        checkpoints.save_checkpoint(tmp_path, 1, {}, broken, keep=1)
 
 
 def test_accumulation_gives_the_same_weights_as_one_large_batch(tmp_path):

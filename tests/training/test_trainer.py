@@ -1,7 +1,10 @@
 """SpecRegTrainer: Trainer's results plus the penalty's gradient, under accumulation and resume."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageClassification,
@@ -21,6 +24,7 @@ from hf_specreg.data.transforms import evaluation_transform
 from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
+from hf_specreg.training.trainer import _check_shards
 
 
 class Digits(Dataset):
@@ -179,8 +183,33 @@ def test_a_second_training_has_its_own_burn_in(tmp_path):
     for _ in range(2):
         trainer.train()
         assert trainer.penalty.step == 3
-    logged = [line["penalty"] for line in trainer.state.log_history if "loss" in line]
-    assert len(logged) == 3
+        logged = [line["penalty"] for line in trainer.state.log_history if "loss" in line]
+        assert logged[-3:-1] == [0, 0]
+        assert logged[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "says"),
+    [
+        ("FSDP", {"is_fsdp2": False}, "FSDP1 shards: use FSDP2"),
+        ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO-3 shards"),
+    ],
+)
+def test_shards_that_hide_the_weights_are_refused(kind, state, says):
+    with pytest.raises(ValueError, match=says):
+        _check_shards(SimpleNamespace(distributed_type=DistributedType(kind), **state))
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        ("FSDP", {"is_fsdp2": True}),
+        ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=2)}),
+        ("MULTI_GPU", {}),
+    ],
+)
+def test_shards_that_do_not_are_taken(kind, state):
+    _check_shards(SimpleNamespace(distributed_type=DistributedType(kind), **state))
 
 
 def test_the_penalty_of_a_frozen_encoder_is_logged(tmp_path):
