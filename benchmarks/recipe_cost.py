@@ -48,7 +48,7 @@ def settings(folder: str) -> RunConfig:
         data=DataConfig(in_memory=True),
         model=ModelConfig(name="resnet20_cifar", input_size=SIZE),
         penalty=PenaltyConfig(strength=0.0),
-        optimizer=OptimizerConfig(opt="momentum", lr=0.01, sched="constant"),
+        optimizer=OptimizerConfig(opt="momentum", lr=0.01, sched="none"),
         checkpoint=CheckpointConfig(keep=1),
     )
 

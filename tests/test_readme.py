@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import nn
 
-from hf_specreg import SpecRegModel
+from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
@@ -33,6 +35,27 @@ def test_three_lines_add_the_penalty_to_a_loss():
     names["loss"].backward()
     assert model.layer4[0].conv1.weight.grad.abs().max() > 0
     assert names["penalty"].step == 1
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_penalty_enters_a_step_once_however_many_micro_batches_it_has(micro_batches):
+    (snippet,) = [s for s in snippets() if "accumulate" in s]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro_batches)
+    names = {
+        "model": model,
+        "accelerator": accelerator,
+        "criterion": lambda logits, labels: 0 * logits.sum(),
+        "images": torch.rand(2, 3, 2, 2),
+        "labels": None,
+        "penalty": SpectralPenalty(model, strength=0.5, head="2", input_size=(3, 2, 2)),
+    }
+    for _ in range(micro_batches):
+        exec(snippet, names)
+    assert names["penalty"].step == 1
+    u, sigma, v = torch.linalg.svd(model[1].weight.detach(), full_matrices=False)
+    expected = 0.5 * 2 * sigma[0] * u[:, :1] @ v[:1]
+    torch.testing.assert_close(model[1].weight.grad, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_trainer_is_a_drop_in(tmp_path):
