@@ -1,12 +1,9 @@
-"""Trains each objective for 20 steps, on as many processes as it is launched with.
-
-    python -m torch.distributed.run --nproc_per_node 2 data_parallel.py FOLDER
+"""Trains each objective for 20 steps, as one of several processes.
 
 The batches are the same for any number of processes, each of which takes its part; the weights that
 result are left in FOLDER.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -74,15 +71,11 @@ def train(method, rank, processes):
     return {**objective.state_dict(), **vectors}
 
 
-def main(folder):
+def main(folder, rank, processes):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     for method in METHODS:
         state = {k: v.contiguous() for k, v in train(method, rank, processes).items()}
         save_file(state, Path(folder) / f"{method}-{rank}.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,6 +1,7 @@
 """Several processes train to the weights of one that has the whole batch."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from hf_specreg.training.build import check_processes
+from tests.training import data_parallel
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -20,12 +22,23 @@ ROOT = HERE.parents[1]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The weights of one, two and four processes, after the same 20 batches."""
+    """The weights of one, two and four processes, after the same 20 batches. They are forked from
+    one that has imported what they need, which takes longer than their work.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([data_parallel.__name__])
     folders = {}
     for processes in (1, 2, 4):
-        folder = tmp_path_factory.mktemp(f"processes_{processes}")
-        launch("data_parallel.py", folder, processes=processes)
-        folders[processes] = folder
+        folder = folders[processes] = tmp_path_factory.mktemp(f"processes_{processes}")
+        ranks = [
+            context.Process(target=data_parallel.main, args=(folder, rank, processes))
+            for rank in range(processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0] * processes
     return folders
 
 
