@@ -5,8 +5,8 @@
     python benchmarks/penalty_cost.py --device cuda --all    on a GPU: batch 256, float32 and bf16
 
 A step is forward, backward and SGD. A use of the penalty is its value and gradient with warm
-vectors, the mean over a whole cycle of renewals. Steps and cycles take turns; both are medians,
-with the fastest and the slowest. Beside them what the penalty cannot be faster than: to read the
+vectors, the mean over a whole cycle of renewals. Steps and cycles take turns; times are medians,
+with the fastest and the slowest, ratios the medians of the rounds'. Beside them what the penalty cannot be faster than: to read the
 weights three times (W and D for the value, D for the gradient) and to write the gradient.
 """
 
@@ -78,7 +78,8 @@ def main() -> None:
         for dtype in dtypes:
             step, use, floor = measure(name, size, batch, device, dtype, arguments.rounds)
             ratio, above = (
-                statistics.median(use) / statistics.median(other) for other in (step, floor)
+                statistics.median(u / o for u, o in zip(use, other, strict=True))
+                for other in (step, floor)
             )
             what = [name, str(size), str(batch), str(dtype).removeprefix("torch.")]
             rows.append(
@@ -92,7 +93,8 @@ def main() -> None:
         rows,
         "One use of the penalty (value and gradient, warm, the mean over a cycle of renewals: "
         "every 8 uses, 8 Lanczos steps) against a training step, and against reading the weights "
-        f"three times and writing them once. Medians of {arguments.rounds} rounds, in turn.",
+        f"three times and writing them once. Medians of {arguments.rounds} rounds, in turn; the ratios "
+        "are the medians of the rounds'.",
         device=device,
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hf_specreg.encoders.trace import Layer
+from hf_specreg.encoders.features import check_head, find_input_size, unwrap
+from hf_specreg.encoders.trace import Layer, trace_layers
 from hf_specreg.spectral.operators import (
     Convolution,
     Dense,
@@ -104,6 +105,44 @@ def linear_operators(
             if parameter_name in used_directly or not NO_LINEAR_MAP.search(parameter_name):
                 raise unsupported(name, module, parameter_name)
     return []
+
+
+def linear_maps(
+    model: nn.Module,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    head: str | Sequence[str] | None = None,
+    up_to_head: bool = True,
+    skip: Sequence[str] = (),
+    split_qkv: bool = True,
+) -> list[tuple[nn.Module, LinearOperator]]:
+    """Return a model's linear operators, each weight once, with the module each is of, in forward
+    order.
+
+    Args:
+        model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
+            with `head`.
+        input_size: (C, H, W) of the images; default: the model's own configuration.
+        head: dotted name or names of the head; default: found for timm and transformers.
+        up_to_head: those before the features only; else with the head.
+        skip: dotted names of modules to leave out, with all they hold.
+        split_qkv: see `linear_operators`.
+
+    Raises:
+        ValueError: the head or the input size is not known, or no linear map is left.
+        RuntimeError: the model cannot be run on meta tensors, or its head is not called.
+        UnsupportedLayerError: a layer has weights that cannot be treated.
+    """
+    network = unwrap(model)
+    head = check_head(network, head)
+    size = tuple(input_size or find_input_size(model))
+    found = trace_layers(network, head=head, input_size=size, up_to_head=up_to_head)
+    owners = operators_of(found, skip=skip, split_qkv=split_qkv)
+    if not owners:
+        raise ValueError(
+            f"no linear map of {type(network).__name__} is left before its head {head}"
+        )
+    return owners
 
 
 def operators_of(

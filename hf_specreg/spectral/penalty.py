@@ -14,30 +14,20 @@ representation learning", arXiv:2405.17181. As in the authors' code, and unlike 
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_specreg.encoders.features import check_head, find_input_size, unwrap
-from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
-from hf_specreg.spectral.layers import operators_of
+from hf_specreg.spectral.layers import linear_maps
 from hf_specreg.spectral.operators import exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
-from hf_specreg.spectral.sharding import (
-    Rows,
-    block_products,
-    check_whole,
-    local,
-    scaled,
-    shares,
-    summed,
-    whole,
-)
+from hf_specreg.spectral.sharding import check_whole, local, shares, summed, whole
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
+from hf_specreg.spectral.squares import Factor, sum_of_squares
 from hf_specreg.spectral.tracking import Triplets, stacks
 
 # Layers of so many weights share a node of the graph: with more, their gradients would leave the
@@ -104,6 +94,8 @@ class SpectralPenalty:
     Raises:
         ValueError: the head or the input size is not known, a name is wrong, no layer is left, or
             the weights are sharded already.
+        RuntimeError: the model cannot be run on tensors without values, at this size or at all, or
+            its head is not called.
         UnsupportedLayerError: a layer has weights that cannot be treated; its name can be passed in
             `skip`.
     """
@@ -155,20 +147,20 @@ class SpectralPenalty:
     def set_input_size(self, input_size: tuple[int, int, int]) -> None:
         """Measure convolutions at another image size (C, H, W) from now on; the vectors start
         anew.
+
+        Raises:
+            ValueError: the weights are sharded already, or no layer is left.
+            RuntimeError: the model cannot be run on images of this size.
         """
         check_whole(self._network)
-        found = trace_layers(
+        owners = linear_maps(
             self._network,
+            input_size=input_size,
             head=self._head,
-            input_size=tuple(input_size),
             up_to_head=self.scope == "features",
+            skip=self._skip,
+            split_qkv=self._split_qkv,
         )
-        owners = operators_of(found, skip=self._skip, split_qkv=self._split_qkv)
-        if not owners:
-            raise ValueError(
-                f"no linear map of {type(self._network).__name__} is left before its head "
-                f"{self._head}"
-            )
         self.input_size = tuple(input_size)
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
@@ -180,19 +172,24 @@ class SpectralPenalty:
             lanczos_steps=self.lanczos_steps,
             seed=self.seed,
         )
-        self._owners, rank = [0] * len(self._stacks), 0
-        if self.shared:
-            all_at_once = self.every >= self.renew_every
-            turns = [] if all_at_once else self._triplets.turns
-            costs = [stack.cost for stack in self._stacks]
-            self._owners = shares(costs, dist.get_world_size(), rounds=turns)
-            rank = dist.get_rank()
+        self._owners = self._share_out()
+        rank = dist.get_rank() if self.shared else 0
         self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
-        groups = [[i for i in group if i in self._own] for group in self._triplets.groups]
+        own = set(self._own)
+        groups = [[i for i in group if i in own] for group in self._triplets.groups]
         self._groups = [group for group in groups if group]
         self._nodes = _in_parts(self._own, [stack.shape.numel() for stack in self._stacks])
         self._uses = 0
         self._seen.watch(owners)
+
+    def _share_out(self) -> list[int]:
+        """The process that works on each stack."""
+        if not self.shared:
+            return [0] * len(self._stacks)
+        all_at_once = self.every >= self.renew_every
+        turns = [] if all_at_once else self._triplets.turns
+        costs = [stack.cost for stack in self._stacks]
+        return shares(costs, dist.get_world_size(), rounds=turns)
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
@@ -232,8 +229,8 @@ class SpectralPenalty:
             part, rows = local(weight)
             direction, stack = self._triplets.direction(index, part, rows), self._stacks[index]
             parts.append(part)
-            factors.append(_Factor(direction, rows, stack.blocks, len(stack.operators)))
-        return _SumOfSquares.apply(zero, factors, *parts)
+            factors.append(Factor(direction, rows, stack.blocks, len(stack.operators)))
+        return sum_of_squares(zero, factors, parts)
 
     def detach(self) -> None:
         """Take its hook off the model: for a penalty that has only looked at the layers."""
@@ -375,56 +372,6 @@ class SpectralPenalty:
             if norms != Norms():
                 found[layer.name] = norms
         return found
-
-
-class _Factor(NamedTuple):
-    """What a weight is multiplied by to give sigma = <D, W>: D, or the rows of it that are here, in
-    so many blocks of so many operators.
-    """
-
-    direction: Tensor
-    rows: Rows
-    blocks: int
-    operators: int
-
-
-class _SumOfSquares(torch.autograd.Function):
-    """The sum of sigma^2 = <D, W>^2 over layers, 0-d; the gradient in W is 2 sigma D.
-
-    One function for several layers: a node of the graph costs more than a small layer's product.
-    """
-
-    @staticmethod
-    def forward(ctx, zero: Tensor, factors: Sequence[_Factor], *weights: Tensor) -> Tensor:
-        sigmas = []
-        for (direction, rows, blocks, operators), weight in zip(factors, weights, strict=True):
-            products = block_products(direction, weight, blocks, rows)
-            sigmas.append(_only_largest(products, operators).to(zero))
-        sigmas = torch.cat(sigmas)
-        ctx.layout = [(factor.blocks, factor.rows) for factor in factors]
-        ctx.save_for_backward(sigmas, *(factor.direction for factor in factors))
-        return sigmas.square().sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        sigmas, *directions = ctx.saved_tensors
-        slopes = (2 * grad * sigmas).split([blocks for blocks, _ in ctx.layout])
-        layers = zip(directions, slopes, ctx.layout, ctx.needs_input_grad[2:], strict=True)
-        gradients = [scaled(d, s, rows) if used else None for d, s, (_, rows), used in layers]
-        return None, None, *gradients
-
-
-def _only_largest(products: Tensor, operators: int) -> Tensor:
-    """Products [blocks] with each operator's largest as it is, negative where the weight has turned
-    round, and 0 for its other blocks.
-    """
-    if len(products) == operators:
-        return products
-    of_each = products.reshape(operators, -1)
-    largest = of_each.abs().argmax(1, keepdim=True)
-    only = torch.zeros_like(of_each).scatter_(1, largest, of_each.gather(1, largest))
-    return only.flatten()
 
 
 def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral import baselines
-from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.layers import linear_maps
 
 Compute = Callable[[Tensor, Sequence[Tensor]], Tensor]  # images, features -> 0-d
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
@@ -315,9 +315,7 @@ def normalize_spectra(encoder: SpecRegModel) -> None:
     Raises:
         ValueError: a layer has no weight of its own that could be normalised.
     """
-    penalty = SpectralPenalty(encoder, split_qkv=False)
-    penalty.detach()
-    names = [layer.name for layer in penalty.layers]
+    names = [operator.name for _, operator in linear_maps(encoder, split_qkv=False)]
     modules = dict(encoder.network.named_modules())
     unknown = [n for n in names if not isinstance(getattr(modules.get(n), "weight", None), Tensor)]
     if unknown:
@@ -362,11 +360,10 @@ def _bss(encoder: SpecRegModel, settings: BSSConfig) -> Compute:
 
 
 def _orthogonality(encoder: SpecRegModel, settings: OrthogonalityConfig) -> Compute:
-    penalty = SpectralPenalty(encoder)
-    penalty.detach()
+    operators = [operator for _, operator in linear_maps(encoder)]
 
     def compute(*_) -> Tensor:
-        weights = [layer.effective_weight() for layer in penalty.layers]
+        weights = [operator.effective_weight() for operator in operators]
         return baselines.orthogonality(weights, iterations=settings.iterations)
 
     return compute

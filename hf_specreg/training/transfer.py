@@ -10,7 +10,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.layers import linear_maps
 from hf_specreg.training.config import TransferConfig
 
 
@@ -117,9 +117,7 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
 
 def _linear_names(encoder: SpecRegModel) -> list[str]:
     """Linear layers before the features; of a network that has none, its convolutions."""
-    penalty = SpectralPenalty(encoder, split_qkv=False)
-    penalty.detach()
-    modules = {layer.name: encoder.network.get_submodule(layer.name) for layer in penalty.layers}
+    modules = {operator.name: module for module, operator in linear_maps(encoder, split_qkv=False)}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     convolutions = [
         name
