@@ -6,8 +6,9 @@
 
 A step is forward, backward and SGD. A use of the penalty is its value and gradient with warm
 vectors, the mean over a whole cycle of renewals. Steps and cycles take turns; times are medians,
-with the fastest and the slowest, ratios the medians of the rounds'. Beside them what the penalty cannot be faster than: to read the
-weights three times (W and D for the value, D for the gradient) and to write the gradient.
+with the fastest and the slowest, ratios the medians of the rounds'. Beside them what the penalty
+cannot be faster than: to read the weights three times (W and D for the value, D for the gradient)
+and to write the gradient.
 """
 
 import argparse
@@ -93,8 +94,8 @@ def main() -> None:
         rows,
         "One use of the penalty (value and gradient, warm, the mean over a cycle of renewals: "
         "every 8 uses, 8 Lanczos steps) against a training step, and against reading the weights "
-        f"three times and writing them once. Medians of {arguments.rounds} rounds, in turn; the ratios "
-        "are the medians of the rounds'.",
+        f"three times and writing them once. Medians of {arguments.rounds} rounds, in turn; ratios "
+        "are medians of the rounds'.",
         device=device,
     )
 
