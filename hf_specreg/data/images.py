@@ -70,8 +70,10 @@ class LabelledImages(Dataset):
                 self._pictures = _within(budget, pictures)
             elif keep:
                 self._pixels = torch.stack([evaluate(picture) for picture in pictures])
-            for _ in pictures:  # to the end, where it is known which can be read
+            for _ in pictures if skip_unreadable else ():  # to the end, to know which can be read
                 pass
+            if not skip_unreadable:
+                self.skipped = []
         self.labels = torch.as_tensor(self.rows["label"][:])
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,7 +149,7 @@ def _within(budget: float, pictures: Iterator[Image.Image]) -> list[Image.Image]
     """The pictures, which have the size that they are stored in; None if they exceed the budget."""
     kept: list[Image.Image] = []
     for picture in pictures:
-        budget -= picture.width * picture.height * len(picture.getbands())
+        budget -= picture.width * picture.height * (1 if picture.mode == "L" else 4)
         if budget < 0:
             return None
         kept.append(picture)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+HEADED = re.compile(r"For[A-Z]|WithProjection")  # transformers' classes that have a head
 HEAD_NAMES = re.compile(r"classifier|head|score|^fc$")
 
 
@@ -60,7 +61,7 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
         return tuple(f"timm_model.{n}" for n in find_head(inner))
     if hasattr(model, "base_model_prefix") and hasattr(model, "config"):
         kind = type(model)
-        if kind.__module__.startswith("transformers.") and "For" not in kind.__name__:
+        if kind.__module__.startswith("transformers.") and not HEADED.search(kind.__name__):
             return ()  # whatever its children are called: SigLIP's head is its pooling
         base = model.base_model
         beside = [(n, m) for n, m in model.named_children() if m is not base and _has_matrix(m)]

@@ -109,9 +109,9 @@ def evaluate_robustness(
         split: train, validation or test, of an image set given by name.
         revision: of an image set on the Hub.
         splits: of an image set given by name, the arguments of `load_splits`, such as
-            validation_fraction or label_column. Default: those that the model was trained with, if
-            its specreg.json says that it was trained on this image set: with others, images that it
-            was trained on could be in its test split.
+            validation_fraction or label_column. What is not given is as in the model's training, if
+            its specreg.json says that it was trained on this image set: with another cut, images
+            that it was trained on could be in its test split.
         attacks: names (see `hf_specreg.robustness.attacks.ATTACKS`), or a mapping from a name to
             settings that differ from its default.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list for attacks of one norm, or
@@ -158,8 +158,10 @@ def evaluate_robustness(
             flags.append(f"the weights are random: {model} is the name of an architecture")
         name, model = name or model, load_model(model)
     weights = weights_sha256(model)
-    if from_name and (half := next(model.parameters()).dtype) in (torch.float16, torch.bfloat16):
-        flags.append(f"the weights are {str(half).removeprefix('torch.')}: attacked in float32")
+    half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if from_name and half:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        flags.append(f"the weights are {names}: attacked in float32")
         model = model.float()
     if device is not None:
         model = model.to(device)
@@ -258,28 +260,43 @@ def _split(
     """A split of an image set, what must be said of it, and the options that it was loaded with."""
     if split not in ("train", "validation", "test"):
         raise EvaluationError(f"split ({split!r}) must be train, validation or test")
-    trained = _data_settings(model)
-    known = options is not None or trained.get("source") == source
-    if options is None and known:
-        options = {
+    trained, options = _data_settings(model), dict(options or {})
+    known = _same_source(trained.get("source"), source)
+    if known:
+        own = {
             argument: trained[setting]
             for setting, argument in DATA_SETTINGS.items()
             if trained.get(setting) not in (None, (), [])
         }
-    options = {**(options or {}), **({"revision": revision} if revision else {})}
+        options = {**own, **options}
+    if revision:
+        options["revision"] = revision
     try:
         found = load_splits(source, **options)
     except TypeError as error:
         raise EvaluationError(
             f"splits ({options}) must be arguments of load_splits: {error}"
         ) from error
+    if split in found.cut and known and trained.get("streaming"):
+        raise EvaluationError(
+            f"the model was trained on a stream of {source}, which has no {split} split: what "
+            "would be cut now was trained on; take one that it has"
+        )
     flags = []
-    if split in found.cut and not known:
+    if split in found.cut and not known and not {"validation_fraction", "seed"} <= set(options):
         flags.append(
             f"the {split} split was cut from the training split of {source}: a model that was "
             "trained on another cut has seen some of its images"
         )
     return getattr(found, split), flags, options
+
+
+def _same_source(trained: Any, source: str) -> bool:
+    """Whether a model was trained on this image set: of the same name, or in the same folder."""
+    if not isinstance(trained, str):
+        return False
+    here, there = Path(source).expanduser(), Path(trained).expanduser()
+    return trained == source or (here.is_dir() and here.resolve() == there.resolve())
 
 
 def _data_settings(model: nn.Module) -> Mapping[str, Any]:

@@ -415,6 +415,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _data_name(data: Mapping[str, Any]) -> str:
     name = data["id"] or "an unnamed data set"
+    if data["revision"]:
+        name += f" at {data['revision'][:12]}"
+    if classes := data.get("splits", {}).get("classes"):
+        name += f" (classes {', '.join(map(str, classes))})"
     split = f", {data['split']} split" if data["split"] else ""
     return f"{name}{split}"
 

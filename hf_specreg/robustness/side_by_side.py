@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 
-from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.evaluate import check_settings, evaluate_robustness
 from hf_specreg.robustness.plots import need_matplotlib
 from hf_specreg.robustness.report import RobustnessReport
@@ -51,7 +50,7 @@ def evaluate_side_by_side(
     for name, folder in folders.items():
         workspace = folder.parent / f"{folder.name}_report"
         report = evaluate_robustness(
-            SpecRegModel.from_pretrained(folder),
+            str(folder),
             rows,
             name=name,
             samples=min(samples, len(rows)),

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from hf_specreg.encoders.features import check_head, find_input_size, unwrap
-from hf_specreg.encoders.trace import Layer, trace_layers
+from hf_specreg.encoders.trace import Layer, is_adapted, trace_layers
 from hf_specreg.spectral.operators import (
     Convolution,
     Dense,
@@ -82,8 +82,8 @@ def linear_operators(
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return _attention_operators(name, module, split_qkv)
-    if isinstance(getattr(module, "base_layer", None), nn.Module):  # wrapped by peft
-        if not any(base.__name__ == "LoraLayer" for base in kind.__mro__):
+    if is_adapted(module):
+        if not is_adapted(module, by="LoraLayer"):
             raise unsupported(name, module, "base_layer.weight")
         return _lora_operators(name, module, input_shape, split_qkv, parent)
     if _is_linear(module):

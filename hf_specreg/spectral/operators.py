@@ -327,23 +327,55 @@ def _capabilities() -> dict:
 def exact_float32() -> Iterator[None]:
     """Within, float32 is not rounded to TF32 or bfloat16, and the algorithm does not depend on the
     batch, where CUDA could choose.
-
-    By torch's settings of each operation: its older ones fail where only the newer are set.
     """
+    cudnn = torch.backends.cudnn
+    chosen = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        with _ieee_by_newer_settings() if _newer_settings() else _ieee_by_older_settings():
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = chosen
+
+
+def _newer_settings() -> bool:
+    """Whether float32's precision was set by `fp32_precision`: then torch's older settings, which
+    it was set by before torch 2.9, are errors.
+    """
+    try:
+        return (
+            torch.get_float32_matmul_precision() is None or torch.backends.cudnn.allow_tf32 is None
+        )
+    except RuntimeError:
+        return True
+
+
+@contextmanager
+def _ieee_by_older_settings() -> Iterator[None]:
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _ieee_by_newer_settings() -> Iterator[None]:
     backends = torch.backends
     operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     precisions = [operation.fp32_precision for operation in operations]
-    chosen = backends.cudnn.benchmark, backends.cudnn.deterministic
     for operation in operations:
         operation.fp32_precision = "ieee"
-    backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
     try:
         yield
     finally:
-        backends.cudnn.benchmark, backends.cudnn.deterministic = chosen
         for operation, precision in zip(operations, precisions, strict=True):
-            operation.fp32_precision = precision
+            inherited = precision == backends.fp32_precision
+            operation.fp32_precision = "none" if inherited else precision
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -68,8 +68,10 @@ def build_splits(config: DataConfig) -> ImageSplits:
 
 
 def build_encoder(config: RunConfig, label_names: Sequence[str]) -> SpecRegModel:
-    """Create what the run trains: the model, under spectral normalisation if that is wanted."""
-    encoder = build_model(config.model, label_names)
+    """Create what the run trains: the model, in float32 whatever its weights are stored in, and
+    under spectral normalisation if that is wanted.
+    """
+    encoder = build_model(config.model, label_names).float()
     if config.regularizers.spectral_norm:
         normalize_spectra(encoder)
     return encoder

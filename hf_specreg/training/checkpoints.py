@@ -148,7 +148,8 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
             )
         return None
     if not all_checkpoints(output / "checkpoints"):
-        logger.warning("%s has no checkpoint yet: the run begins anew", output)
+        if (output / "model").exists():
+            raise CheckpointError(f"{output} holds a finished run, without its checkpoints")
         return None
     checkpoint = latest_checkpoint(output / "checkpoints")
     if checkpoint is None:

@@ -138,6 +138,8 @@ class TrainingLoop:
         """
         checkpoint = starting_point(self.config, resume=resume)
         self._check_agreement(checkpoint)
+        if resume and checkpoint is None:
+            self.console.print(f"{self.output} has no checkpoint yet: the run begins anew")
         epoch, batch = self._resume(checkpoint) if checkpoint else self._start()
         self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
         total = self.config.epochs * self.steps_per_epoch
@@ -349,6 +351,8 @@ class TrainingLoop:
                 "name its commit as model.revision"
             )
         self.accelerator.load_state(str(checkpoint / "state"))
+        if any("lr_scale" not in group for group in self.optimizer.param_groups):
+            raise CheckpointError(f"{checkpoint} is of an earlier version: start the run anew")
         vectors = load_file(checkpoint / "penalty.safetensors")
         self.penalty.load_state_dict({**progress["penalty"], "vectors": vectors})
         if self.ema is not None:

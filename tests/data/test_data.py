@@ -365,7 +365,7 @@ def test_pictures_are_kept_in_memory_only_as_far_as_they_fit_in_the_size_they_ar
     assert len(told._pictures) == 6
     for index in range(6):
         assert torch.equal(large[index][0], told[index][0])
-    monkeypatch.setattr(images_module, "MEMORY_BUDGET", 6 * 40 * 40 * 3)
+    monkeypatch.setattr(images_module, "MEMORY_BUDGET", 6 * 40 * 40 * 4)
     assert len(LabelledImages(rows, **arguments, augment=augment)._pictures) == 6
 
 

@@ -177,7 +177,7 @@ def test_images_that_foolbox_gives_up_keep_the_nearest_point_and_are_counted(
     def stop_after_four(self, *arguments):
         calls.append(1)
         if len(calls) % 5 == 0:
-            raise error("flipped")
+            raise error("1 of 12 starting_points are not adversarial")
         return original(self, *arguments)
 
     monkeypatch.setattr(foolbox.attacks.HopSkipJumpAttack, "_binary_search", stop_after_four)

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 
@@ -390,12 +391,27 @@ def test_a_cut_that_may_not_be_the_models_own_is_said():
     arguments = {"attacks": QUICK, "samples": 5, "progress": False}
     report = evaluate_robustness(model, "digits", **arguments)
     assert any("cut from the training split of digits" in f for f in report.content["flags"])
+    report = evaluate_robustness(model, "digits", splits={"seed": 3}, **arguments)
+    assert any("cut from the training split of digits" in f for f in report.content["flags"])
     chosen = {"validation_fraction": 0.2, "seed": 3}
     report = evaluate_robustness(model, "digits", splits=chosen, **arguments)
     assert report.content["data"]["splits"] == chosen
     assert not any("cut from" in f for f in report.content["flags"])
     with pytest.raises(EvaluationError, match=r"splits .*fraction.* must be arguments of load_spl"):
         evaluate_robustness(model, "digits", splits={"fraction": 0.2}, **arguments)
+
+
+def test_what_is_given_of_the_split_adds_to_what_the_training_says():
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=8)
+    settings = {"source": "digits", "validation_fraction": 0.3, "split_seed": 1}
+    model.metadata = {"config": {"data": settings}}
+    arguments = {"attacks": QUICK, "samples": 5, "progress": False}
+    report = evaluate_robustness(model, "digits", splits={"label_column": "label"}, **arguments)
+    expected = {"label_column": "label", "validation_fraction": 0.3, "seed": 1}
+    assert report.content["data"]["splits"] == expected
+    model.metadata["config"]["data"]["streaming"] = True
+    with pytest.raises(EvaluationError, match="trained on a stream of digits, which has no test"):
+        evaluate_robustness(model, "digits", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -420,14 +436,15 @@ def test_half_precision_is_refused_of_a_module_and_lifted_of_a_folder(trained, d
     net, images, labels = trained
     with pytest.raises(ClassifierError, match=r"float16.*give model\.float\(\)"):
         evaluate(copy.deepcopy(net).to(dtype), images[:10], labels[:10])
-    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, num_classes=4)
+    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_attention_heads": 1}
+    widths = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    model = SpecRegModel.from_transformers(transformers.ViTConfig(**size, **widths), num_classes=4)
     model.to(dtype).save_pretrained(tmp_path)
     half = SpecRegModel.from_pretrained(tmp_path)
-    report = evaluate_robustness(
-        str(tmp_path), (images[:10], labels[:10]), attacks=QUICK, progress=False
-    )
-    if next(half.parameters()).dtype == dtype:
-        assert any("attacked in float32" in flag for flag in report.content["flags"])
+    assert next(half.network.parameters()).dtype == dtype
+    options = {"attacks": QUICK, "progress": False, "check_inputs": False}
+    report = evaluate_robustness(str(tmp_path), (images[:10], labels[:10]), **options)
+    assert any("attacked in float32" in flag for flag in report.content["flags"])
     assert report.content["model"]["weights_sha256"] == weights_sha256(half)
 
 

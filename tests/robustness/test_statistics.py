@@ -61,6 +61,7 @@ def test_a_paired_difference_changes_its_sign_with_the_order():
     reference = np.repeat([True, False, True, False], [20, 12, 2, 16])
     found, back = paired_difference(hits, reference), paired_difference(reference, hits)
     assert found["value"] == pytest.approx(0.2)
+    assert found["ci"] == pytest.approx([0.0562, 0.3292], abs=1e-4)  # not so without continuity
     assert back["ci"] == pytest.approx([-end for end in reversed(found["ci"])])
     shuffled = np.random.default_rng(0).permutation(50)  # narrower where pairs agree
     apart = paired_difference(hits, reference[shuffled])["ci"]

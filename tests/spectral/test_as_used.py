@@ -1,5 +1,8 @@
 """Models as users have them: adapted, compiled, checkpointed, in TF32, trained on several crops."""
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -28,23 +31,48 @@ def vit():
     )
 
 
+NEWER = """
+import torch
+from hf_specreg.spectral.operators import exact_float32
+
+def precisions():
+    backends = torch.backends
+    operations = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
+    return [operation.fp32_precision for operation in operations]
+
+torch.backends.fp32_precision = "tf32"
+assert precisions() == ["tf32"] * 3, precisions()
+with exact_float32():
+    assert precisions() == ["ieee"] * 3, precisions()
+assert precisions() == ["tf32"] * 3, precisions()
+torch.backends.fp32_precision = "ieee"  # what is not set of an operation follows still
+assert precisions() == ["ieee"] * 3, precisions()
+"""
+
+
 def names_of(model, **options):
     return [layer.name for layer in SpectralPenalty(model, **options).layers]
 
 
-def test_tf32_by_the_newer_settings_of_torch_is_switched_off_and_on_again(vit):
-    before = torch.backends.fp32_precision
-    operations = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+def test_tf32_by_the_newer_settings_of_torch_is_switched_off_and_on_again():
+    """In a process of its own: what was set once is never quite unset."""
+    run = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_older_settings_of_the_precision_are_put_back():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        torch.backends.fp32_precision = "tf32"
-        found = [operation.fp32_precision for operation in operations]
-        assert "tf32" in found
+        torch.set_float32_matmul_precision("high")
         with exact_float32():
-            assert all(operation.fp32_precision == "ieee" for operation in operations)
-        assert [operation.fp32_precision for operation in operations] == found
-        assert SpectralPenalty(vit).sigmas()["patch_embed.proj"] > 0
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+            with torch.backends.cudnn.flags(deterministic=True):  # as user code may
+                pass
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32 == before[1]
     finally:
-        torch.backends.fp32_precision = before
+        torch.set_float32_matmul_precision(before[0])
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
@@ -164,6 +192,13 @@ def test_one_crop_of_the_measured_size_is_enough():
     net(torch.rand(2, 3, 6, 6))
     with pytest.raises(ValueError, match="set_input_size"):
         penalty()
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 3}, {"num_classes": 0}])
+def test_a_module_that_calls_a_part_of_itself_base_layer_is_no_adapter(options):
+    model = timm.create_model("dla46_c", **options)
+    scope = "all" if model.num_classes else "features"
+    assert any(name.startswith("base_layer") for name in names_of(model, scope=scope))
 
 
 @pytest.mark.parametrize("kind", ["CLIPVision", "SiglipVision", "ViTMAE", "DINOv3ViT"])

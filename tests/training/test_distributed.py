@@ -1,7 +1,6 @@
 """Several processes train to the weights of one that has the whole batch."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from hf_specreg.training.build import check_processes
+from tests.forks import forks
 from tests.training import data_parallel
 
 HERE = Path(__file__).parent
@@ -22,22 +22,18 @@ ROOT = HERE.parents[1]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The weights of one, two and four processes, after the same 20 batches. They are forked from
-    one that has imported what they need, which takes longer than their work.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([data_parallel.__name__])
-    folders = {}
+    """The weights of one, two and four processes, after the same 20 batches."""
+    context, folders = forks(), {}
     for processes in (1, 2, 4):
         folder = folders[processes] = tmp_path_factory.mktemp(f"processes_{processes}")
         ranks = [
-            context.Process(target=data_parallel.main, args=(folder, rank, processes))
+            context.Process(target=data_parallel.main, args=(folder, rank, processes), daemon=True)
             for rank in range(processes)
         ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join()
+            rank.join(timeout=200)
         assert [rank.exitcode for rank in ranks] == [0] * processes
     return folders
 

@@ -1,6 +1,7 @@
 """The training loop on real digits: it learns, resumes exactly, stops with a reason."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -214,16 +215,20 @@ def test_another_run_is_neither_overwritten_nor_continued(tmp_path):
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_and_says_so(
-    tmp_path, caplog
+    tmp_path, capsys
 ):
     settings = {"epochs": 1, "checkpoint": CheckpointConfig()}
     broken = config(tmp_path / "broken", **settings)
     with pytest.raises(Interrupted):
         build(broken, objective=interrupted_at(3)).run()
     resumed = weights(build(broken).run(resume=True).model_folder)
-    assert "has no checkpoint yet: the run begins anew" in caplog.text
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has no checkpoint yet: the run begins anew" in said
     whole = weights(build(config(tmp_path / "whole", **settings)).run().model_folder)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    shutil.rmtree(tmp_path / "broken/run/checkpoints")
+    with pytest.raises(CheckpointError, match="holds a finished run, without its checkpoints"):
+        build(broken).run(resume=True)
 
 
 def test_processes_that_find_different_checkpoints_stop(tmp_path, monkeypatch):
