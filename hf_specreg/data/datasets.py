@@ -124,6 +124,14 @@ def load_splits(
     )
 
 
+def place(source: str) -> str:
+    """Return a Hub id as it is, and a folder with ./ before it where it looks like one: so that it
+    is not taken for one where there is no such folder.
+    """
+    folder = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return f"./{source}" if folder and Path(source).is_dir() else source
+
+
 def _digits() -> dict[str, Dataset]:
     """The embedded digits, 0 to 16 scaled to 0 to 255, as one split; the cut makes the others."""
     from sklearn.datasets import load_digits

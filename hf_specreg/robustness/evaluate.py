@@ -26,7 +26,7 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_specreg.data.datasets import load_splits
+from hf_specreg.data.datasets import load_splits, place
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.features import check_head, unwrap
 from hf_specreg.encoders.model import SpecRegModel, load_model, weights_sha256
@@ -169,7 +169,7 @@ def evaluate_robustness(
         found, flag, options = _split(dataset, split, revision, splits, model)
         flags += flag
         revision = options.pop("revision", None)
-        data = {"id": dataset, "revision": revision, "split": split, **(data or {})}
+        data = {"id": place(dataset), "revision": revision, "split": split, **(data or {})}
         dataset, data["splits"] = found, options
     images = Images(dataset, model, input_size)
     if not len(images):

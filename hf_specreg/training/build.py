@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoConfig
 
-from hf_specreg.data.datasets import DataError, ImageSplits, load_splits
+from hf_specreg.data.datasets import DataError, ImageSplits, load_splits, place
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate
 from hf_specreg.data.transforms import (
     derived_seed,
@@ -358,7 +358,7 @@ def run_metadata(splits: ImageSplits, images: dict[str, Any]) -> dict[str, Any]:
             logger.warning("left out of %s: %s", name, "; ".join(split.skipped))
     return {
         "data": {
-            "source": splits.source,
+            "source": place(splits.source),
             "fingerprints": splits.fingerprints,
             "unreadable": skipped,
         },

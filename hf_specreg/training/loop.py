@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hf_specreg.data.datasets import place
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import weights_sha256
@@ -120,7 +121,10 @@ class TrainingLoop:
         )
         # Of weights that are the same on all processes, as they are once prepared.
         self.ema = ModelEmaV3(self.encoder, decay=decay) if decay else None
-        self.metadata = {**(metadata or {}), "config": config.as_dict()}
+        settings = config.as_dict()
+        settings["data"]["source"] = place(config.data.source)
+        settings["model"]["name"] = place(config.model.name)
+        self.metadata = {**(metadata or {}), "config": settings}
         self.step = 0
         self.best_accuracy = -1.0
         self.metrics: dict[str, float] = {}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_specreg.data import images as images_module
-from hf_specreg.data.datasets import DataError, load_splits
+from hf_specreg.data.datasets import DataError, load_splits, place
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate, decode
 from hf_specreg.data.transforms import (
     crop_and_flip,
@@ -402,3 +402,11 @@ def test_a_picture_of_a_remote_folder_is_read_by_its_address():
 def test_it_is_said_which_splits_were_cut(class_folders):
     assert load_splits("digits").cut == ("test", "validation")
     assert load_splits(str(class_folders)).cut == ("validation",)
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_told_from_one(tmp_path, monkeypatch):
+    (tmp_path / "data/patients").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert place("data/patients") == "./data/patients"
+    for source in ("org/name", "digits", "./data/patients", str(tmp_path), "hf-hub:org/name@v1"):
+        assert place(source) == source

@@ -220,6 +220,17 @@ def test_local_paths_are_published_by_their_last_part(source, name):
     assert public_name(source) == name
 
 
+def test_no_way_to_a_folder_is_published_from_wherever_the_push_is(tmp_path):
+    model = make_model()
+    model.metadata["config"]["data"] = {"source": "./data/patients"}
+    model.metadata["data"] = {"source": "./data/patients"}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "data/patients" not in card
+    assert "Trained on patients with" in card
+    assert "datasets:" not in card
+
+
 def test_the_started_from_license_and_base_model(tmp_path):
     model = SpecRegModel.from_timm("test_resnet", num_classes=3, input_size=(3, 32, 32))
     settings = {"name": "test_resnet.r160_in1k", "library": "timm", "pretrained": True}

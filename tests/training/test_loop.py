@@ -348,3 +348,48 @@ def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):
         build(config(tmp_path, batch_size=1024))
     with pytest.raises(ValueError, match=r"batch_size \(127\) must be divisible"):
         build(config(tmp_path, batch_size=127))
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """48 training images and 16 to validate, as parquet."""
+    from tests.data.test_data import random_picture, save_parquet, table
+
+    def rows(count, first):
+        pictures = [random_picture(first + i) for i in range(count)]
+        return table([i % 2 for i in range(count)], pictures)
+
+    save_parquet(tmp_path / "set", train=rows(48, 0), validation=rows(16, 100))
+    return str(tmp_path / "set")
+
+
+def streamed(tmp_path, source, **settings):
+    model = ModelConfig(
+        name="mlp_2000", input_size=(3, 8, 8), args={"img_size": 8, "hidden_features": 20}
+    )
+    return config(
+        tmp_path,
+        **{
+            "data": DataConfig(source=source, streaming=True),
+            "augment": AugmentConfig(),
+            "model": model,
+            "batch_size": 8,
+            "steps_per_epoch": 5,
+            "checkpoint": CheckpointConfig(every_steps=2, keep=3),
+            **settings,
+        },
+    )
+
+
+def test_a_run_on_a_stream_resumes_within_an_epoch_to_the_same_bits(tmp_path, stream):
+    whole = weights(build(streamed(tmp_path / "whole", stream)).run().model_folder)
+    broken = streamed(tmp_path / "broken", stream)
+    with pytest.raises(Interrupted):
+        build(broken, objective=interrupted_at(19)).run()
+    resumed = weights(build(broken).run(resume=True).model_folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stream_that_is_shorter_than_an_epoch_says_so(tmp_path, stream):
+    with pytest.raises(ValueError, match=r"epoch 0 ended after 12 of 14 batches.*steps_per_epoch"):
+        build(streamed(tmp_path, stream, steps_per_epoch=7)).run()
