@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(PYTHON) -m recipes.demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --durations=15 --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations=15 --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,6 @@
-"""Every test sees a Hub on loopback, and never another: the client reads its address at import."""
+"""Every test sees a Hub on loopback, and never another: the client reads its address at import.
+The longest files come first, so that no process is left alone with one at the end.
+"""
 
 import os
 import socket
@@ -20,3 +22,9 @@ os.environ |= {
     "HF_HUB_DOWNLOAD_TIMEOUT": "1",
 }
 os.environ.pop("HF_TOKEN", None)
+
+LONGEST = ("test_kills.py", "test_distributed.py", "test_sharding.py", "test_interruption.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST and "recipes" not in item.path.parts)
