@@ -230,12 +230,13 @@ def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
     config = run.get("config", {})
     for holder, key in (
         (run.get("data", {}), "source"),
-        (config, "output_dir"),
         (config.get("data", {}), "source"),
         (config.get("model", {}), "name"),
     ):
         if key in holder:
             holder[key] = public_name(holder[key])
+    if "output_dir" in config:  # never a Hub id
+        config["output_dir"] = Path(config["output_dir"].replace("\\", "/")).name
     if "before" in run:
         run["before"] = _without_paths(run["before"])
     return run

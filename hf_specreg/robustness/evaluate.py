@@ -8,6 +8,7 @@ an image's row, or on its chunk, never on what was done before.
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_specreg.data.datasets import load_splits, place
+from hf_specreg.data.datasets import DIGITS, load_splits, place
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.features import check_head, unwrap
 from hf_specreg.encoders.model import SpecRegModel, load_model, weights_sha256
@@ -70,6 +71,7 @@ DATA_SETTINGS = {
     "validation_fraction": "validation_fraction",
     "split_seed": "seed",
 }
+CUT_BY = ("revision", "ignore_splits", "classes", "validation_fraction", "seed")
 
 
 def evaluate_robustness(
@@ -260,17 +262,16 @@ def _split(
     """A split of an image set, what must be said of it, and the options that it was loaded with."""
     if split not in ("train", "validation", "test"):
         raise EvaluationError(f"split ({split!r}) must be train, validation or test")
-    trained, options = _data_settings(model), dict(options or {})
-    known = _same_source(trained.get("source"), source)
-    if known:
-        own = {
-            argument: trained[setting]
-            for setting, argument in DATA_SETTINGS.items()
-            if trained.get(setting) not in (None, (), [])
-        }
-        options = {**own, **options}
+    trained, given = _data_settings(model), dict(options or {})
     if revision:
-        options["revision"] = revision
+        given["revision"] = revision
+    known = _same_source(trained.get("source"), source)
+    own = {
+        argument: trained[setting]
+        for setting, argument in DATA_SETTINGS.items()
+        if known and trained.get(setting) not in (None, (), [])
+    }
+    options = {**own, **given}
     try:
         found = load_splits(source, **options)
     except TypeError as error:
@@ -283,7 +284,9 @@ def _split(
             "would be cut now was trained on; take one that it has"
         )
     flags = []
-    if split in found.cut and not known and not {"validation_fraction", "seed"} <= set(options):
+    cut_as_trained = known and not any(_differs(given, own, argument) for argument in CUT_BY)
+    chosen = not known and {"validation_fraction", "seed"} <= set(given)
+    if split in found.cut and not (cut_as_trained or chosen):
         flags.append(
             f"the {split} split was cut from the training split of {source}: a model that was "
             "trained on another cut has seen some of its images"
@@ -293,10 +296,19 @@ def _split(
 
 def _same_source(trained: Any, source: str) -> bool:
     """Whether a model was trained on this image set: of the same name, or in the same folder."""
-    if not isinstance(trained, str):
-        return False
+    if not isinstance(trained, str) or trained == place(source):
+        return trained == place(source)
     here, there = Path(source).expanduser(), Path(trained).expanduser()
-    return trained == source or (here.is_dir() and here.resolve() == there.resolve())
+    folders = source != DIGITS and trained.startswith((".", "/", "~")) and here.is_dir()
+    return folders and here.resolve() == there.resolve()
+
+
+def _differs(given: Mapping[str, Any], own: Mapping[str, Any], argument: str) -> bool:
+    """Whether an argument of `load_splits` was given, and not as in the training."""
+    default = signature(load_splits).parameters[argument].default
+    a, b = given.get(argument, default), own.get(argument, default)
+    a, b = (list(x) if isinstance(x, tuple) else x for x in (a, b))
+    return argument in given and a != b
 
 
 def _data_settings(model: nn.Module) -> Mapping[str, Any]:

@@ -350,23 +350,36 @@ def _newer_settings() -> bool:
         return True
 
 
+def _operations() -> list:
+    """Those of torch whose precision in float32 can be set."""
+    cuda, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [
+        *(torch.backends.cuda.matmul, cuda.conv, cuda.rnn),
+        *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
+    ]
+
+
 @contextmanager
 def _ieee_by_older_settings() -> Iterator[None]:
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    operations, mkldnn = _operations(), torch.backends.mkldnn
+    precisions = [operation.fp32_precision for operation in operations]
+    older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    mkldnn.conv.fp32_precision = mkldnn.rnn.fp32_precision = "ieee"  # which no older one is of
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(older[0])
+        torch.backends.cudnn.allow_tf32 = older[1]
+        for operation, precision in zip(operations, precisions, strict=True):
+            if operation.fp32_precision != precision:
+                operation.fp32_precision = precision
 
 
 @contextmanager
 def _ieee_by_newer_settings() -> Iterator[None]:
-    backends = torch.backends
-    operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    operations = _operations()
     precisions = [operation.fp32_precision for operation in operations]
     for operation in operations:
         operation.fp32_precision = "ieee"
@@ -374,7 +387,7 @@ def _ieee_by_newer_settings() -> Iterator[None]:
         yield
     finally:
         for operation, precision in zip(operations, precisions, strict=True):
-            inherited = precision == backends.fp32_precision
+            inherited = precision == torch.backends.fp32_precision
             operation.fp32_precision = "none" if inherited else precision
 
 

@@ -137,19 +137,23 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
     stopped before its first checkpoint.
 
     Raises:
-        CheckpointError: the output folder holds another run, or no checkpoint in it is whole.
+        CheckpointError: the output folder holds another run, or a finished one without checkpoints,
+            or no checkpoint in it is whole.
     """
     output = Path(config.output_dir)
+    begun = bool(all_checkpoints(output / "checkpoints"))
+    if not begun and (output / "model").exists():
+        raise CheckpointError(
+            f"{output} holds a finished run, without its checkpoints: choose another output_dir"
+        )
     if not resume:
-        if all_checkpoints(output / "checkpoints"):
+        if begun:
             raise CheckpointError(
                 f"{output} already holds a run: resume it with --resume, or choose another "
                 "output_dir"
             )
         return None
-    if not all_checkpoints(output / "checkpoints"):
-        if (output / "model").exists():
-            raise CheckpointError(f"{output} holds a finished run, without its checkpoints")
+    if not begun:
         return None
     checkpoint = latest_checkpoint(output / "checkpoints")
     if checkpoint is None:

@@ -135,7 +135,8 @@ class TrainingLoop:
         """Train to the end, from the latest checkpoint if `resume`.
 
         Raises:
-            CheckpointError: the output folder holds another run, or there is nothing to resume.
+            CheckpointError: the output folder holds another run, or no whole checkpoint of this
+                one, or the processes see different ones.
             DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the
                 last good one.
             RunStopped: SIGTERM came; there is a checkpoint of the step that was then done.

@@ -224,11 +224,15 @@ def test_no_way_to_a_folder_is_published_from_wherever_the_push_is(tmp_path):
     model = make_model()
     model.metadata["config"]["data"] = {"source": "./data/patients"}
     model.metadata["data"] = {"source": "./data/patients"}
+    model.metadata["config"]["output_dir"] = "runs/patients_2024"
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert "data/patients" not in card
     assert "Trained on patients with" in card
     assert "datasets:" not in card
+    published = report_files(Encoder.open(tmp_path), "me/m")["specreg.json"].decode()
+    assert "data/patients" not in published
+    assert "runs/" not in published
 
 
 def test_the_started_from_license_and_base_model(tmp_path):

@@ -409,6 +409,9 @@ def test_what_is_given_of_the_split_adds_to_what_the_training_says():
     report = evaluate_robustness(model, "digits", splits={"label_column": "label"}, **arguments)
     expected = {"label_column": "label", "validation_fraction": 0.3, "seed": 1}
     assert report.content["data"]["splits"] == expected
+    assert not any("cut from" in f for f in report.content["flags"])
+    report = evaluate_robustness(model, "digits", splits={"seed": 2}, **arguments)
+    assert any("cut from" in f for f in report.content["flags"])
     model.metadata["config"]["data"]["streaming"] = True
     with pytest.raises(EvaluationError, match="trained on a stream of digits, which has no test"):
         evaluate_robustness(model, "digits", **arguments)

@@ -62,16 +62,21 @@ def test_tf32_by_the_newer_settings_of_torch_is_switched_off_and_on_again():
 
 def test_older_settings_of_the_precision_are_put_back():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    convolutions = torch.backends.mkldnn.conv
     try:
         torch.set_float32_matmul_precision("high")
+        convolutions.fp32_precision = "bf16"
         with exact_float32():
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.backends.cudnn.allow_tf32
+            assert convolutions.fp32_precision == "ieee"
             with torch.backends.cudnn.flags(deterministic=True):  # as user code may
                 pass
         assert torch.get_float32_matmul_precision() == "high"
+        assert convolutions.fp32_precision == "bf16"
         assert torch.backends.cudnn.allow_tf32 == before[1]
     finally:
+        convolutions.fp32_precision = "none"
         torch.set_float32_matmul_precision(before[0])
 
 

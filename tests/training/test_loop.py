@@ -227,8 +227,9 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_and_says
     whole = weights(build(config(tmp_path / "whole", **settings)).run().model_folder)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     shutil.rmtree(tmp_path / "broken/run/checkpoints")
-    with pytest.raises(CheckpointError, match="holds a finished run, without its checkpoints"):
-        build(broken).run(resume=True)
+    for resume in (True, False):
+        with pytest.raises(CheckpointError, match="holds a finished run, without its checkpoints"):
+            build(broken).run(resume=resume)
 
 
 def test_processes_that_find_different_checkpoints_stop(tmp_path, monkeypatch):
