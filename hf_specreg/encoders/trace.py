@@ -67,7 +67,7 @@ def trace_layers(
     """
     recorder = _Recorder(model)
     head_inputs: list[Tensor] = []
-    meta = {n: _as_meta(t) for n, t in _tensors(model)}
+    meta = _on_meta(model)
     recorder.owners = {id(meta[n]): n for n, _ in model.named_parameters()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -84,7 +84,8 @@ def trace_layers(
         stack.enter_context(recorder)
         images = torch.empty(2, *input_size, device="meta", requires_grad=True)
         try:
-            output = torch.func.functional_call(model, meta, (images,))
+            # Not by tied names: what has two names would be put back as it was after the first.
+            output = torch.func.functional_call(model, meta, (images,), tie_weights=False)
         except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
             raise RuntimeError(
                 f"{type(model).__name__} does not run on meta tensors of shape "
@@ -184,19 +185,24 @@ def _reaching(outputs: dict[str, list[Tensor]], targets: list) -> set[str]:
     return {name for (name, _), g in zip(named, gradients, strict=True) if g is not None}
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers by name; detached, so that only the image carries a graph."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-    yield from model.named_buffers()
-
-
-def _as_meta(tensor: Tensor) -> Tensor:
-    """The tensor's shape on the meta device; floating point in the default dtype, as the image
-    is.
+def _on_meta(model: nn.Module) -> dict[str, Tensor]:
+    """The shape of every parameter and buffer on the meta device, each once, by the first of the
+    module's names; floating point in the default dtype, as the image is, and without a graph. One
+    tensor in two modules is one.
     """
-    dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
-    return torch.empty_like(tensor, device="meta", dtype=dtype)
+    default, shapes, found = torch.get_default_dtype(), {}, {}
+    for prefix, module in model.named_modules():
+        own = {**dict(module._parameters), **dict(module._buffers)}
+        for name, tensor in own.items():
+            if tensor is None:
+                continue
+            if id(tensor) not in shapes:
+                dtype = default if tensor.is_floating_point() else tensor.dtype
+                shapes[id(tensor)] = torch.empty_like(
+                    tensor, device="meta", dtype=dtype, requires_grad=False
+                )
+            found[f"{prefix}.{name}" if prefix else name] = shapes[id(tensor)]
+    return found
 
 
 @contextlib.contextmanager

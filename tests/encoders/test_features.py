@@ -1,6 +1,8 @@
 """The feature space of real architectures: what the head is fed, and which layers stand before
 it."""
 
+import contextlib
+
 import pytest
 import timm
 import torch
@@ -30,6 +32,7 @@ TIMM = {
     "beit_base_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2},
     "botnet26t_256": {},
     "cait_xxs24_224": {"img_size": 32, "depth": 2},
+    "coat_lite_tiny": {},
     "coat_tiny": {},
     "convit_tiny": {"img_size": 32, "depth": 3},
     "convmixer_768_32": {},
@@ -179,6 +182,40 @@ def random_images(model):
     return torch.rand(2, *find_input_size(model), generator=torch.Generator().manual_seed(0))
 
 
+@contextlib.contextmanager
+def unchanged(model, images):
+    """What is done to the model within changes no parameter, buffer, hook, mode or output."""
+
+    def state():
+        tensors = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        modules = [
+            (name, module.training, sorted(vars(module)))
+            for name, module in model.named_modules(remove_duplicate=False)
+        ]
+        hooks = [
+            list(hooks)
+            for module in model.modules()
+            for key, hooks in vars(module).items()
+            if key.endswith("_hooks")
+        ]
+        return [(n, id(t), t.device, t.requires_grad) for n, t in tensors], modules, hooks
+
+    def output():
+        with torch.no_grad():
+            found = model(images)
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+    before, answer = state(), output()
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    assert state() == before
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(output(), answer)
+
+
 def weights_that_reach(model, features):
     """Weight layers whose weight the features depend on, by autograd on the real model."""
     layers = {
@@ -192,9 +229,11 @@ def weights_that_reach(model, features):
     return {n for n in found if not any(part in n for part in OF_POSITIONS)}
 
 
-def penalised(model):
+def penalised(model, **options):
     """Names of the modules whose weights the penalty holds."""
-    names = {layer.name for layer in SpectralPenalty(model).layers}
+    penalty = SpectralPenalty(model, **options)
+    penalty.detach()
+    names = {layer.name for layer in penalty.layers}
     modules = dict(model.named_modules())
     return {n if n in modules else n.rpartition(".")[0] for n in names}
 
@@ -212,7 +251,9 @@ def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_rea
         scale = model.num_features**0.5 if name == "mlp_2000" else 1
         assert torch.equal(heads[0](features) / scale, model(images))
     reaching = weights_that_reach(model, features)
-    assert penalised(model) == reaching
+    with unchanged(model, images):
+        names = penalised(model)
+    assert names == reaching
     assert not [n for n in reaching if n.startswith(head)]
 
 
@@ -228,10 +269,40 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
     if len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear):
         assert torch.equal(model.get_submodule(head[0])(features), model(images).logits)
     reaching = weights_that_reach(model, features)
-    assert penalised(model) == {
-        n for n in reaching if not any(p in n for p in ("continuous_position",))
-    }
+    with unchanged(model, images):
+        names = penalised(model)
+    assert names == {n for n in reaching if "continuous_position" not in n}
     assert not [n for n in reaching if n.startswith(head)]
+
+
+class TwoNames(nn.Module):
+    """One convolution by three names, one weight in two modules, a parametrization and a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3, padding=1)
+        self.again = self.stem
+        self.blocks = nn.ModuleList([self.stem, nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)])
+        self.tied = nn.Conv2d(3, 3, 3, padding=1)
+        self.tied.weight = self.blocks[1].weight
+        self.proj = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+        self.proj.register_forward_hook(lambda module, args, output: 2 * output)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = self.blocks[2](self.blocks[0](x) + self.again(self.blocks[1](self.tied(x))))
+        return self.fc(self.proj(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_penalty_leaves_a_model_alone_in_which_a_module_has_two_names(training):
+    model = TwoNames()
+    images = torch.rand(2, 3, 8, 8)
+    model.train(training)
+    model.blocks[2].eval()
+    with unchanged(model, images):
+        names = penalised(model, head="fc", input_size=(3, 8, 8))
+    assert names == {"stem", "tied", "proj"}
 
 
 def test_features_are_those_that_the_libraries_document():
