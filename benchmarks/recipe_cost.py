@@ -20,8 +20,9 @@ from results import network, record, seconds, spread
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from hf_specreg.data.datasets import build_splits
 from hf_specreg.data.images import collate
-from hf_specreg.training.build import build_images, build_model, build_splits
+from hf_specreg.training.build import build_images, build_model
 from hf_specreg.training.config import (
     CheckpointConfig,
     DataConfig,

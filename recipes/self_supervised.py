@@ -20,6 +20,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from hf_specreg.data.datasets import build_splits
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.side_by_side import check_evaluation, evaluate_side_by_side
 from hf_specreg.training.build import (
@@ -27,7 +28,6 @@ from hf_specreg.training.build import (
     build_encoder,
     build_images,
     build_model,
-    build_splits,
     plain_training_images,
     run_metadata,
 )

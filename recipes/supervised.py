@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
+from hf_specreg.data.datasets import build_splits
 from hf_specreg.training.build import (
     build_accelerator,
     build_encoder,
     build_images,
-    build_splits,
     run_metadata,
 )
 from hf_specreg.training.checkpoints import starting_point

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
-from hf_specreg.data.datasets import ImageSplits
+from hf_specreg.data.datasets import ImageSplits, build_splits
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.side_by_side import check_evaluation, evaluate_side_by_side
 from hf_specreg.training.build import (
@@ -32,7 +32,6 @@ from hf_specreg.training.build import (
     build_encoder,
     build_images,
     build_model,
-    build_splits,
     plain_training_images,
     run_metadata,
 )

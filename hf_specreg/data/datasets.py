@@ -17,8 +17,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict
 from datasets.exceptions import DatasetsError
+
+from hf_specreg.data.labels import (
+    DataError,
+    check_labels,
+    cut_stratified,
+    find_image_column,
+    find_label_column,
+    of_classes,
+    with_class_labels,
+)
 
 DIGITS = "digits"
 SPLIT_NAMES = {
@@ -28,8 +38,44 @@ SPLIT_NAMES = {
 }
 
 
-class DataError(ValueError):
-    """A data set that cannot be used, with what is wrong and what to do."""
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Args:
+        source: "digits" (embedded), a local folder, or a Hub id.
+        configuration: of a data set that has several.
+        revision: branch, tag or commit on the Hub.
+        image_column: default: the one with the Image feature.
+        label_column: default: the one with the ClassLabel feature.
+        validation_fraction: held out of the training split for each of validation and test that is
+            missing.
+        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are
+            tested on the same images.
+        ignore_splits: splits of the source not to use, such as an unlabelled test split.
+        classes: names of the classes to use, the others are left out; default: all.
+        train_samples: use that many of the (once shuffled) training images; the first ones of a
+            stream; default: all.
+        streaming: read from the Hub while training instead of downloading first.
+        in_memory: decode once and keep; default: if it fits into 2 GiB.
+        skip_unreadable: leave out images that cannot be read, instead of stopping.
+        num_workers: processes that load images; 0: the training process.
+    """
+
+    source: str = DIGITS
+    configuration: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    ignore_splits: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    train_samples: int | None = None
+    streaming: bool = False
+    in_memory: bool | None = None
+    skip_unreadable: bool = False
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +104,7 @@ class ImageSplits:
 def load_splits(
     source: str,
     *,
+    configuration: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -71,6 +118,7 @@ def load_splits(
 
     Args:
         source: "digits", a local folder, or a Hub id.
+        configuration: of a data set that has several.
         revision: branch, tag or commit on the Hub.
         image_column: default: the one column with the Image feature.
         label_column: default: the one column with the ClassLabel feature, else "label", "labels" or
@@ -83,21 +131,23 @@ def load_splits(
         streaming: do not download or index the whole set; it must then bring its own splits.
 
     Raises:
-        DataError: missing folder, no or several image or label columns, an empty split, one class
-            only, labels out of range, or no training split.
+        DataError: missing folder, a configuration that is not chosen, no or several image or label
+            columns, an empty split, one class only, labels out of range, or no training split.
     """
     if source == DIGITS:
+        if configuration is not None:
+            raise DataError(f"digits has no configurations, such as {configuration!r}")
         found = DatasetDict(_digits())
     else:
-        found = _load(source, revision, streaming)
+        found = _load(source, configuration, revision, streaming)
     found = {name: split for name, split in found.items() if name not in ignore_splits}
     splits = _named_splits(found, source)
     first = splits["train"]
     features = first.features
     if features is None:
         raise DataError(f"the stream {source} does not state its columns: load it whole")
-    image_column = _image_column(features, image_column, source)
-    label_column = _label_column(features, label_column, source)
+    image_column = find_image_column(features, image_column, source)
+    label_column = find_label_column(features, label_column, source)
     splits = {
         name: split.select_columns([image_column, label_column]).rename_columns(
             {k: v for k, v in ((image_column, "image"), (label_column, "label")) if k != v}
@@ -108,20 +158,50 @@ def load_splits(
         raise DataError("classes cannot be picked from a stream: load it whole")
     if streaming:
         return _streamed_splits(splits, source)
-    splits = _with_class_labels(splits, source)
+    splits = with_class_labels(splits, source)
     splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
     if classes:
-        splits = {name: _of_classes(split, classes, source) for name, split in splits.items()}
+        splits = {name: of_classes(split, classes, source) for name, split in splits.items()}
     label_names = splits["train"].features["label"].names
     for name, split in splits.items():
-        _check(split, name, label_names, source)
+        check_labels(split, name, label_names, source)
     cut = tuple(name for name in ("test", "validation") if name not in splits)
     for name in cut:
-        splits["train"], splits[name] = _cut(splits["train"], validation_fraction, seed, source)
+        splits["train"], splits[name] = cut_stratified(
+            splits["train"], validation_fraction, seed, source
+        )
     fingerprints = {name: split._fingerprint for name, split in splits.items()}
     return ImageSplits(
         **splits, label_names=label_names, source=source, fingerprints=fingerprints, cut=cut
     )
+
+
+def build_splits(config: DataConfig) -> ImageSplits:
+    """Load the splits, the training split cut down to `train_samples`."""
+    splits = load_splits(
+        config.source,
+        configuration=config.configuration,
+        revision=config.revision,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        validation_fraction=config.validation_fraction,
+        seed=config.split_seed,
+        ignore_splits=config.ignore_splits,
+        classes=config.classes,
+        streaming=config.streaming,
+    )
+    if config.train_samples is None:
+        return splits
+    if not config.streaming and config.train_samples > len(splits.train):
+        raise DataError(
+            f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training "
+            "images"
+        )
+    train = splits.train
+    if not config.streaming:
+        train = train.shuffle(seed=config.split_seed)
+    train = train.take(config.train_samples)
+    return ImageSplits(**{**vars(splits), "train": train})
 
 
 def place(source: str) -> str:
@@ -145,7 +225,9 @@ def _digits() -> dict[str, Dataset]:
     return {"train": Dataset.from_dict(rows, features=features)}
 
 
-def _load(source: str, revision: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+def _load(
+    source: str, configuration: str | None, revision: str | None, streaming: bool
+) -> DatasetDict | IterableDatasetDict:
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not any(p.is_file() for p in folder.rglob("*")):
@@ -154,10 +236,15 @@ def _load(source: str, revision: str | None, streaming: bool) -> DatasetDict | I
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"there is no folder {source}")
     try:
-        return datasets.load_dataset(source, revision=revision, streaming=streaming)
+        if configuration is not None:  # load_dataset takes any name where there is no choice
+            names = datasets.get_dataset_config_names(source, revision=revision)
+            if configuration not in names:
+                raise ValueError(f"configuration ({configuration!r}) is none of {names}")
+        return datasets.load_dataset(source, configuration, revision=revision, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
+        choose = "\nName it as configuration" if "Config name is missing" in str(error) else ""
         raise DataError(
-            f"{source!r} cannot be loaded as a folder or from the Hub: {error}"
+            f"{source!r} cannot be loaded as a folder or from the Hub: {error}{choose}"
         ) from error
 
 
@@ -170,41 +257,6 @@ def _named_splits(found: Mapping, source: str) -> dict[str, Dataset]:
     if "train" not in splits:
         raise DataError(f"{source} has no training split, only {sorted(found)}")
     return splits
-
-
-def _image_column(features: Features, stated: str | None, source: str) -> str:
-    images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
-    if stated is not None:
-        if stated not in images:
-            raise DataError(
-                f"image_column {stated!r} is no image column of {source}; image columns: {images}"
-            )
-        return stated
-    if len(images) != 1:
-        raise DataError(
-            f"{source} has {len(images) or 'no'} image columns {images} among {sorted(features)}: "
-            "name one as image_column"
-        )
-    return images[0]
-
-
-def _label_column(features: Features, stated: str | None, source: str) -> str:
-    if stated is not None:
-        if stated not in features:
-            raise DataError(
-                f"label_column {stated!r} is no column of {source}; columns: {sorted(features)}"
-            )
-        return stated
-    labels = [n for n, f in features.items() if isinstance(f, ClassLabel)]
-    if not labels:
-        plain = ("label", "labels", "fine_label")
-        labels = [n for n in plain if n in features and isinstance(features[n], Value)][:1]
-    if len(labels) != 1:
-        raise DataError(
-            f"{source} has {len(labels) or 'no'} label columns {labels} among {sorted(features)}: "
-            "name one as label_column"
-        )
-    return labels[0]
 
 
 def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -> ImageSplits:
@@ -232,73 +284,3 @@ def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -
                 "split, name it in ignore_splits"
             )
     return ImageSplits(**splits, label_names=label.names, source=source, fingerprints={})
-
-
-def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
-    """Give plain labels the classes of the training split, the same in every split."""
-    if isinstance(splits["train"].features["label"], ClassLabel):
-        return splits
-    values = splits["train"].unique("label")
-    if not all(isinstance(v, int | str) for v in values):
-        raise DataError(
-            f"the labels of {source} must be integers or names, but are such as {values[:3]}"
-        )
-    values = sorted(values)
-    places = {value: place for place, value in enumerate(values)}
-    names = ClassLabel(names=[str(v) for v in values])
-    encoded = {}
-    for name, split in splits.items():
-        unknown = set(split.unique("label")) - set(values)
-        if unknown:
-            raise DataError(
-                f"split {name!r} of {source} has labels that the training split lacks: "
-                f"{sorted(unknown)[:3]}"
-            )
-        labels = [places[v] for v in split["label"][:]]
-        split = split.remove_columns("label").add_column("label", labels)
-        encoded[name] = split.cast_column("label", names)
-    return encoded
-
-
-def _of_classes(split: Dataset, classes: Sequence[str], source: str) -> Dataset:
-    """The rows of these classes, labelled anew."""
-    names = split.features["label"].names
-    unknown = sorted(set(classes) - set(names))
-    if unknown or len(set(classes)) < len(classes):
-        raise DataError(f"classes {list(classes)} must be different ones of {source}: {names}")
-    new = {names.index(name): label for label, name in enumerate(classes)}
-    labels = split["label"][:]
-    split = split.select([i for i, label in enumerate(labels) if label in new])
-    kept = [new[label] for label in split["label"][:]]
-    feature = ClassLabel(names=list(classes))
-    return split.remove_columns("label").add_column("label", kept).cast_column("label", feature)
-
-
-def _cut(train: Dataset, fraction: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    if not 0 < fraction < 1:
-        raise DataError(f"validation_fraction ({fraction}) must lie between 0 and 1")
-    try:
-        cut = train.train_test_split(fraction, seed=seed, stratify_by_column="label")
-    except ValueError as error:
-        raise DataError(
-            f"cannot hold out {fraction:.0%} of the {len(train)} training images of {source}: "
-            f"{error}"
-        ) from error
-    return cut["train"], cut["test"]
-
-
-def _check(split: Dataset, name: str, label_names: list[str], source: str) -> None:
-    if len(split) == 0:
-        raise DataError(f"split {name!r} of {source} is empty")
-    labels = np.asarray([-1 if label is None else label for label in split["label"]])
-    if labels.min() < 0 or labels.max() >= len(label_names):
-        wrong = labels[(labels < 0) | (labels >= len(label_names))]
-        raise DataError(
-            f"split {name!r} of {source} has {len(wrong)} labels out of range 0 to "
-            f"{len(label_names) - 1}, such as {wrong[0]}; to do without that split, name it in "
-            "ignore_splits"
-        )
-    if name == "train" and len(np.unique(labels)) < 2:
-        raise DataError(
-            f"the training split of {source} has one class only, {label_names[labels[0]]!r}"
-        )

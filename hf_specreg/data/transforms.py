@@ -8,13 +8,37 @@ index) alone, so that a resumed run, or one with other workers or ranks, sees th
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+
+VIEWS = ("simclr", "byol", "vicreg")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are varied.
+
+    Args:
+        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; "timm",
+            `timm.data.create_transform`; or two views of each image for self-supervision, by
+            lightly's transforms "simclr", "byol" or "vicreg".
+        options: of timm's or lightly's transform.
+        mixup: alpha of timm's mixup; 0: off.
+        cutmix: alpha of timm's cutmix; 0: off.
+        label_smoothing: in [0, 1).
+    """
+
+    kind: Literal["none", "crop_flip", "timm", "simclr", "byol", "vicreg"] = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:

@@ -63,6 +63,7 @@ LARGEST_MATRIX = 2**22  # numbers, whose exact singular values are a matter of s
 CHECK_IMAGES = 256  # to see that model and data belong together
 # What a run's configuration calls the arguments of load_splits.
 DATA_SETTINGS = {
+    "configuration": "configuration",
     "revision": "revision",
     "image_column": "image_column",
     "label_column": "label_column",
@@ -71,7 +72,7 @@ DATA_SETTINGS = {
     "validation_fraction": "validation_fraction",
     "split_seed": "seed",
 }
-CUT_BY = ("revision", "ignore_splits", "classes", "validation_fraction", "seed")
+CUT_BY = ("configuration", "revision", "ignore_splits", "classes", "validation_fraction", "seed")
 
 
 def evaluate_robustness(

@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoConfig
 
-from hf_specreg.data.datasets import DataError, ImageSplits, load_splits, place
+from hf_specreg.data.datasets import ImageSplits, place
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate
 from hf_specreg.data.transforms import (
+    VIEWS,
     derived_seed,
     evaluation_transform,
     training_transform,
@@ -27,7 +28,7 @@ from hf_specreg.data.transforms import (
 )
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.training.config import VIEWS, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from hf_specreg.training.config import ModelConfig, OptimizerConfig, RunConfig
 from hf_specreg.training.distributed import averages_gradients
 from hf_specreg.training.interruption import ignore_sigterm
 from hf_specreg.training.metrics import installed_trackers
@@ -38,33 +39,6 @@ logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 MALLOC_SETTINGS = ("TRIM_THRESHOLD", "TOP_PAD", "MMAP_THRESHOLD", "MMAP_MAX")
 LIBRARIES = ("torch", "timm", "transformers", "datasets", "accelerate", "hf-specreg")
-
-
-def build_splits(config: DataConfig) -> ImageSplits:
-    """Load the splits, the training split cut down to `train_samples`."""
-    splits = load_splits(
-        config.source,
-        revision=config.revision,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        validation_fraction=config.validation_fraction,
-        seed=config.split_seed,
-        ignore_splits=config.ignore_splits,
-        classes=config.classes,
-        streaming=config.streaming,
-    )
-    if config.train_samples is None:
-        return splits
-    if not config.streaming and config.train_samples > len(splits.train):
-        raise DataError(
-            f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training "
-            "images"
-        )
-    train = splits.train
-    if not config.streaming:
-        train = train.shuffle(seed=config.split_seed)
-    train = train.take(config.train_samples)
-    return ImageSplits(**{**vars(splits), "train": train})
 
 
 def build_encoder(config: RunConfig, label_names: Sequence[str]) -> SpecRegModel:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from timm.optim import get_optimizer_info
 
+from hf_specreg.data.datasets import DataConfig
+from hf_specreg.data.transforms import VIEWS, AugmentConfig
 from hf_specreg.training.regularizers import (
     BURN_INS,
     PenaltyConfig,
@@ -19,7 +21,6 @@ from hf_specreg.training.regularizers import (
 )
 
 SCHEDULES = ("none", "cosine", "tanh", "poly", "step", "multistep")
-VIEWS = ("simclr", "byol", "vicreg")
 # What a run that is resumed may change: it has no part in the weights.
 MAY_CHANGE = (
     "output_dir",
@@ -34,65 +35,6 @@ MAY_CHANGE = (
     "probe.",
     "report.",
 )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images.
-
-    Args:
-        source: "digits" (embedded), a local folder, or a Hub id.
-        revision: branch, tag or commit on the Hub.
-        image_column: default: the one with the Image feature.
-        label_column: default: the one with the ClassLabel feature.
-        validation_fraction: held out of the training split for each of validation and test that is
-            missing.
-        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are
-            tested on the same images.
-        ignore_splits: splits of the source not to use, such as an unlabelled test split.
-        classes: names of the classes to use, the others are left out; default: all.
-        train_samples: use that many of the (once shuffled) training images; the first ones of a
-            stream; default: all.
-        streaming: read from the Hub while training instead of downloading first.
-        in_memory: decode once and keep; default: if it fits into 2 GiB.
-        skip_unreadable: leave out images that cannot be read, instead of stopping.
-        num_workers: processes that load images; 0: the training process.
-    """
-
-    source: str = "digits"
-    revision: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    validation_fraction: float = 0.1
-    split_seed: int = 0
-    ignore_splits: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    train_samples: int | None = None
-    streaming: bool = False
-    in_memory: bool | None = None
-    skip_unreadable: bool = False
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How training images are varied.
-
-    Args:
-        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; "timm",
-            `timm.data.create_transform`; or two views of each image for self-supervision, by
-            lightly's transforms "simclr", "byol" or "vicreg".
-        options: of timm's or lightly's transform.
-        mixup: alpha of timm's mixup; 0: off.
-        cutmix: alpha of timm's cutmix; 0: off.
-        label_smoothing: in [0, 1).
-    """
-
-    kind: Literal["none", "crop_flip", "timm", "simclr", "byol", "vicreg"] = "none"
-    options: dict[str, Any] = field(default_factory=dict)
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_specreg.data import images as images_module
-from hf_specreg.data.datasets import DataError, load_splits, place
+from hf_specreg.data.datasets import DataConfig, DataError, build_splits, load_splits, place
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate, decode
 from hf_specreg.data.transforms import (
     crop_and_flip,
@@ -126,6 +126,39 @@ def test_plain_labels_have_the_same_classes_in_every_split(tmp_path):
     folder = save_parquet(tmp_path / "other", train=train, test=table([5, 2], features=features))
     with pytest.raises(DataError, match=r"'test' .* labels that the training split lacks: \[5\]"):
         load_splits(folder)
+
+
+@pytest.fixture
+def two_configurations(tmp_path):
+    """One data set in two resolutions, as its README declares."""
+    for name, side in (("large", 8), ("small", 4)):
+        pictures = [random_picture(i, (side, side)) for i in range(16)]
+        save_parquet(tmp_path / "set" / name, train=table([0, 1] * 8, pictures))
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: large, data_files: large/data/*}\n"
+        "- {config_name: small, data_files: small/data/*}\n---\n"
+    )
+    return str(tmp_path / "set")
+
+
+def test_one_of_several_configurations_is_loaded_by_its_name(two_configurations):
+    for name, side in (("large", 8), ("small", 4)):
+        config = DataConfig(two_configurations, configuration=name, validation_fraction=0.2)
+        assert build_splits(config).train[0]["image"].size == (side, side)
+
+
+def test_a_configuration_that_must_be_chosen_is_an_error_that_lists_them(
+    two_configurations, class_folders
+):
+    with pytest.raises(DataError, match=r"\['large', 'small'\](.|\n)*Name it as configuration"):
+        load_splits(two_configurations)
+    with pytest.raises(DataError, match=r"\('tiny'\) is none of \['large', 'small'\]"):
+        load_splits(two_configurations, configuration="tiny")
+    with pytest.raises(DataError, match=r"\('tiny'\) is none of \['default'\]"):
+        load_splits(str(class_folders), configuration="tiny")
+    with pytest.raises(DataError, match="digits has no configurations, such as 'tiny'"):
+        load_splits("digits", configuration="tiny")
 
 
 def test_an_unlabelled_split_is_named_and_can_be_ignored(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_specreg.data.datasets import DataError
+from hf_specreg.data.datasets import DataError, build_splits
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training import checkpoints
-from hf_specreg.training.build import build_images, build_model, build_splits, run_metadata
+from hf_specreg.training.build import build_images, build_model, run_metadata
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import (
     AugmentConfig,

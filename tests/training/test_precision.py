@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import hf_specreg.encoders.small  # noqa: F401  registers resnet20_cifar
 from hf_specreg import SpectralPenalty
-from hf_specreg.training.build import build_images, build_model, build_splits
+from hf_specreg.data.datasets import build_splits
+from hf_specreg.training.build import build_images, build_model
 from hf_specreg.training.config import (
     CheckpointConfig,
     DataConfig,
