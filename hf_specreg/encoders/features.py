@@ -107,9 +107,11 @@ def find_input_size(model: nn.Module) -> tuple[int, int, int]:
     if (wrapped := _wrapped(model)) is not None:
         return find_input_size(wrapped)
     inner = getattr(model, "timm_model", None)
-    if inner is not None:
-        return find_input_size(inner)
     cfg = getattr(model, "pretrained_cfg", None)
+    if inner is not None:  # what was saved, not the default of the architecture
+        saved = getattr(model.config, "pretrained_cfg", None) or {}
+        size = saved.get("input_size") or inner.pretrained_cfg.get("input_size")
+        model, cfg = inner, {**inner.pretrained_cfg, "input_size": size}
     if cfg and cfg.get("input_size"):
         channels, *size = cfg["input_size"]
         first = getattr(_first_convolution(model, cfg.get("first_conv")), "in_channels", channels)

@@ -15,6 +15,7 @@ from hf_specreg.encoders.features import (
     find_input_size,
     headless_output,
 )
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.penalty import SpectralPenalty
 
@@ -409,3 +410,12 @@ def test_input_size_is_that_of_the_model_as_it_was_made():
     assert find_input_size(transformers_model("ResNetConfig")) == (3, 224, 224)
     hiera = transformers_model("HieraConfig")
     assert find_input_size(hiera) == (3, 64, 64)
+
+
+def test_input_size_behind_transformers_is_that_of_the_saved_configuration(tmp_path):
+    SpecRegModel.from_timm("resnet18", num_classes=2, input_size=(3, 32, 32)).save_pretrained(
+        tmp_path
+    )
+    stock = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert stock.timm_model.pretrained_cfg["input_size"] == (3, 224, 224)
+    assert find_input_size(stock) == (3, 32, 32)
