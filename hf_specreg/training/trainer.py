@@ -5,6 +5,8 @@
 With k micro-batches an optimizer step the penalty enters the last of them, whole. The Trainer
 divides losses by k unless the model or `compute_loss_func` has scaled them itself; where it does,
 the penalty is multiplied by k before.
+
+A SpecRegModel, which maps images in [0, 1] to logits, is trained by cross-entropy.
 """
 
 import logging
@@ -13,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.download import RUN_FILE
+from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE
 from hf_specreg.encoders.features import unwrap
 from hf_specreg.encoders.formats import write_json
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.distributed import averages_gradients
 
@@ -37,12 +41,15 @@ class SpecRegTrainer(Trainer):
     """`transformers.Trainer` with strength * sum of sigma^2 up to the features added to the loss.
 
     Takes what Trainer takes, and saves what Trainer saves: `from_pretrained` of the model's class,
-    AutoModelForImageClassification and SpecRegModel load it. Checkpoints hold the penalty's step
-    and vectors, so that a resumed run goes on as if it had not stopped. The penalty is logged
-    beside the loss, which contains it.
+    AutoModelForImageClassification and SpecRegModel load it. It takes a SpecRegModel too, whose
+    "pixel_values" are in [0, 1], and saves what its `save_pretrained` does. Checkpoints hold the
+    penalty's step and vectors, so that a resumed run goes on as if it had not stopped. The penalty
+    is logged beside the loss, which contains it.
 
     Args:
-        args: of Trainer.
+        model: a transformers model or a SpecRegModel; of a timm network make one by
+            `SpecRegModel.from_timm`.
+        args: of Trainer, after its model.
         penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
             steps), scope and input_size.
         kwargs: of Trainer.
@@ -51,12 +58,20 @@ class SpecRegTrainer(Trainer):
         penalty: the SpectralPenalty on the model that is trained.
 
     Raises:
-        ValueError: the model's head or input size is not known, see `SpectralPenalty`; or weights
-            will be sharded in a way that hides them, by FSDP1 or DeepSpeed's ZeRO-3.
+        ValueError: the model's head or input size is not known, see `SpectralPenalty`; it is a
+            timm network; or weights will be sharded in a way that hides them, by FSDP1 or
+            DeepSpeed's ZeRO-3.
     """
 
-    def __init__(self, *args: Any, penalty: Mapping[str, Any] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *args: Any,
+        penalty: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self._own_loss = kwargs.get("compute_loss_func") is not None
+        super().__init__(self._as_trainer_takes_it(model), *args, **kwargs)
         self._settings = dict(penalty or {})
         self._penalty: SpectralPenalty | None = None
         self._penalized: nn.Module | None = None
@@ -65,14 +80,34 @@ class SpecRegTrainer(Trainer):
             self.penalty  # noqa: B018  its errors come before any compute is spent
         self.add_callback(_FromTheStart(self))
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model of `model_init`, as Trainer takes it."""
+        return self._as_trainer_takes_it(super().call_model_init(trial))
+
+    def _as_trainer_takes_it(self, model: nn.Module | None) -> nn.Module | None:
+        if isinstance(model, SpecRegModel):
+            return _Classifier(model)
+        if hasattr(model, "pretrained_cfg") and not self._own_loss:
+            raise ValueError(
+                f"Trainer calls its model with pixel_values and labels, which timm's "
+                f"{type(model).__name__} does not take: make a SpecRegModel with "
+                "SpecRegModel.from_timm(name, ...), whose images are in [0, 1]"
+            )
+        return model
+
+    @property
+    def _trained(self) -> nn.Module:
+        """What the user gave."""
+        return self.model.model if isinstance(self.model, _Classifier) else self.model
+
     @property
     def penalty(self) -> SpectralPenalty:
         """On the model that is trained; `model_init` makes a new one for each trial."""
-        network = unwrap(self.model)
+        network = unwrap(self._trained)
         if self._penalty is None or self._penalized is not network:
-            _check_shards(self.accelerator)
+            _check_shards(self.accelerator, ours=isinstance(self.model, _Classifier))
             shared = {"shared": averages_gradients(self.accelerator)}
-            self._penalty = SpectralPenalty(network, **shared | self._settings)
+            self._penalty = SpectralPenalty(self._trained, **shared | self._settings)
             self._penalized = network
         return self._penalty
 
@@ -108,8 +143,12 @@ class SpecRegTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        ours = isinstance(self.model, _Classifier)
+        super()._save(output_dir, {} if ours else state_dict)
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if ours:
+                self._trained.save_pretrained(folder)
             penalty = self.penalty
             settings = {
                 "strength": penalty.strength,
@@ -121,13 +160,19 @@ class SpecRegTrainer(Trainer):
             }
             config = {"penalty": settings, "seed": self.args.seed}
             metadata = {"config": config, "step": self.state.global_step}
-            write_json(Path(output_dir or self.args.output_dir) / RUN_FILE, metadata)
+            write_json(folder / RUN_FILE, metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, _Classifier):
+            _load_network(unwrap(self._trained), Path(resume_from_checkpoint))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if isinstance(self.model, _Classifier):
+            _load_network(unwrap(self._trained), Path(self.state.best_model_checkpoint))
+            return
         super()._load_best_model()
         if self.state.best_model_checkpoint:
             self._load_renamed(self.state.best_model_checkpoint)
@@ -143,8 +188,7 @@ class SpecRegTrainer(Trainer):
             return
         names = _stored_names(Path(folder))
         if names - set(network.state_dict()):
-            found = type(network).from_pretrained(folder, dtype=network.dtype)
-            network.load_state_dict(found.state_dict())
+            _load_network(network, Path(folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -180,9 +224,37 @@ class _FromTheStart(TrainerCallback):
         self.trainer._last = torch.zeros(())
 
 
-def _check_shards(accelerator: Accelerator) -> None:
-    """Raise ValueError if weights are sharded otherwise than by FSDP2."""
+class _Classifier(nn.Module):
+    """A SpecRegModel as Trainer calls models: by keywords, for the loss and the logits."""
+
+    def __init__(self, model: SpecRegModel):
+        super().__init__()
+        if not model.head:
+            raise ValueError("the SpecRegModel has no head to train: load it with num_classes")
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.model(pixel_values)
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits.float(), labels)}
+        return {**loss, "logits": logits}
+
+
+def _load_network(network: nn.Module, folder: Path) -> None:
+    """Load all weights of a timm or transformers network from what its library saved."""
+    if isinstance(network, PreTrainedModel):
+        found = type(network).from_pretrained(folder, dtype=network.dtype)
+        network.load_state_dict(found.state_dict())
+    else:
+        load_model(network, folder / WEIGHTS_FILE)
+
+
+def _check_shards(accelerator: Accelerator, *, ours: bool = False) -> None:
+    """Raise ValueError if weights are sharded otherwise than by FSDP2, or those of a SpecRegModel
+    at all, which saves whole ones.
+    """
     kind = accelerator.distributed_type
+    if ours and kind == DistributedType.FSDP:
+        raise ValueError("a SpecRegModel is not saved from shards: train its .network under FSDP")
     fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
     deepspeed = kind == DistributedType.DEEPSPEED
     if fsdp1 or (deepspeed and accelerator.deepspeed_plugin.zero_stage == 3):

@@ -1,5 +1,6 @@
 """SpecRegTrainer: Trainer's results plus the penalty's gradient, under accumulation and resume."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +28,16 @@ from hf_specreg.hub.encoder import Encoder
 from hf_specreg.training.trainer import _check_shards
 
 
+@functools.cache
+def training_images():
+    transform = evaluation_transform((1, 8, 8))
+    rows = load_splits("digits").train.take(64)
+    return LabelledImages(rows, input_size=(1, 8, 8), evaluate=transform)
+
+
 class Digits(Dataset):
     def __init__(self, count=64):
-        splits = load_splits("digits")
-        transform = evaluation_transform((1, 8, 8))
-        self.images = LabelledImages(splits.train, input_size=(1, 8, 8), evaluate=transform)
+        self.images = training_images()
         self.count = count
 
     def __len__(self):
@@ -212,6 +218,12 @@ def test_shards_that_do_not_are_taken(kind, state):
     _check_shards(SimpleNamespace(distributed_type=DistributedType(kind), **state))
 
 
+def test_a_spec_reg_model_is_not_trained_in_shards():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    with pytest.raises(ValueError, match=r"train its \.network under FSDP"):
+        _check_shards(accelerator, ours=True)
+
+
 def test_the_penalty_of_a_frozen_encoder_is_logged(tmp_path):
     model = vit()
     model.vit.requires_grad_(False)
@@ -277,6 +289,49 @@ def test_burn_in_and_every_count_optimizer_steps(tmp_path):
     penalties = [line["penalty"] for line in trainer.state.log_history if "loss" in line]
     assert penalties[:2] == [0, 0]
     assert all(p > 0 for p in penalties[2:])
+
+
+def of_timm():
+    torch.manual_seed(0)
+    return SpecRegModel.from_timm("resnet10t", num_classes=10, input_size=(1, 8, 8))
+
+
+def of_transformers():
+    return SpecRegModel.from_transformers(vit().config, label_names=[f"no {n}" for n in range(10)])
+
+
+@pytest.mark.parametrize("make", [of_timm, of_transformers])
+def test_a_spec_reg_model_is_trained_saved_and_resumed(tmp_path, make):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+    before = make()
+    trainer = trained(tmp_path / "run", make(), **settings)
+    assert trainer.penalty.input_size == (1, 8, 8)
+    assert trainer.state.log_history[0]["penalty"] > 0
+    predicted = trainer.predict(Digits(8))
+    assert predicted.predictions.shape == (8, 10)
+    images = torch.stack([Digits(8)[i]["pixel_values"] for i in range(8)])
+    saved = SpecRegModel.from_pretrained(tmp_path / "run/checkpoint-4").eval()
+    expected = torch.as_tensor(predicted.predictions)
+    torch.testing.assert_close(saved(images), expected, rtol=1e-5, atol=1e-5)
+    assert saved.label_names == before.label_names
+    assert saved.metadata["config"]["penalty"]["strength"] == 0.05
+    again = SpecRegTrainer(
+        make(),
+        arguments(tmp_path / "run", **settings),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05},
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_what_a_timm_network_lacks_is_said_before_training(tmp_path):
+    network = of_timm().network
+    with pytest.raises(ValueError, match=r"timm's ResNet does not take.*SpecRegModel.from_timm"):
+        SpecRegTrainer(network, arguments(tmp_path))
+    with pytest.raises(ValueError, match="has no head to train: load it with num_classes"):
+        SpecRegTrainer(SpecRegModel.from_timm("resnet10t", num_classes=0), arguments(tmp_path))
 
 
 def test_a_model_whose_head_is_not_known_is_an_error_before_training(tmp_path):
