@@ -11,6 +11,7 @@ The columns are found by their feature type, Image and ClassLabel. A held-out sp
 is cut from the training split: stratified, and the same for the same seed.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,43 +138,16 @@ def load_splits(
     if source == DIGITS:
         if configuration is not None:
             raise DataError(f"digits has no configurations, such as {configuration!r}")
-        found = DatasetDict(_digits())
+        found = DatasetDict(train=_digits())
     else:
         found = _load(source, configuration, revision, streaming)
     found = {name: split for name, split in found.items() if name not in ignore_splits}
-    splits = _named_splits(found, source)
-    first = splits["train"]
-    features = first.features
-    if features is None:
-        raise DataError(f"the stream {source} does not state its columns: load it whole")
-    image_column = find_image_column(features, image_column, source)
-    label_column = find_label_column(features, label_column, source)
-    splits = {
-        name: split.select_columns([image_column, label_column]).rename_columns(
-            {k: v for k, v in ((image_column, "image"), (label_column, "label")) if k != v}
-        )
-        for name, split in splits.items()
-    }
-    if streaming and classes:
-        raise DataError("classes cannot be picked from a stream: load it whole")
-    if streaming:
-        return _streamed_splits(splits, source)
-    splits = with_class_labels(splits, source)
-    splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
+    splits = _with_columns(_named_splits(found, source), image_column, label_column, source)
+    if not streaming:
+        return _whole_splits(splits, source, classes, validation_fraction, seed)
     if classes:
-        splits = {name: of_classes(split, classes, source) for name, split in splits.items()}
-    label_names = splits["train"].features["label"].names
-    for name, split in splits.items():
-        check_labels(split, name, label_names, source)
-    cut = tuple(name for name in ("test", "validation") if name not in splits)
-    for name in cut:
-        splits["train"], splits[name] = cut_stratified(
-            splits["train"], validation_fraction, seed, source
-        )
-    fingerprints = {name: split._fingerprint for name, split in splits.items()}
-    return ImageSplits(
-        **splits, label_names=label_names, source=source, fingerprints=fingerprints, cut=cut
-    )
+        raise DataError("classes cannot be picked from a stream: load it whole")
+    return _streamed_splits(splits, source)
 
 
 def build_splits(config: DataConfig) -> ImageSplits:
@@ -212,7 +186,8 @@ def place(source: str) -> str:
     return f"./{source}" if folder and Path(source).is_dir() else source
 
 
-def _digits() -> dict[str, Dataset]:
+@functools.cache
+def _digits() -> Dataset:
     """The embedded digits, 0 to 16 scaled to 0 to 255, as one split; the cut makes the others."""
     from sklearn.datasets import load_digits
 
@@ -222,7 +197,7 @@ def _digits() -> dict[str, Dataset]:
         {"image": datasets.Image(), "label": ClassLabel(names=[str(n) for n in range(10)])}
     )
     rows = {"image": list(images), "label": bunch.target.tolist()}
-    return {"train": Dataset.from_dict(rows, features=features)}
+    return Dataset.from_dict(rows, features=features)
 
 
 def _load(
@@ -257,6 +232,42 @@ def _named_splits(found: Mapping, source: str) -> dict[str, Dataset]:
     if "train" not in splits:
         raise DataError(f"{source} has no training split, only {sorted(found)}")
     return splits
+
+
+def _with_columns(
+    splits: dict[str, Dataset], image_column: str | None, label_column: str | None, source: str
+) -> dict[str, Dataset]:
+    """The splits with the columns "image" and "label" alone."""
+    features = splits["train"].features
+    if features is None:
+        raise DataError(f"the stream {source} does not state its columns: load it whole")
+    image_column = find_image_column(features, image_column, source)
+    label_column = find_label_column(features, label_column, source)
+    renamed = {k: v for k, v in ((image_column, "image"), (label_column, "label")) if k != v}
+    return {
+        name: split.select_columns([image_column, label_column]).rename_columns(renamed)
+        for name, split in splits.items()
+    }
+
+
+def _whole_splits(
+    splits: dict[str, Dataset], source: str, classes: Sequence[str], fraction: float, seed: int
+) -> ImageSplits:
+    """Checked splits of the classes; those that are missing are cut from the training split."""
+    splits = with_class_labels(splits, source)
+    splits = {name: split.add_column("row", range(len(split))) for name, split in splits.items()}
+    if classes:
+        splits = {name: of_classes(split, classes, source) for name, split in splits.items()}
+    label_names = splits["train"].features["label"].names
+    for name, split in splits.items():
+        check_labels(split, name, label_names, source)
+    cut = tuple(name for name in ("test", "validation") if name not in splits)
+    for name in cut:
+        splits["train"], splits[name] = cut_stratified(splits["train"], fraction, seed, source)
+    fingerprints = {name: split._fingerprint for name, split in splits.items()}
+    return ImageSplits(
+        **splits, label_names=label_names, source=source, fingerprints=fingerprints, cut=cut
+    )
 
 
 def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -> ImageSplits:

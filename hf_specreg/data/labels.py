@@ -2,11 +2,15 @@
 some of each class out.
 """
 
+import math
 from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 
 
 class DataError(ValueError):
@@ -59,6 +63,15 @@ def find_label_column(features: Features, stated: str | None, source: str) -> st
     return labels[0]
 
 
+def label_array(split: Dataset) -> np.ndarray:
+    """Return the integer labels of all rows at once, [N]; -1 where there is none."""
+    return _column(split).fill_null(-1).to_numpy()
+
+
+def _column(split: Dataset) -> pa.ChunkedArray:
+    return split.select_columns(["label"]).with_format("arrow")[:]["label"]
+
+
 def with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
     """Give plain labels the classes of the training split, the same in every split."""
     if isinstance(splits["train"].features["label"], ClassLabel):
@@ -69,7 +82,6 @@ def with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Data
             f"the labels of {source} must be integers or names, but are such as {values[:3]}"
         )
     values = sorted(values)
-    places = {value: place for place, value in enumerate(values)}
     names = ClassLabel(names=[str(v) for v in values])
     encoded = {}
     for name, split in splits.items():
@@ -79,51 +91,66 @@ def with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Data
                 f"split {name!r} of {source} has labels that the training split lacks: "
                 f"{sorted(unknown)[:3]}"
             )
-        labels = [places[v] for v in split["label"][:]]
-        split = split.remove_columns("label").add_column("label", labels)
-        encoded[name] = split.cast_column("label", names)
+        column = _column(split)
+        places = pc.index_in(column, value_set=pa.array(values, column.type))
+        split = split.remove_columns("label")
+        encoded[name] = split.add_column("label", places.to_numpy(), feature=names)
     return encoded
 
 
 def of_classes(split: Dataset, classes: Sequence[str], source: str) -> Dataset:
-    """The rows of these classes, labelled anew."""
+    """Return the rows of these classes, labelled anew.
+
+    Raises:
+        DataError: a class that there is not, or one twice.
+    """
     names = split.features["label"].names
     unknown = sorted(set(classes) - set(names))
     if unknown or len(set(classes)) < len(classes):
         raise DataError(f"classes {list(classes)} must be different ones of {source}: {names}")
-    new = {names.index(name): label for label, name in enumerate(classes)}
-    labels = split["label"][:]
-    split = split.select([i for i, label in enumerate(labels) if label in new])
-    kept = [new[label] for label in split["label"][:]]
+    new = np.full(len(names) + 1, -1)  # the last is for labels out of range
+    new[[names.index(name) for name in classes]] = range(len(classes))
+    labels = label_array(split)
+    labels = new[np.where((labels >= 0) & (labels < len(names)), labels, -1)]
     feature = ClassLabel(names=list(classes))
-    return split.remove_columns("label").add_column("label", kept).cast_column("label", feature)
+    split = split.remove_columns("label").add_column("label", labels, feature=feature)
+    return split.select(np.flatnonzero(labels >= 0))
 
 
 def cut_stratified(
     train: Dataset, fraction: float, seed: int, source: str
 ) -> tuple[Dataset, Dataset]:
-    """Return the training split without a fraction of each class, and that fraction.
+    """Return the training split without a fraction of each class, and that fraction: the rows of
+    `Dataset.train_test_split`, which reads the labels row by row.
 
     Raises:
         DataError: the fraction is none, or leaves too few of a class.
     """
     if not 0 < fraction < 1:
         raise DataError(f"validation_fraction ({fraction}) must lie between 0 and 1")
+    labels, held_out = label_array(train), math.ceil(fraction * len(train))
+    cuts = stratified_shuffle_split_generate_indices(
+        labels, len(train) - held_out, held_out, rng=np.random.default_rng(seed)
+    )
     try:
-        cut = train.train_test_split(fraction, seed=seed, stratify_by_column="label")
+        found, counts = np.unique(labels, return_counts=True)
+        if counts.min() < 2:
+            alone = train.features["label"].int2str(int(found[counts.argmin()]))
+            raise ValueError(f"there is only one of class {alone!r}")
+        kept, cut = next(cuts)
     except ValueError as error:
         raise DataError(
             f"cannot hold out {fraction:.0%} of the {len(train)} training images of {source}: "
             f"{error}"
         ) from error
-    return cut["train"], cut["test"]
+    return train.select(kept), train.select(cut)
 
 
 def check_labels(split: Dataset, name: str, label_names: list[str], source: str) -> None:
     """Raise DataError for a split without rows, with labels out of range, or to train one class."""
     if len(split) == 0:
         raise DataError(f"split {name!r} of {source} is empty")
-    labels = np.asarray([-1 if label is None else label for label in split["label"]])
+    labels = label_array(split)
     if labels.min() < 0 or labels.max() >= len(label_names):
         wrong = labels[(labels < 0) | (labels >= len(label_names))]
         raise DataError(

@@ -12,6 +12,7 @@ from PIL import Image
 from hf_specreg.data import images as images_module
 from hf_specreg.data.datasets import DataConfig, DataError, build_splits, load_splits, place
 from hf_specreg.data.images import LabelledImages, StreamedImages, collate, decode
+from hf_specreg.data.labels import check_labels, cut_stratified, of_classes, with_class_labels
 from hf_specreg.data.transforms import (
     crop_and_flip,
     evaluation_transform,
@@ -75,6 +76,44 @@ def test_digits_are_embedded_real_and_cut_the_same_way_every_time():
     assert images.dtype == torch.uint8
     assert torch.equal(images[0], images[1])
     assert images.max() == 255
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_the_cut_holds_out_the_rows_of_datasets_own(seed, fraction):
+    rows = labels_only(np.random.default_rng(seed).integers(0, 5, 333))
+    expected = rows.train_test_split(fraction, seed=seed, stratify_by_column="label")
+    kept, cut = cut_stratified(rows, fraction, seed, "rows")
+    assert kept["row"][:] == expected["train"]["row"][:]
+    assert cut["row"][:] == expected["test"]["row"][:]
+    again, of_rest = (
+        cut_stratified(kept, fraction, seed, "rows"),
+        expected["train"].train_test_split(fraction, seed=seed, stratify_by_column="label"),
+    )
+    assert again[1]["row"][:] == of_rest["test"]["row"][:]
+
+
+def labels_only(labels):
+    features = {"label": datasets.ClassLabel(num_classes=5), "row": datasets.Value("int64")}
+    columns = {"label": labels, "row": range(len(labels))}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def test_cuts_and_checks_of_labels_read_no_row(monkeypatch):
+    rows = labels_only([0, 1, 2, 3, 4] * 400)
+    monkeypatch.setattr(datasets.Dataset, "__iter__", lambda self: pytest.fail("row by row"))
+    check_labels(rows, "train", rows.features["label"].names, "rows")
+    kept, cut = cut_stratified(of_classes(rows, ["3", "1"], "rows"), 0.1, 0, "rows")
+    plain = {"train": kept.cast_column("label", datasets.Value("int64"))}
+    assert with_class_labels(plain, "rows")["train"].features["label"].names == ["0", "1"]
+    assert (len(kept), len(cut)) == (720, 80)
+
+
+def test_a_class_with_one_image_cannot_be_cut():
+    with pytest.raises(
+        DataError, match=r"hold out 10% of the 5 .*: there is only one of class '1'"
+    ):
+        cut_stratified(labels_only([0, 0, 0, 0, 1]), 0.1, 0, "rows")
 
 
 def test_class_folders_and_parquet_give_their_splits(class_folders, tmp_path):
