@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_specreg import SpectralPenalty
-from hf_specreg.encoders.features import unwrap
+from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.baselines import jacobian_norm
 from hf_specreg.spectral.operators import Convolution, LinearOperator
 

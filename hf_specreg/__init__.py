@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from hf_specreg.training.trainer import SpecRegTrainer
 
 __all__ = [
+    "FeatureSpace",
     "RobustnessReport",
     "SpecRegModel",
     "SpecRegTrainer",

@@ -1,216 +1,148 @@
-"""Where the feature space is: the head of a classifier, what it is fed, and the layers before it.
+"""The feature space of a classifier: its encoder, its head, and the layers on the way.
 
-A classifier is F(x) = W Phi(x) + b. Its features Phi(x) are, here, exactly the tensor that the head
-is fed. The head is found for timm models (by their configuration) and for transformers models (what
-stands beside the base model); of any other module the user names it.
+A classifier is F(x) = W Phi(x) + b. Its features Phi(x) are, here, exactly what the head is fed.
+What is found of a model is found once and passed on as a record.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-HEADED = re.compile(r"For[A-Z]|WithProjection")  # transformers' classes that have a head
-HEAD_NAMES = re.compile(r"classifier|head|score|^fc$")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DistributedDataParallel, torch.compile, peft and SpecRegModel."""
-    while (inner := _wrapped(model)) is not None:
-        model = inner
-    return model
+from hf_specreg.encoders.head import check_head, fed_to, flat, headless_output
+from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.modules import unwrap, without_trainers
+from hf_specreg.encoders.trace import Layer, call, trace_layers
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    """What stands in one wrapper; None if it is none."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return model.module
-    if hasattr(model, "_orig_mod"):
-        return model._orig_mod
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    if isinstance(getattr(model, "network", None), nn.Module) and hasattr(model, "pixel_mean"):
-        return model.network
-    return None
+@dataclass(frozen=True, eq=False)
+class FeatureSpace:
+    """Where a model's features are: made once, by `FeatureSpace.of`, and passed on.
 
+        space = FeatureSpace.of(timm.create_model("resnet18"))
+        features = space.features(images)  # [B, D], what the head is fed
+        names = [layer.name for layer in space.layers]
 
-def find_head(model: nn.Module) -> tuple[str, ...]:
-    """Return the dotted names of the head's modules; empty for a model without one, which is all
-    encoder.
+    Making it changes no parameter, buffer, hook or mode of the model.
 
-    Raises:
-        ValueError: neither a timm nor a transformers model; the message lists candidates.
+    Attributes:
+        model: takes the images: the model as it was given, without DistributedDataParallel,
+            torch.compile or peft around it.
+        network: the timm or transformers network in it, or the model itself. Names of layers and of
+            the head are names in it.
+        head: dotted names of the head's modules; empty for a model that is all encoder.
+        input_size: (C, H, W) of the images.
+        example_inputs: what the network is run on to find its layers; None: images of that size.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    if cfg is not None and hasattr(model, "get_classifier"):
-        names = cfg.get("classifier") or ()
-        names = (names,) if isinstance(names, str) else tuple(names)
-        head = tuple(n for n in names if _has_weights(model, n))
-        if not head and getattr(model, "num_classes", 0):
-            raise ValueError(
-                f"{type(model).__name__} has {model.num_classes} classes, but its classifier "
-                f"{names} "
-                f"is not there: pass head=<dotted name>; linear layers, last first: "
-                f"{_linear_names(model)}"
-            )
-        return head
-    inner = getattr(model, "timm_model", None)
-    if inner is not None:
-        return tuple(f"timm_model.{n}" for n in find_head(inner))
-    if hasattr(model, "base_model_prefix") and hasattr(model, "config"):
-        kind = type(model)
-        if kind.__module__.startswith("transformers.") and not HEADED.search(kind.__name__):
-            return ()  # whatever its children are called: SigLIP's head is its pooling
-        base = model.base_model
-        beside = [(n, m) for n, m in model.named_children() if m is not base and _has_matrix(m)]
-        if base is model:
-            beside = [(n, m) for n, m in beside if HEAD_NAMES.search(n)]
-        return tuple(n for n, _ in beside)
-    raise ValueError(
-        f"cannot find the head of {type(model).__name__}, which is neither a timm nor a "
-        "transformers model: pass "
-        "head=<dotted name>, or head=() if all of it is encoder; linear layers, last first: "
-        f"{_linear_names(model)}"
-    )
 
+    model: nn.Module
+    network: nn.Module
+    head: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None
 
-def check_head(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the head's names, found where none are given.
+    @classmethod
+    def of(
+        cls,
+        model: "nn.Module | FeatureSpace",
+        *,
+        head: str | Sequence[str] | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> "FeatureSpace":
+        """Find the feature space of a model.
 
-    Raises:
-        ValueError: a name that the model has not.
-    """
-    if head is None:
-        return find_head(model)
-    names = (head,) if isinstance(head, str) else tuple(head)
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules or not name:
-            raise ValueError(
-                f"head {name!r} is no module of {type(model).__name__}; linear layers, last first: "
-                f"{_linear_names(model)}"
-            )
-    return names
+        Args:
+            model: a timm model, a transformers vision model, a `SpecRegModel`, or any module
+                together with `head`; also inside DistributedDataParallel, torch.compile or peft. Or
+                a `FeatureSpace`, of which what is given is replaced.
+            head: dotted name or names of the head, () for a model that is all encoder; default:
+                found for timm and transformers.
+            input_size: (C, H, W) of the images; default: the model's own configuration, or that of
+                the first image among the example inputs.
+            example_inputs: for a network that takes more than one batch of images: a tensor, a
+                sequence of positional or a mapping of keyword arguments, on the network's device.
+                Maps are measured at the shapes that these give.
 
+        Raises:
+            ValueError: the head or the input size is not known, or a name is wrong.
+        """
+        if isinstance(model, FeatureSpace):
+            given = {"head": head, "input_size": input_size, "example_inputs": example_inputs}
+            given = {name: value for name, value in given.items() if value is not None}
+            if "head" in given:
+                given["head"] = check_head(model.network, head)
+            if "input_size" in given:
+                given["input_size"] = tuple(input_size)
+            return replace(model, **given) if given else model
+        network = unwrap(model)
+        head = check_head(network, head)
+        if input_size is None and example_inputs is not None:
+            input_size = _size_of(example_inputs)
+        size = tuple(input_size or find_input_size(model))
+        return cls(without_trainers(model), network, head, size, example_inputs)
 
-def find_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images that a timm or transformers model is made for.
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The modules with weights between the image and the features, in forward order.
 
-    Raises:
-        ValueError: the model does not say.
-    """
-    stated = getattr(model, "input_size", None)
-    if isinstance(stated, tuple) and len(stated) == 3:
-        return stated
-    if (wrapped := _wrapped(model)) is not None:
-        return find_input_size(wrapped)
-    inner = getattr(model, "timm_model", None)
-    cfg = getattr(model, "pretrained_cfg", None)
-    if inner is not None:  # what was saved, not the default of the architecture
-        saved = getattr(model.config, "pretrained_cfg", None) or {}
-        size = saved.get("input_size") or inner.pretrained_cfg.get("input_size")
-        model, cfg = inner, {**inner.pretrained_cfg, "input_size": size}
-    if cfg and cfg.get("input_size"):
-        channels, *size = cfg["input_size"]
-        first = getattr(_first_convolution(model, cfg.get("first_conv")), "in_channels", channels)
-        if first < 16:  # a stem that folds space into channels has more
-            channels = first
-        for owner in (getattr(model, "patch_embed", None), model):
-            size = _pair(getattr(owner, "img_size", None)) or size
-        return (channels, *size)
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", None) or config
-    size = _pair(getattr(config, "image_size", None))
-    channels = getattr(config, "num_channels", 3)
-    if size:
-        return (channels, *size)
-    if hasattr(model, "base_model_prefix"):  # convolutional transformers models leave the size open
-        return (channels, 224, 224)
-    raise ValueError(
-        f"{type(model).__name__} does not say its input size: pass input_size=(channels, height, "
-        "width)"
-    )
+        Raises:
+            RuntimeError: the network cannot be run on images of this size, or its head is not
+                called.
+        """
+        return tuple(self._trace(up_to_head=True))
 
+    @cached_property
+    def layers_with_head(self) -> tuple[Layer, ...]:
+        """The modules with weights between the image and the logits, in forward order."""
+        return tuple(self._trace(up_to_head=False))
 
-def extract_features(network: nn.Module, images: Tensor, *, head: Sequence[str]) -> Tensor:
-    """Run the network and return what its head is fed.
-
-    Args:
-        network: the model, without pixel normalisation.
-        images: [B, C, H, W], as the network expects them.
-        head: dotted names of the head's modules; empty for a model without one.
-
-    Returns:
-        [B, D]. Several heads that are fed different vectors (distilled models): concatenated.
-        A model without a head: its output, of transformers models `pooler_output` or else the first
-        token.
-    """
-    fed: list[Tensor] = []
-    with contextlib.ExitStack() as stack:
-        for name in head:
-            hook = network.get_submodule(name).register_forward_pre_hook(
-                lambda _, args: fed.append(args[0])
-            )
-            stack.callback(hook.remove)
-        output = network(images)
-    if not head:
-        return headless_output(output).flatten(1)
-    distinct = [x for i, x in enumerate(fed) if not any(x is y for y in fed[:i])]
-    return torch.cat([x.flatten(1) for x in distinct], dim=1)
-
-
-def headless_output(output) -> Tensor:
-    """Return the feature tensor in the output of a model without a head."""
-    if isinstance(output, Tensor):
-        return output
-    if getattr(output, "logits", None) is not None:  # of an image classifier of no classes
-        return output.logits
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is not None:
-        return pooled
-    tokens = getattr(output, "last_hidden_state", None)
-    if tokens is None:
-        raise ValueError(
-            f"a {type(output).__name__} has neither pooler_output nor last_hidden_state, so its "
-            "features are not known: name the head of the model"
+    def _trace(self, *, up_to_head: bool) -> list[Layer]:
+        return trace_layers(
+            self.network,
+            head=self.head,
+            input_size=self.input_size,
+            example_inputs=self.example_inputs,
+            up_to_head=up_to_head,
         )
-    return tokens[:, 0]
+
+    def features(self, images: Any) -> Tensor:
+        """Run the model, in the mode that it is in, and return what its head is fed.
+
+        Args:
+            images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`. A
+                sequence or a mapping: its positional or keyword arguments.
+
+        Returns:
+            [B, D]. Several heads, or a head of several inputs, that are fed different tensors:
+            concatenated. A model without a head: its output, of transformers models
+            `pooler_output` or else the first token.
+        """
+        with fed_to(self.head, self.network) as fed:
+            output = call(self.model, images)
+        return flat(fed if self.head else [headless_output(output)])
+
+    def logits(self, images: Any) -> Tensor:
+        """Run the model, in the mode that it is in, and return its logits, [B, K].
+
+        Args:
+            images: as for `features`.
+        """
+        output = call(self.model, images)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def of_head(self, name: str) -> bool:
+        """Whether a parameter of the network, by its dotted name, is of the head."""
+        return any(name.startswith(f"{head}.") for head in self.head)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _has_weights(model: nn.Module, name: str) -> bool:
-    module = dict(model.named_modules()).get(name)
-    return module is not None and any(True for _ in module.parameters())
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in module.parameters())
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [n for n, m in model.named_modules() if isinstance(m, linear)][::-1][:8]
-
-
-def _first_convolution(model: nn.Module, name) -> nn.Module | None:
-    name = name[0] if isinstance(name, tuple | list) and name else name
-    return dict(model.named_modules()).get(name) if isinstance(name, str) else None
-
-
-def _pair(size) -> tuple[int, int] | None:
-    if isinstance(size, int):
-        return (size, size)
-    return tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else None
+def _size_of(example_inputs: Any) -> tuple[int, ...] | None:
+    """The size of the first image among the inputs, else of the first of real numbers."""
+    floats = [
+        x for x in tree_leaves(example_inputs) if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    images = [x for x in floats if x.ndim == 4] or floats
+    return tuple(images[0].shape[1:]) if images else None

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hf_specreg.encoders.blueprint import FolderError, read_json
-from hf_specreg.encoders.features import find_head
+from hf_specreg.encoders.head import find_head
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
 

@@ -24,13 +24,7 @@ from hf_specreg.encoders.blueprint import (
     read_json,
 )
 from hf_specreg.encoders.download import PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE, download
-from hf_specreg.encoders.features import (
-    extract_features,
-    find_head,
-    find_input_size,
-    headless_output,
-    unwrap,
-)
+from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.formats import (
     draw_timm,
     draw_transformers,
@@ -40,6 +34,9 @@ from hf_specreg.encoders.formats import (
     save_transformers,
     write_json,
 )
+from hf_specreg.encoders.head import find_head, headless_output
+from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.modules import unwrap
 
 if TYPE_CHECKING:
     from hf_specreg.hub.publish import Pushed
@@ -62,10 +59,13 @@ class SpecRegModel(nn.Module):
     Attributes:
         head: dotted names of the head's modules in `network`; empty for a headless encoder.
         metadata: what `specreg.json` holds.
+        wraps: the attribute that holds what normalised images are for; see `encoders/modules.py`.
 
     Raises:
         ValueError: as many means, deviations or labels as channels and classes are expected.
     """
+
+    wraps = "network"
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class SpecRegModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the head is fed, [B, D], of images [B, C, H, W] in [0, 1]."""
-        return extract_features(self.network, self.normalize(images), head=self.head)
+        return FeatureSpace(self, self.network, self.head, self.input_size).features(images)
 
     @classmethod
     def from_timm(

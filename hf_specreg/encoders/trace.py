@@ -2,30 +2,38 @@
 
 A layer stands before the features when its input depends on the image and the features depend on
 its output. Both are read off one forward pass on meta tensors, which have shapes and a graph but no
-values: no compute is spent, and neither parameters nor batch-norm statistics are touched.
+values: no compute is spent, and neither parameters nor batch-norm statistics are touched. A network
+that cannot run without values (it branches on them, or holds tensors that are no buffers) is run
+once on copies of its buffers and two images of noise.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_specreg.encoders.features import evaluating, headless_output
+from hf_specreg.encoders.head import fed_to, headless_output
+from hf_specreg.encoders.modules import evaluating
 
 LINEAR_FUNCTIONS = frozenset(
     {
         *(getattr(nn.functional, f"conv{d}d") for d in (1, 2, 3)),
         *(getattr(nn.functional, f"conv_transpose{d}d") for d in (1, 2, 3)),
-        *(nn.functional.linear, nn.functional.bilinear),
+        *(nn.functional.linear, nn.functional.bilinear, torch.conv_tbc),
         nn.functional.multi_head_attention_forward,
-        *(torch.matmul, torch.mm, torch.bmm, torch.einsum, torch.addmm, torch.baddbmm),
-        *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
+        *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.einsum, torch.tensordot, torch.inner),
+        *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, torch.linalg.multi_dot),
+        *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv),
+        *(Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
     }
 )
+FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -35,94 +43,144 @@ class Layer:
     Attributes:
         name: dotted name in the model.
         module: the module.
-        input_shape: what it is fed, without the batch.
+        input_shapes: what it is fed, without the batch: once for each shape, in order of use.
         parent: qualified class name of the module that holds it.
         used_directly: names of its parameters that a matrix product or a convolution was given.
+        used_derived: names of those that it was given a view or an elementwise function of.
     """
 
     name: str
     module: nn.Module
-    input_shape: tuple[int, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     parent: str
     used_directly: tuple[str, ...]
+    used_derived: tuple[str, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """What it is fed at its first use."""
+        return self.input_shapes[0]
 
 
 def trace_layers(
-    model: nn.Module,
+    network: nn.Module,
     *,
     head: Sequence[str],
     input_size: tuple[int, int, int],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     up_to_head: bool = True,
 ) -> list[Layer]:
     """Return the modules with weights between the image and the features, in forward order.
 
     Args:
-        model: the network, unwrapped.
+        network: the model, unwrapped.
         head: dotted names of the head's modules; empty for a model without one.
         input_size: (C, H, W) of the images.
+        example_inputs: run the network on these instead, see `FeatureSpace.of`.
         up_to_head: stop at what the head is fed (the features); else go on to the logits.
 
     Raises:
-        RuntimeError: the model cannot run on meta tensors, or its head is not called.
+        RuntimeError: the network cannot be run, or its head is not called.
     """
-    recorder = _Recorder(model)
-    head_inputs: list[Tensor] = []
-    meta = _on_meta(model)
-    recorder.owners = {id(meta[n]): n for n, _ in model.named_parameters()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_not_checkpointed(model))
-        for hook in recorder.hooks():
-            stack.callback(hook.remove)
-        for name in head:
-            module = model.get_submodule(name)
-            hook = module.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
-            stack.callback(hook.remove)
-        stack.enter_context(recorder)
-        images = torch.empty(2, *input_size, device="meta", requires_grad=True)
+    reasons = []
+    if example_inputs is None:
         try:
-            # Not by tied names: what has two names would be put back as it was after the first.
-            output = torch.func.functional_call(model, meta, (images,), tie_weights=False)
-        except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
-            raise RuntimeError(
-                f"{type(model).__name__} does not run on meta tensors of shape "
-                f"{tuple(images.shape)} ({error}); "
-                "if that is not its input size, pass input_size=(channels, height, width)"
-            ) from error
-    if head and len(head_inputs) < len(head):
+            images = torch.empty(2, *input_size, device="meta")
+            with torch.device("meta"):
+                return _Trace(network, head, up_to_head).run(_on_meta(network), images)
+        except FAILURES as error:
+            reasons.append(f"without values: {error}")
+    try:
+        copies = _with_values(network)
+        if example_inputs is None:
+            like = next(iter(copies.values()), torch.empty(0))
+            noise = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+            example_inputs = noise.to(like.device)
+        inputs = tree_map_only(Tensor, torch.Tensor.detach, example_inputs)
+        return _Trace(network, head, up_to_head).run(copies, inputs)
+    except FAILURES as error:
+        reasons.append(f"with values: {error}")
         raise RuntimeError(
-            f"the head {tuple(head)} is not called when {type(model).__name__} is run"
-        )
-    if not up_to_head:
-        targets = tree_leaves(dict(output) if hasattr(output, "keys") else output)
-    else:
-        targets = head_inputs if head else [headless_output(output)]
-    return recorder.layers(_reaching(recorder.outputs, targets))
+            f"{type(network).__name__} does not run on images of {tuple(input_size)} "
+            f"({'; '.join(reasons)}); if that is not its input size, pass input_size=(channels, "
+            "height, width), and if it takes more than images, FeatureSpace.of(model, "
+            "example_inputs=...)"
+        ) from error
+
+
+class _Trace(nn.Module):
+    """One forward pass of a network, and which of its layers lie between image and features.
+
+    It is a module that holds the network, so that also the pass back over the graph sees the same
+    tensors in place of the parameters: checkpointed parts are run again then.
+    """
+
+    def __init__(self, network: nn.Module, head: Sequence[str], up_to_head: bool):
+        super().__init__()
+        self.network = network
+        self.head = head
+        self.up_to_head = up_to_head
+        self.recorder = _Recorder(network)
+
+    def run(self, tensors: Mapping[str, Tensor], inputs: Any) -> list[Layer]:
+        """Run the network with other tensors in place of its parameters and buffers."""
+        inputs = tree_map_only(Tensor, _requiring_grad, inputs)
+        self.recorder.watch(tensors)
+        held = {f"network.{name}": tensor for name, tensor in tensors.items()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.network))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.random.fork_rng(_devices(tensors.values())))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_one_pass())
+            for hook in self.recorder.hooks():
+                stack.callback(hook.remove)
+            # Not by tied names: what has two names would be put back as it was after the first.
+            reaching = torch.func.functional_call(self, held, (inputs,), tie_weights=False)
+        return self.recorder.layers(reaching)
+
+    def forward(self, inputs: Any) -> set[str]:
+        """Return the names of the layers that the features depend on."""
+        with self.recorder, fed_to(self.head, self.network) as fed:
+            output = call(self.network, inputs)
+        if not self.up_to_head:
+            targets = tree_leaves(dict(output) if hasattr(output, "keys") else output)
+        else:
+            targets = fed if self.head else [headless_output(output)]
+        return _reaching(self.recorder.outputs, targets)
 
 
 class _Recorder(TorchFunctionMode):
     """Notes, in the order of use, what each module with weights is fed and gives back.
 
-    Some models never call the module that holds a weight, but hand the weight to a function; so
-    functions that are handed a parameter are noted as well.
+    Some models never call the module that holds a weight, but hand the weight to a function, or
+    what they make of it without the image: its transpose, a multiple. So functions that are handed
+    such a tensor are noted as well.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.model = model
-        self.owners: dict[int, str] = {}
-        self.inputs: dict[str, tuple[int, ...]] = {}
+        self.network = network
+        self.inputs: dict[str, dict[tuple[int, ...], None]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.direct: dict[str, set[str]] = {}
+        self.derived: dict[str, set[str]] = {}
+        self.parameters: dict[str, int] = {}
+        # By id: a tensor, kept so that its id stays its own, and the parameters that it is made of.
+        self.made_of: dict[int, tuple[Tensor, frozenset[str]]] = {}
+
+    def watch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Say which tensors stand in the parameters' places."""
+        for name, _ in self.network.named_parameters():
+            self.parameters[name] = id(tensors[name])
+            self.made_of[id(tensors[name])] = tensors[name], frozenset({name})
 
     def note(self, name: str, fed: Tensor | None, output=()) -> None:
         """Take note of one use, unless nothing that depends on the image is fed in."""
         if fed is None:
             return
-        self.inputs.setdefault(name, tuple(fed.shape[1:]))
+        self.inputs.setdefault(name, {})[tuple(fed.shape[1:])] = None
         made = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         self.outputs.setdefault(name, []).extend(made)
 
@@ -130,7 +188,7 @@ class _Recorder(TorchFunctionMode):
         """Put a hook on every module that has parameters of its own, or computes its weight from
         others'.
         """
-        for name, module in self.model.named_modules():
+        for name, module in self.network.named_modules():
             if dict(module.named_parameters(recurse=False)) or computes_weight(module):
                 hook = self._note_module(name)  # before as well, for the order of use
                 yield module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -143,32 +201,63 @@ class _Recorder(TorchFunctionMode):
         return hook
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Run the function; note it where it multiplies by a parameter."""
+        """Run the function; note it where it multiplies the image by a parameter."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in LINEAR_FUNCTIONS:
-            fed = _image_dependent((args, kwargs))
-            for leaf in tree_leaves((args, kwargs)):
-                if fed is not None and id(leaf) in self.owners:
-                    name, _, parameter = self.owners[id(leaf)].rpartition(".")
-                    self.direct.setdefault(name, set()).add(parameter)
-                    self.note(name, fed, output)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        owned = [self.made_of[id(t)][1] for t in tensors if id(t) in self.made_of]
+        if not owned:
+            return output
+        fed, names = _image_dependent(tensors), frozenset().union(*owned)
+        # A product of coordinates, or of a learned token by another module's weight, is no weight.
+        activations = len(owned) < len(tensors) or len(_holders(names)) > 1
+        if fed is None and not (func in LINEAR_FUNCTIONS and activations):
+            for made in tree_leaves(output):
+                if isinstance(made, Tensor) and id(made) not in self.made_of:
+                    self.made_of[id(made)] = made, names
+        elif fed is not None and func in LINEAR_FUNCTIONS:
+            given = {id(t) for t in tensors}
+            for name in sorted(names):
+                module, _, parameter = name.rpartition(".")
+                itself = self.parameters[name] in given
+                uses = self.direct if itself else self.derived
+                uses.setdefault(module, set()).add(parameter)
+                self.note(module, fed, output)
         return output
 
     def layers(self, reaching: set[str]) -> list[Layer]:
         """The noted modules among those named, in order of first use."""
-        modules = dict(self.model.named_modules())
+        modules = dict(self.network.named_modules())
         found = []
-        for name, shape in self.inputs.items():
+        for name, shapes in self.inputs.items():
             if name in reaching:
                 parent = type(modules[name.rpartition(".")[0]])
-                qualified = f"{parent.__module__}.{parent.__qualname__}"
-                direct = tuple(sorted(self.direct.get(name, ())))
-                found.append(Layer(name, modules[name], shape, qualified, direct))
+                found.append(
+                    Layer(
+                        name,
+                        modules[name],
+                        tuple(shapes),
+                        f"{parent.__module__}.{parent.__qualname__}",
+                        tuple(sorted(self.direct.get(name, ()))),
+                        tuple(sorted(self.derived.get(name, ()))),
+                    )
+                )
         return found
 
 
-def _image_dependent(arguments) -> Tensor | None:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a sequence of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
+
+
+def _holders(names: Iterable[str]) -> set[str]:
+    """The modules that parameters are of."""
+    return {name.rpartition(".")[0] for name in names}
+
+
+def _image_dependent(arguments: Any) -> Tensor | None:
     """The first tensor among the arguments that depends on the image; only those carry a graph."""
     leaves = (t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad)
     return next(leaves, None)
@@ -185,37 +274,68 @@ def _reaching(outputs: dict[str, list[Tensor]], targets: list) -> set[str]:
     return {name for (name, _), g in zip(named, gradients, strict=True) if g is not None}
 
 
-def _on_meta(model: nn.Module) -> dict[str, Tensor]:
-    """The shape of every parameter and buffer on the meta device, each once, by the first of the
-    module's names; floating point in the default dtype, as the image is, and without a graph. One
-    tensor in two modules is one.
+def _requiring_grad(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield a module's own parameters and buffers, each module once, by the first of its names, and
+    whether it is a buffer.
+    """
+    for prefix, module in network.named_modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    yield f"{prefix}.{name}" if prefix else name, tensor, own is module._buffers
+
+
+def _on_meta(network: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's and buffer's shape on the meta device, without a graph; floating point in
+    the default dtype, as the image is. One tensor in two modules is one.
     """
     default, shapes, found = torch.get_default_dtype(), {}, {}
-    for prefix, module in model.named_modules():
-        own = {**dict(module._parameters), **dict(module._buffers)}
-        for name, tensor in own.items():
-            if tensor is None:
-                continue
-            if id(tensor) not in shapes:
-                dtype = default if tensor.is_floating_point() else tensor.dtype
-                shapes[id(tensor)] = torch.empty_like(
-                    tensor, device="meta", dtype=dtype, requires_grad=False
-                )
-            found[f"{prefix}.{name}" if prefix else name] = shapes[id(tensor)]
+    for name, tensor, _ in _tensors(network):
+        if id(tensor) not in shapes:
+            dtype = default if tensor.is_floating_point() else tensor.dtype
+            shapes[id(tensor)] = torch.empty_like(tensor, device="meta", dtype=dtype)
+        found[name] = shapes[id(tensor)]
     return found
 
 
+def _with_values(network: nn.Module) -> dict[str, Tensor]:
+    """Every parameter without its graph, and a copy of every buffer; floating point in the default
+    dtype. One tensor in two modules is one.
+    """
+    default, values, found = torch.get_default_dtype(), {}, {}
+    for name, tensor, is_buffer in _tensors(network):
+        if id(tensor) not in values:
+            value = tensor.detach().clone() if is_buffer else tensor.detach()
+            values[id(tensor)] = value.to(default) if value.is_floating_point() else value
+        found[name] = values[id(tensor)]
+    return found
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The GPUs that tensors are on."""
+    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+
+
 @contextlib.contextmanager
-def _not_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Switch off timm's gradient checkpointing, which would run layers again, outside the trace."""
-    switched = [m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True]
-    for module in switched:
-        module.grad_checkpointing = False
+def _one_pass() -> Iterator[None]:
+    """Have reentrant checkpointing run its function as it is: it would hide the graph inside."""
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _AsItIs
     try:
         yield
     finally:
-        for module in switched:
-            module.grad_checkpointing = True
+        checkpoint.CheckpointFunction = original
+
+
+class _AsItIs:
+    @staticmethod
+    def apply(function, preserve_rng_state, *args):
+        """Run the function."""
+        return function(*args)
 
 
 def computes_weight(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_specreg.encoders.features import evaluating
+from hf_specreg.encoders.modules import evaluating
 
 # Fewer rows take other kernels, whose last bits differ: a decision must not depend on the company.
 MIN_ROWS = 8

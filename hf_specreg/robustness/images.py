@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
-from hf_specreg.encoders.features import find_input_size
+from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.robustness.chunks import EvaluationError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_specreg.encoders.features import evaluating
+from hf_specreg.encoders.modules import evaluating
 from hf_specreg.encoders.trace import computes_weight
 from hf_specreg.spectral.sharding import whole
 

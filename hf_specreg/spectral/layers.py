@@ -8,20 +8,23 @@ attention product itself. Weights that act in a way that is not known here are a
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hf_specreg.encoders.features import check_head, find_input_size, unwrap
-from hf_specreg.encoders.trace import Layer, is_adapted, trace_layers
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.trace import Layer, is_adapted
 from hf_specreg.spectral.operators import (
     Convolution,
     Dense,
     LinearOperator,
     TransposedConvolution,
 )
+from hf_specreg.spectral.singular import random_vector, top_singular_value
 
 # Where timm keeps a matrix called "qkv" in which the heads interleave the three: it is treated
 # whole.
@@ -43,9 +46,11 @@ STANDARDISED_CONVOLUTIONS = frozenset(
     }
 )
 # What a parameter of two or more dimensions is called when it is added, looked up or a gain.
-NO_LINEAR_MAP = re.compile(
-    r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query|gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
-)
+POSITIONS = r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query"
+GAINS = r"gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
+NO_LINEAR_MAP = re.compile(f"{POSITIONS}|{GAINS}")
+# What it is called when products of attention take it, looked up or after a norm.
+OF_ATTENTION = re.compile(POSITIONS)
 
 
 class UnsupportedLayerError(TypeError):
@@ -60,6 +65,7 @@ def linear_operators(
     split_qkv: bool = True,
     parent: str = "",
     used_directly: Sequence[str] = (),
+    used_derived: Sequence[str] = (),
 ) -> list[LinearOperator]:
     """Return the linear operators of one module, not those of its children; none where it has no
     linear map. A convolution whose patches do not overlap is a matrix.
@@ -74,6 +80,7 @@ def linear_operators(
         parent: qualified class name of the module that holds this one; it tells how a matrix "qkv"
             is laid out.
         used_directly: names of parameters that were seen in a matrix product or a convolution.
+        used_derived: of those of which something was seen there that is made of them.
 
     Raises:
         UnsupportedLayerError: the module has weights that act on features in a way that is not
@@ -102,13 +109,15 @@ def linear_operators(
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if not is_matrix(parameter):
                 continue
-            if parameter_name in used_directly or not NO_LINEAR_MAP.search(parameter_name):
+            made_of = parameter_name in used_derived and not OF_ATTENTION.search(parameter_name)
+            used = parameter_name in used_directly or made_of
+            if used or not NO_LINEAR_MAP.search(parameter_name):
                 raise unsupported(name, module, parameter_name)
     return []
 
 
 def linear_maps(
-    model: nn.Module,
+    model: nn.Module | FeatureSpace,
     *,
     input_size: tuple[int, int, int] | None = None,
     head: str | Sequence[str] | None = None,
@@ -120,8 +129,7 @@ def linear_maps(
     order.
 
     Args:
-        model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
-            with `head`.
+        model: as for `FeatureSpace.of`, or one.
         input_size: (C, H, W) of the images; default: the model's own configuration.
         head: dotted name or names of the head; default: found for timm and transformers.
         up_to_head: those before the features only; else with the head.
@@ -130,17 +138,15 @@ def linear_maps(
 
     Raises:
         ValueError: the head or the input size is not known, or no linear map is left.
-        RuntimeError: the model cannot be run on meta tensors, or its head is not called.
+        RuntimeError: the model cannot be run on images of this size, or its head is not called.
         UnsupportedLayerError: a layer has weights that cannot be treated.
     """
-    network = unwrap(model)
-    head = check_head(network, head)
-    size = tuple(input_size or find_input_size(model))
-    found = trace_layers(network, head=head, input_size=size, up_to_head=up_to_head)
+    space = FeatureSpace.of(model, head=head, input_size=input_size)
+    found = space.layers if up_to_head else space.layers_with_head
     owners = operators_of(found, skip=skip, split_qkv=split_qkv)
     if not owners:
         raise ValueError(
-            f"no linear map of {type(network).__name__} is left before its head {head}"
+            f"no linear map of {type(space.network).__name__} is left before its head {space.head}"
         )
     return owners
 
@@ -150,39 +156,85 @@ def operators_of(
 ) -> list[tuple[nn.Module, LinearOperator]]:
     """Return the operators of layers, each weight once, with the module each came from.
 
+    A weight that acts in several ways (a layer used at two sizes, two layers that share it) counts
+    as the one with the largest sum of sigma^2 now.
+
     Args:
         found: the layers, in forward order.
         skip: dotted names of modules to leave out, with all they hold.
         split_qkv: see `linear_operators`.
     """
-
-    def within(name: str, others: Sequence[str]) -> bool:
-        return any(name == other or name.startswith(f"{other}.") for other in others)
-
     covered: list[str] = list(skip)
-    shared: set[frozenset[int]] = set()
-    owners = []
+    uses: dict[frozenset[int], list[tuple[nn.Module, list[LinearOperator]]]] = {}
     for layer in found:
-        if within(layer.name, covered):
+        if _within(layer.name, covered):
             continue
-        operators = linear_operators(
-            layer.name,
-            layer.module,
-            layer.input_shape,
-            split_qkv=split_qkv,
-            parent=layer.parent,
-            used_directly=layer.used_directly,
-        )
+        operators = _of_each_shape(layer, split_qkv)
         if not operators:
             continue
         covered.append(layer.name)
         weights = frozenset(id(p) for p in layer.module.parameters() if is_matrix(p))
-        if weights and weights in shared:
-            continue
-        shared.add(weights)
-        kept = [operator for operator in operators if not within(operator.name, skip)]
-        owners.extend((layer.module, operator) for operator in kept)
-    return owners
+        key = weights or frozenset({id(layer.module)})
+        uses.setdefault(key, []).extend((layer.module, each) for each in operators)
+    chosen = [_largest(ways) for ways in uses.values()]
+    return [
+        (module, operator)
+        for module, operators in chosen
+        for operator in operators
+        if not _within(operator.name, skip)
+    ]
+
+
+def _of_each_shape(layer: Layer, split_qkv: bool) -> list[list[LinearOperator]]:
+    """A layer's operators for every shape that it is fed, where they differ."""
+    found: dict[tuple, list[LinearOperator]] = {}
+    for shape in layer.input_shapes:
+        operators = linear_operators(
+            layer.name,
+            layer.module,
+            shape,
+            split_qkv=split_qkv,
+            parent=layer.parent,
+            used_directly=layer.used_directly,
+            used_derived=layer.used_derived,
+        )
+        if operators:
+            found.setdefault(_geometry(operators), operators)
+    return list(found.values())
+
+
+def _geometry(operators: Sequence[LinearOperator]) -> tuple:
+    """Equal for operators that do the same with the same weight."""
+    return tuple(replace(operator, name="", layer_weight=None) for operator in operators)
+
+
+def _largest(
+    ways: Sequence[tuple[nn.Module, list[LinearOperator]]],
+) -> tuple[nn.Module, list[LinearOperator]]:
+    """Of the ways in which a weight acts, that with the largest sum of sigma^2; the first, where
+    all do the same or there are no values.
+    """
+    distinct: dict[tuple, tuple[nn.Module, list[LinearOperator]]] = {}
+    for module, operators in ways:
+        distinct.setdefault(_geometry(operators), (module, operators))
+    if len(distinct) == 1 or ways[0][1][0].effective_weight().is_meta:
+        return ways[0]
+    return max(distinct.values(), key=lambda way: _sum_of_squares(way[1]))
+
+
+@torch.no_grad()
+def _sum_of_squares(operators: Sequence[LinearOperator]) -> float:
+    total = 0.0
+    for operator in operators:
+        weight = operator.effective_weight().float()
+        v = random_vector(operator, weight, torch.Generator().manual_seed(0))
+        total += top_singular_value(operator, weight, v).sigma.item() ** 2
+    return total
+
+
+def _within(name: str, others: Sequence[str]) -> bool:
+    """Whether a module is one of others, or in one."""
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -225,8 +277,10 @@ def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Ten
 
 
 def _stacks_qkv(name: str, module: nn.Linear, parent: str) -> bool:
-    """Whether a linear layer's outputs are all queries, then all keys, then all values."""
-    named = name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0
+    """Whether a linear layer's outputs are all queries, then all keys, then all values; not where
+    there are fewer keys than queries, or attention is of another width.
+    """
+    named = name.rpartition(".")[2] == "qkv" and module.out_features == 3 * module.in_features
     return named and parent.startswith(("timm.", "transformers.")) and parent not in INTERLEAVED_QKV
 
 

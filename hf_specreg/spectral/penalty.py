@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_specreg.encoders.features import check_head, find_input_size, unwrap
+from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
 from hf_specreg.spectral.layers import linear_maps
 from hf_specreg.spectral.operators import exact_float32, full_precision
+from hf_specreg.spectral.placed import Placed
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import check_whole, local, shares, summed, whole
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
@@ -59,7 +60,7 @@ class SpectralPenalty:
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
-            with `head`; also inside DistributedDataParallel or torch.compile.
+            with `head`; also inside DistributedDataParallel or torch.compile. Or a `FeatureSpace`.
         strength: lambda, which multiplies the sum of sigma^2.
         scope: "features", the layers up to what the head is fed, or "all", with the head.
         every: one call in `every` gives the penalty, the others 0.
@@ -102,7 +103,7 @@ class SpectralPenalty:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | FeatureSpace,
         *,
         strength: float = 1e-2,
         scope: Literal["features", "all"] = "features",
@@ -125,8 +126,6 @@ class SpectralPenalty:
                 f"every ({every}) and renew_every ({renew_every}) must be at least 1, "
                 f"lanczos_steps ({lanczos_steps}) at least 2, burn_in ({burn_in}) at least 0"
             )
-        if not strength >= 0:
-            raise ValueError(f"strength ({strength}) must not be negative")
         self.strength = strength
         self.scope = scope
         self.every = every
@@ -137,12 +136,32 @@ class SpectralPenalty:
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed = seed
         self.step = 0
-        self._network = unwrap(model)
-        self._head = check_head(self._network, head)
+        self.space = FeatureSpace.of(model, head=head, input_size=input_size)
+        self._network = self.space.network
         self._skip = _check_skip(self._network, skip)
         self._split_qkv = split_qkv
         self._seen = SeenInput()
-        self.set_input_size(input_size or find_input_size(model))
+        self._measure()
+
+    @property
+    def strength(self) -> float:
+        """lambda, which multiplies the sum of sigma^2; it may be set between steps.
+
+        Raises:
+            ValueError: set to what is negative or no number.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not value >= 0:
+            raise ValueError(f"strength ({value}) must not be negative")
+        self._strength = value
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that convolutions are measured for."""
+        return self.space.input_size
 
     def set_input_size(self, input_size: tuple[int, int, int]) -> None:
         """Measure convolutions at another image size (C, H, W) from now on; the vectors start
@@ -152,16 +171,18 @@ class SpectralPenalty:
             ValueError: the weights are sharded already, or no layer is left.
             RuntimeError: the model cannot be run on images of this size.
         """
+        self.space = FeatureSpace.of(self.space, input_size=input_size)
+        self._measure()
+
+    def _measure(self) -> None:
+        """Find the layers, at the size of the feature space; the vectors start anew."""
         check_whole(self._network)
         owners = linear_maps(
-            self._network,
-            input_size=input_size,
-            head=self._head,
+            self.space,
             up_to_head=self.scope == "features",
             skip=self._skip,
             split_qkv=self._split_qkv,
         )
-        self.input_size = tuple(input_size)
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
@@ -180,7 +201,8 @@ class SpectralPenalty:
         self._groups = [group for group in groups if group]
         self._nodes = _in_parts(self._own, [stack.shape.numel() for stack in self._stacks])
         self._uses = 0
-        self._seen.watch(owners)
+        self._placed = Placed(self._network, self._modules.values())
+        self._seen.expect(owners)
 
     def _share_out(self) -> list[int]:
         """The process that works on each stack."""
@@ -198,6 +220,7 @@ class SpectralPenalty:
         """
         since = self.step - self.burn_in
         self.step += 1
+        self._seen.watch()
         if since < 0 or since % self.every:
             return self._zero()
         return self.value()
@@ -209,11 +232,13 @@ class SpectralPenalty:
 
         Raises:
             ValueError: the model was trained on images of another size than the penalty measures it
-                at.
+                at, or a layer was replaced or reparameterised since it was found.
         """
         self._seen.check(self.input_size)
+        self._placed.check()
         zero = self._zero()
-        with torch.autocast(self._device.type, enabled=False):
+        # What is kept of this use takes part in the backward passes of others.
+        with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
             weights = self._follow()
             squares = sum((self._squares(node, weights, zero) for node in self._nodes), zero)
         self._uses += 1
@@ -233,8 +258,8 @@ class SpectralPenalty:
         return sum_of_squares(zero, factors, parts)
 
     def detach(self) -> None:
-        """Take its hook off the model: for a penalty that has only looked at the layers."""
-        self._seen.watch(())
+        """Take its hook off the model, for when the training is over."""
+        self._seen.forget()
 
     def top_singular_values(
         self, *, tolerance: float = 1e-3, fold_norm: bool = False

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_specreg.spectral.operators import LinearOperator
 
@@ -10,30 +11,43 @@ from hf_specreg.spectral.operators import LinearOperator
 class SeenInput:
     """Looks, in training, at the input of the first layer whose singular values depend on it.
 
-    What it sees is only written in the hook, never read: compiled code would be compiled again.
+    What it sees is only written in the hook, never read: compiled code would be compiled again. The
+    hook is put on the model when the penalty is first used, so that one that is only looked at
+    leaves the model as it is; what came before the first use is not seen.
     """
 
     def __init__(self):
         self.expected: tuple[int, ...] | None = None
         self.as_expected = False
         self.other: tuple[int, ...] | None = None
+        self._module: nn.Module | None = None
         self._hook = None
 
-    def watch(self, owners: Sequence[tuple[nn.Module, LinearOperator]]) -> None:
-        """Look at the first convolution among the modules; at none, if there is none."""
-        if self._hook is not None:
-            self._hook.remove()
-        self.expected = self.other = None
+    def expect(self, owners: Sequence[tuple[nn.Module, LinearOperator]]) -> None:
+        """Take the first convolution among the modules as the one to look at, if there is one."""
+        self.forget()
+        self.expected = self.other = self._module = None
         for module, operator in owners:
             if len(operator.input_shape) > 1:
-                self.expected = operator.input_shape
-                self._hook = module.register_forward_pre_hook(self)
+                self.expected, self._module = operator.input_shape, module
                 return
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        """Look at what the module is fed."""
-        if module.training:
-            size = tuple(args[0].shape[-len(self.expected) :])
+    def watch(self) -> None:
+        """Look at what it is fed from now on."""
+        if self._hook is None and self._module is not None:
+            self._hook = self._module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def forget(self) -> None:
+        """Take the hook off."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Look at what the module is fed where a graph is made: in training, in either mode."""
+        fed = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if fed is not None and torch.is_grad_enabled():
+            size = tuple(fed.shape[-len(self.expected) :])
             if size == self.expected:
                 self.as_expected = True
             else:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_specreg.data.images import collate
-from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import evaluating
 
 logger = logging.getLogger(__name__)
 COLLAPSED_DEVIATION, COLLAPSED_RANK = 0.02, 2.0

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.operators import full_precision
 from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
 from hf_specreg.training.distributed import gathered

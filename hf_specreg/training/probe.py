@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import evaluating
 from hf_specreg.training.config import ProbeConfig
 from hf_specreg.training.features import features_of
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_specreg.encoders.features import evaluating
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral import baselines
 from hf_specreg.spectral.layers import linear_maps
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE
-from hf_specreg.encoders.features import unwrap
 from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.training.distributed import averages_gradients
 

@@ -9,12 +9,9 @@ import torch
 import transformers
 from torch import nn
 
-from hf_specreg.encoders.features import (
-    extract_features,
-    find_head,
-    find_input_size,
-    headless_output,
-)
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.head import find_head, headless_output
+from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -245,7 +242,7 @@ def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_rea
     images = random_images(model)
     head = find_head(model)
     assert head
-    features = extract_features(model, images, head=head)
+    features = FeatureSpace.of(model).features(images)
     assert features.ndim == 2
     heads = [model.get_submodule(n) for n in head]
     if len(heads) == 1 and isinstance(heads[0], nn.Linear):
@@ -266,7 +263,7 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
     images = random_images(model)
     head = find_head(model)
     assert head
-    features = extract_features(model, images, head=head)
+    features = FeatureSpace.of(model).features(images)
     if len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear):
         assert torch.equal(model.get_submodule(head[0])(features), model(images).logits)
     reaching = weights_that_reach(model, features)
@@ -310,20 +307,20 @@ def test_features_are_those_that_the_libraries_document():
     vit = transformers_model("ViTConfig")
     images = random_images(vit)
     states = vit.vit(images).last_hidden_state
-    assert torch.equal(extract_features(vit, images, head=("classifier",)), states[:, 0])
+    assert torch.equal(FeatureSpace.of(vit).features(images), states[:, 0])
     dino = transformers_model("Dinov2Config")
     states = dino.dinov2(images).last_hidden_state
     expected = torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1)
-    assert torch.equal(extract_features(dino, images, head=("classifier",)), expected)
+    assert torch.equal(FeatureSpace.of(dino).features(images), expected)
     resnet = transformers_model("ResNetConfig")
     pooled = resnet.resnet(images).pooler_output
     assert find_head(resnet) == ("classifier",)
-    assert torch.equal(extract_features(resnet, images, head=("classifier",)), pooled.flatten(1))
+    assert torch.equal(FeatureSpace.of(resnet).features(images), pooled.flatten(1))
 
 
 def test_the_width_of_the_features_is_the_heads_not_num_features():
     model = timm_model("mobilenetv3_small_050")
-    features = extract_features(model, random_images(model), head=find_head(model))
+    features = FeatureSpace.of(model).features(random_images(model))
     assert features.shape[1] == model.head_hidden_size == 1024
     assert model.num_features == 288
 
@@ -332,7 +329,7 @@ def test_two_heads_fed_different_tokens_give_both_concatenated():
     model = timm_model("deit_tiny_distilled_patch16_224")
     images = random_images(model)
     assert find_head(model) == ("head", "head_dist")
-    features = extract_features(model, images, head=find_head(model))
+    features = FeatureSpace.of(model).features(images)
     tokens = model.forward_features(images)
     assert torch.equal(features, torch.cat([tokens[:, 0], tokens[:, 1]], dim=1))
 
@@ -341,7 +338,7 @@ def test_a_headless_model_is_all_encoder():
     model = timm.create_model("resnet10t", num_classes=0)
     assert find_head(model) == ()
     images = random_images(model)
-    assert torch.equal(extract_features(model.eval(), images, head=()), model(images))
+    assert torch.equal(FeatureSpace.of(model.eval()).features(images), model(images))
     bare = transformers.Dinov2Model(transformers.Dinov2Config(**TINY)).eval()
     assert find_head(bare) == ()
     images = random_images(bare)

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from hf_specreg import SpecRegModel, SpectralPenalty
-from hf_specreg.encoders.features import find_head
+from hf_specreg.encoders.head import find_head
 from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.spectral.operators import exact_float32
 

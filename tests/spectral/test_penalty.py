@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_specreg import FeatureSpace
 from hf_specreg.spectral import operators
 from hf_specreg.spectral.layers import linear_operators
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -240,22 +241,28 @@ class FlatInput(nn.Module):
         return self.net(x.flatten(1))
 
 
-def test_finding_the_layers_touches_no_statistics_mode_or_random_state(net):
+def test_finding_the_layers_touches_no_statistics_mode_hook_or_random_state(net):
     net.train()
     net.depthwise.eval()
     before, random_state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     penalty = make(net)
-    penalty()
     penalty.sigmas()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [net.training, net.depthwise.training, net.norm.training] == [True, False, True]
     assert all(torch.equal(a, before[k]) for k, a in net.state_dict().items())
-    assert not any(m._forward_hooks for m in net.modules())
-    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1  # the resolution's
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_in_use_it_has_one_hook_on_the_model_until_it_is_detached(net):
+    penalty = make(net)
+    for _ in range(2):
+        penalty()
+        assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1
     penalty.set_input_size(penalty.input_size)
-    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1
-    penalty.detach()
     assert not any(m._forward_pre_hooks for m in net.modules())
+    penalty()
+    penalty.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 @pytest.mark.parametrize("calls", [1, 3, 12])
@@ -293,18 +300,84 @@ def test_sigmas_are_converged_and_do_not_change_the_training(net):
     assert all(torch.equal(v, after["vectors"][k]) for k, v in vectors["vectors"].items())
 
 
-def test_an_encoder_trained_at_another_resolution_is_noticed(net):
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_encoder_trained_at_another_resolution_is_noticed(net, mode):
     penalty = make(net)
-    net.eval()
-    net(torch.randn(2, 3, 20, 20))
     penalty()
-    net.train()
+    with torch.no_grad():  # an evaluation
+        net(torch.randn(2, 3, 20, 20))
+    penalty()
+    net.train(mode)
     net(torch.randn(2, 3, 20, 20))
     with pytest.raises(ValueError, match=r"inputs of \(3, 20, 20\).*set_input_size"):
         penalty()
     penalty.set_input_size((3, 20, 20))
     net(torch.randn(2, 3, 20, 20))
     assert penalty() > 0
+
+
+def test_a_convolution_that_is_called_by_keyword_is_looked_at_too():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(input=x).mean((2, 3)))
+
+    net = ByKeyword()
+    penalty = SpectralPenalty(net, head="fc", input_size=SIZE)
+    penalty()
+    net(torch.randn(2, 3, 20, 20))
+    with pytest.raises(ValueError, match="set_input_size"):
+        penalty()
+
+
+@pytest.mark.parametrize("mistake", ["replaced", "parametrized", "adapted"])
+def test_layers_that_change_after_the_penalty_was_made_are_an_error(net, mistake):
+    penalty = make(net)
+    penalty()
+    if mistake == "replaced":
+        net.proj = nn.Linear(net.proj.in_features, net.proj.out_features)
+    elif mistake == "parametrized":
+        nn.utils.parametrizations.weight_norm(net.proj)
+    else:
+        peft = pytest.importorskip("peft")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["proj"], r=2), net)
+    with pytest.raises(ValueError, match="layer 'proj' was replaced or reparameterised"):
+        penalty()
+
+
+def test_a_layer_that_is_wrapped_for_checkpointing_is_still_there(net):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    penalty = make(net)
+    net.proj = checkpoint_wrapper(net.proj)
+    assert penalty() > 0
+
+
+def test_a_use_in_inference_mode_does_no_harm_to_the_next_training_step(net):
+    penalty = make(net)
+    with torch.inference_mode():
+        looked = penalty.value()
+    value = penalty()
+    value.backward()
+    torch.testing.assert_close(value.detach(), looked)
+    assert net.proj.weight.grad.abs().max() > 0
+
+
+def test_a_strength_that_is_set_later_is_checked(net):
+    penalty = make(net)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="strength"):
+            penalty.strength = wrong
+
+
+def test_a_feature_space_in_place_of_the_model_gives_the_same_penalty(net):
+    space = FeatureSpace.of(net, head="head", input_size=SIZE)
+    penalty = SpectralPenalty(space)
+    assert penalty.space is space
+    assert torch.equal(penalty(), make(net)())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -372,12 +445,13 @@ def test_inside_a_compiled_step_it_gives_the_eager_gradient(net):
 
     step(images).backward()
     torch.testing.assert_close(net.proj.weight.grad, expected, rtol=1e-3, atol=1e-6)
+    step(images)  # compiled once more, for the hook of the first use
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(10):
             net.zero_grad()
             step(images).backward()
     torch.testing.assert_close(net.proj.weight.grad, expected, rtol=1e-2, atol=1e-5)
-    assert penalty.step == 11
+    assert penalty.step == 12
 
 
 def test_a_copied_model_does_not_drag_the_penalty_along(net):
