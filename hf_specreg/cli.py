@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_specreg.encoders.model import load_model
+from hf_specreg.encoders.load import load_model
 from hf_specreg.hub import publish
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.collection import collect, columns_of, sort_rows

@@ -6,7 +6,6 @@ weights. Architectures of `hf_specreg.encoders.small` need that module imported 
 AutoModel load them.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,6 @@ from hf_specreg.encoders.formats import (
 )
 from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
-from hf_specreg.encoders.modules import unwrap
 
 if TYPE_CHECKING:
     from hf_specreg.hub.publish import Pushed
@@ -353,28 +351,3 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """The values; or their mean for each channel, where the number of channels is another."""
     values = tuple(values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def load_model(name: str) -> SpecRegModel:
-    """Load a local folder, a Hub id ("org/name"), or a timm architecture with random weights."""
-    if not Path(name).is_dir() and "/" not in name:
-        if name not in timm.list_models():
-            raise FileNotFoundError(
-                f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
-            )
-        return SpecRegModel.from_timm(name)
-    return SpecRegModel.from_pretrained(name)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's weights and buffers, its pixel normalisation among them: names,
-    shapes, types and bytes.
-    """
-    found = hashlib.sha256()
-    network = unwrap(model)
-    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    tensors |= {n: b for n, b in model.named_buffers() if n.endswith(("pixel_mean", "pixel_std"))}
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

@@ -14,8 +14,9 @@ import timm
 import yaml
 
 from hf_specreg.encoders.blueprint import check_schema, read_json
+from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
-from hf_specreg.encoders.model import SpecRegModel, weights_sha256
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.report import RobustnessReport
 
 CARD_FILE = "README.md"

@@ -29,8 +29,10 @@ from torch.utils.data import Dataset
 
 from hf_specreg.data.datasets import DIGITS, load_splits, place
 from hf_specreg.data.transforms import derived_seed
+from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.head import check_head
-from hf_specreg.encoders.model import SpecRegModel, load_model, weights_sha256
+from hf_specreg.encoders.load import load_model
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.robustness.aggregate import aggregate, per_image, twins
 from hf_specreg.robustness.attacks import Attack, describe, make_attacks

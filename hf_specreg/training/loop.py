@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_specreg.data.datasets import place
 from hf_specreg.data.transforms import derived_seed
-from hf_specreg.encoders.model import weights_sha256
+from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.training.build import (
     build_accelerator,

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_specreg import SpecRegModel, evaluate_robustness
 from hf_specreg.data.datasets import load_splits
-from hf_specreg.encoders.model import weights_sha256
+from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.classifier import Classifier, ClassifierError
 
