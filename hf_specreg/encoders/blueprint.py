@@ -26,6 +26,11 @@ LARGEST_CLASSES = 10**6
 ROOM = 50_000_000, 1_000  # numbers, tensors: what a network may have that is not in its file
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 64}
+_ID2LABEL = {
+    "type": ["object", "null"],
+    "propertyNames": {"pattern": "^[0-9]{1,7}$"},
+    "additionalProperties": {"type": "string"},
+}
 TIMM_CONFIG = {
     "type": "object",
     "required": ["architecture", "pretrained_cfg"],
@@ -38,6 +43,7 @@ TIMM_CONFIG = {
             "propertyNames": {"not": {"pattern": "^(pretrained|checkpoint|cache)"}},
         },
         "label_names": {"type": ["array", "null"], "items": {"type": "string"}},
+        "id2label": _ID2LABEL,
         "pretrained_cfg": {
             "type": "object",
             "required": ["input_size", "mean", "std"],
@@ -64,7 +70,7 @@ TRANSFORMERS_CONFIG = {
     "properties": {
         "model_type": {"type": "string"},
         "architectures": {"type": ["array", "null"], "items": {"type": "string"}},
-        "id2label": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
+        "id2label": _ID2LABEL,
     },
     # They would have transformers read weights from elsewhere.
     "propertyNames": {"not": {"pattern": "^(backbone|use_timm|transformers_weights|model_args)"}},

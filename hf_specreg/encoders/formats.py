@@ -4,8 +4,8 @@ timm           config.json, model.safetensors
 transformers   config.json, model.safetensors, preprocessor_config.json
 """
 
-import copy
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,17 @@ from typing import Any
 
 import timm
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.head import find_head
+from hf_specreg.encoders.labels import (
+    class_entries,
+    timm_labels,
+    transformers_labels,
+    wrapper_entries,
+)
+
+logger = logging.getLogger(__name__)
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
 
@@ -27,42 +34,6 @@ def renew_head(network: nn.Module) -> None:
         for module in network.get_submodule(name).modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-
-
-def merged(network: nn.Module) -> nn.Module:
-    """Return the network as stock libraries have it: LoRA merged, parametrizations computed.
-
-    A network that has neither is returned as it is, else a copy.
-    """
-    adapted = any(
-        hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
-        for m in network.modules()
-    )
-    if not adapted and not any(is_parametrized(m) for m in network.modules()):
-        return network
-    network = copy.deepcopy(network).eval()
-    for name, module in list(network.named_modules()):
-        if is_parametrized(module):
-            _compute(module)
-        if hasattr(module, "unload_and_optionally_merge_module"):  # trained beside, as a head
-            whole = module.unload_and_optionally_merge_module(True, False, None)
-            network.set_submodule(name, whole)
-        elif hasattr(module, "get_base_layer"):
-            module.merge()
-            network.set_submodule(name, module.get_base_layer())
-    return network
-
-
-def _compute(module: nn.Module) -> None:
-    """Put a copy's parametrized tensors in the place of their parametrizations.
-
-    torch's remove_parametrizations changes the class, which a copy shares with its original.
-    """
-    tensors = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-    module.__class__ = type(module).__base__
-    del module._modules["parametrizations"]
-    for name, tensor in tensors.items():
-        module.register_parameter(name, nn.Parameter(tensor))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -93,11 +64,55 @@ def save_timm(
     arguments = config.get("model_args", {})
     config["model_args"] = {k: v for k, v in arguments.items() if k != "num_classes"}
     config["pretrained_cfg"] |= {**data, "num_classes": network.num_classes}
-    config["pretrained_cfg"].pop("test_input_size", None)
-    config.pop("label_names", None)
+    for entry in ("test_input_size", "label_names"):
+        config["pretrained_cfg"].pop(entry, None)
     if label_names:
-        config["label_names"] = list(label_names)
+        config |= wrapper_entries(config["num_classes"], list(label_names))
+        config["pretrained_cfg"]["label_names"] = list(label_names)
     write_json(folder / "config.json", config)
+
+
+def load_timm(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    num_classes: int | None,
+    label_names: Sequence[str] | None,
+) -> tuple[nn.Module, Sequence[str] | None, dict[str, Any]]:
+    """Load a timm folder.
+
+    Args:
+        folder: a local one.
+        config: what its config.json holds.
+        num_classes: as for `SpecRegModel.from_pretrained`.
+        label_names: of the classes; default: those of the folder.
+
+    Returns:
+        The network, its label names, and the further arguments of `SpecRegModel`.
+    """
+    # With its own head, for timm loads others loosely.
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    if num_classes is not None:
+        network.reset_classifier(num_classes)
+    elif label_names is None:
+        label_names = timm_labels(config)
+        if label_names is not None and len(label_names) != network.num_classes:
+            logger.warning(
+                "%s: config.json has %d label_names for a head of %d classes, as transformers "
+                "leaves them when it fine-tunes: they are left out; give your own as label_names",
+                *(folder, len(label_names), network.num_classes),
+            )
+            label_names = None
+    cfg = config["pretrained_cfg"]
+    kept = ("crop_pct", "crop_mode", "interpolation")
+    data = {
+        "input_size": tuple(cfg["input_size"]),
+        "pixel_mean": cfg["mean"],
+        "pixel_std": cfg["std"],
+        "preprocessing": {key: cfg[key] for key in kept if key in cfg},
+        "model_args": config.get("model_args"),
+    }
+    return network, label_names, data
 
 
 def draw_timm(config: dict[str, Any]) -> nn.Module:
@@ -154,13 +169,13 @@ def load_transformers(
         config.architectures = config.architectures or []  # from_config iterates over them
         config.update(_all_patches(config))
         if num_classes == 0:
-            config.update(_class_entries(0, None))
+            config.update(class_entries(0, None))
             network = _headless_class(config).from_config(config)
             if find_head(network):  # it has no place for none
                 network = AutoModel.from_config(config)
             return network, None, {}
         if num_classes:
-            config.update(_class_entries(num_classes, label_names))
+            config.update(class_entries(num_classes, label_names))
         return AutoModelForImageClassification.from_config(config), label_names, {}
 
     where = {"revision": revision, "token": token, "trust_remote_code": False}
@@ -171,7 +186,7 @@ def load_transformers(
     else:
         fresh = {}
         if num_classes and (bare or num_classes != config.num_labels):
-            fresh = {**_class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
+            fresh = {**class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
         network, info = AutoModelForImageClassification.from_pretrained(
             name_or_config, use_safetensors=True, output_loading_info=True, **fresh, **where
         )
@@ -179,7 +194,7 @@ def load_transformers(
         if num_classes:
             renew_head(network)
         else:
-            label_names = label_names or _stated_labels(config)
+            label_names = label_names or transformers_labels(config)
     try:
         processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
     except OSError as error:
@@ -202,7 +217,7 @@ def save_transformers(
     from transformers import BitImageProcessor
 
     if label_names:
-        network.config.update(_class_entries(len(label_names), label_names))
+        network.config.update(class_entries(len(label_names), label_names))
     network.save_pretrained(folder)
     _, height, width = data["input_size"]
     # As timm's evaluation transform: resize the shorter side, then cut the middle.
@@ -240,7 +255,7 @@ def _load_headless(name: Any, config: Any, **where: Any) -> nn.Module:
 
     where = {**where, "use_safetensors": True, "output_loading_info": True}
     where |= _all_patches(config)
-    labels = _class_entries(0, None)
+    labels = class_entries(0, None)
     network, info = _headless_class(config).from_pretrained(name, **labels, **where)
     if find_head(network):
         network, info = AutoModel.from_pretrained(name, **where)
@@ -285,14 +300,3 @@ def _processor_data(processor: Any) -> dict[str, Any]:
     if height and width:
         data["size"] = (height, width)
     return data
-
-
-def _class_entries(num_classes: int, label_names: Sequence[str] | None) -> dict[str, Any]:
-    """The entries of a transformers configuration that name the classes, and so count them."""
-    names = list(label_names or (f"LABEL_{i}" for i in range(num_classes)))
-    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-
-
-def _stated_labels(config: Any) -> list[str] | None:
-    names = [config.id2label[i] for i in sorted(config.id2label)]
-    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names

@@ -27,14 +27,15 @@ from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.formats import (
     draw_timm,
     draw_transformers,
+    load_timm,
     load_transformers,
-    merged,
     save_timm,
     save_transformers,
     write_json,
 )
 from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.merging import merged
 
 if TYPE_CHECKING:
     from hf_specreg.hub.publish import Pushed
@@ -274,7 +275,10 @@ class SpecRegModel(nn.Module):
         with builds(name_or_folder):
             if "architecture" in config:
                 check_drawing(lambda: draw_timm(config), name_or_folder, weights)
-                model = cls._from_timm_folder(folder, config, num_classes, label_names)
+                network, label_names, data = load_timm(
+                    folder, config, num_classes=num_classes, label_names=label_names
+                )
+                model = cls(network, label_names=label_names, **data)
             else:
                 check_drawing(lambda: draw_transformers(config), name_or_folder, weights)
                 model = cls.from_transformers(
@@ -282,32 +286,6 @@ class SpecRegModel(nn.Module):
                 )
         model.metadata = metadata
         return model
-
-    @classmethod
-    def _from_timm_folder(
-        cls,
-        folder: Path,
-        config: dict[str, Any],
-        num_classes: int | None,
-        label_names: Sequence[str] | None,
-    ) -> "SpecRegModel":
-        # With its own head, for timm loads others loosely.
-        network = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        if num_classes is not None:
-            network.reset_classifier(num_classes)
-        elif label_names is None:
-            label_names = config.get("label_names")
-        cfg = config["pretrained_cfg"]
-        kept = ("crop_pct", "crop_mode", "interpolation")
-        return cls(
-            network,
-            input_size=tuple(cfg["input_size"]),
-            pixel_mean=cfg["mean"],
-            pixel_std=cfg["std"],
-            label_names=label_names,
-            preprocessing={key: cfg[key] for key in kept if key in cfg},
-            model_args=config.get("model_args"),
-        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configuration, preprocessing and specreg.json into a folder.

@@ -144,6 +144,9 @@ class SpecRegTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         ours = isinstance(self.model, _Classifier)
+        config = getattr(self.model, "config", None)
+        if hasattr(config, "label_names"):  # TimmWrapper would write those that it was loaded with
+            config.label_names = list(config.id2label.values())
         super()._save(output_dir, {} if ours else state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

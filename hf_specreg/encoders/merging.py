@@ -1,0 +1,42 @@
+"""A network as stock libraries have it."""
+
+import copy
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """Return the network with LoRA merged and parametrizations computed.
+
+    A network that has neither is returned as it is, else a copy.
+    """
+    adapted = any(
+        hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
+        for m in network.modules()
+    )
+    if not adapted and not any(is_parametrized(m) for m in network.modules()):
+        return network
+    network = copy.deepcopy(network).eval()
+    for name, module in list(network.named_modules()):
+        if is_parametrized(module):
+            _compute(module)
+        if hasattr(module, "unload_and_optionally_merge_module"):  # trained beside, as a head
+            whole = module.unload_and_optionally_merge_module(True, False, None)
+            network.set_submodule(name, whole)
+        elif hasattr(module, "get_base_layer"):
+            module.merge()
+            network.set_submodule(name, module.get_base_layer())
+    return network
+
+
+def _compute(module: nn.Module) -> None:
+    """Put a copy's parametrized tensors in the place of their parametrizations.
+
+    torch's remove_parametrizations changes the class, which a copy shares with its original.
+    """
+    tensors = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__base__
+    del module._modules["parametrizations"]
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor))
