@@ -34,8 +34,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_specreg import SpectralPenalty
 from hf_specreg.encoders.modules import unwrap
-from hf_specreg.spectral.baselines import jacobian_norm
 from hf_specreg.spectral.operators import Convolution, LinearOperator
+from hf_specreg.spectral.regularizers.jacobian import jacobian_norm
 
 DRIFT, GRAM = 1e-3, 5
 WARM, ANEW = (24, 16), (3, 2)  # uses, and how many of the last count

@@ -20,21 +20,18 @@ from results import network, record, seconds, spread
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from hf_specreg.data.datasets import build_splits
+from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.images import collate
-from hf_specreg.training.build import build_images, build_model
-from hf_specreg.training.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PenaltyConfig,
-    RunConfig,
-)
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.training.checkpoints import CheckpointConfig
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.images import build_images
 from hf_specreg.training.interruption import StopSignal
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import progress_bar
+from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.optimizer import OptimizerConfig
 
 BATCH, SIZE = 64, (3, 32, 32)
 

@@ -13,15 +13,34 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from hf_specreg.training.config import RunConfig, changes_of_the_run
+from hf_specreg.ranges import require
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept.
+
+    Args:
+        every_epochs: a checkpoint after so many epochs.
+        every_steps: and one after so many optimizer steps; default: none within an epoch.
+        keep: so many of the latest; the best by validation accuracy is kept beside them.
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep: int = 2
+
+    def __post_init__(self):
+        require(self, "at least 1", "every_epochs", "every_steps", "keep")
 
 
 class CheckpointError(RuntimeError):
@@ -130,41 +149,6 @@ def find_fault(checkpoint: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} was cut short or changed"
     return None
-
-
-def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
-    """Return the checkpoint that a run goes on from, None for a new run, and for one that was
-    stopped before its first checkpoint.
-
-    Raises:
-        CheckpointError: the output folder holds another run, or a finished one without checkpoints,
-            or no checkpoint in it is whole.
-    """
-    output = Path(config.output_dir)
-    begun = bool(all_checkpoints(output / "checkpoints"))
-    if not begun and (output / "model").exists():
-        raise CheckpointError(
-            f"{output} holds a finished run, without its checkpoints: choose another output_dir"
-        )
-    if not resume:
-        if begun:
-            raise CheckpointError(
-                f"{output} already holds a run: resume it with --resume, or choose another "
-                "output_dir"
-            )
-        return None
-    if not begun:
-        return None
-    checkpoint = latest_checkpoint(output / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{output / 'checkpoints'} has no whole checkpoint to resume from")
-    changed = changes_of_the_run(read_progress(checkpoint)["config"], config)
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint} is of a run with another configuration (there and here): "
-            f"{'; '.join(changed)}"
-        )
-    return checkpoint
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""What the recipes share: a configuration from YAML and the command line, and the result."""
+"""The command line of a recipe: a configuration from YAML and arguments, and a run of it."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from accelerate import Accelerator, PartialState
 from jsonargparse import ArgumentParser
 
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import TrainingResult
+from hf_specreg.training.recipe import finish
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -35,37 +32,17 @@ def parse_run(
     return config(**vars(parser.instantiate(settings))), resume
 
 
-def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the arguments of `evaluate_side_by_side` that a run's `report` stands for.
+def run_recipe(
+    parse: Callable[[Sequence[str] | None], tuple[Config, bool]],
+    train: Callable[..., TrainingResult],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Train as the command line says, and print the result as JSON.
 
     Args:
-        config: of a self-supervised run or a transfer.
-        accelerator: of the run; its processes share the images out.
+        parse: arguments -> configuration, whether to resume.
+        train: (configuration, resume=) -> the result.
+        arguments: of the command line; default: those of this process.
     """
-    classes = config.data.classes
-    split = f"test, classes {', '.join(classes)}" if classes else "test"
-    return {
-        "attacks": config.report.attacks,
-        "eps": config.report.eps,
-        "samples": config.report.samples,
-        "seed": config.seed,
-        "data": {"id": config.data.source, "revision": config.data.revision, "split": split},
-        "device": accelerator.device,
-        "shard": (accelerator.process_index, accelerator.num_processes),
-        "barrier": accelerator.wait_for_everyone,
-        "output": Path(config.output_dir),
-    }
-
-
-def finish(result: TrainingResult) -> None:
-    """Print where the model is and what was measured, as JSON; part from the other processes."""
-    state = PartialState()
-    if state.is_main_process:
-        summary = {"model": str(result.model_folder), "step": result.step, **result.metrics}
-        print(json.dumps(summary, indent=2))
-    state.destroy_process_group()
-
-
-def add_metrics(result: TrainingResult, metrics: dict[str, float]) -> TrainingResult:
-    """Return the result with further metrics."""
-    return replace(result, metrics={**result.metrics, **metrics})
+    config, resume = parse(arguments)
+    finish(train(config, resume=resume))

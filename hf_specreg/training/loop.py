@@ -23,14 +23,9 @@ from hf_specreg.data.datasets import place
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.training.build import (
-    build_accelerator,
-    build_loaders,
-    build_optimizer,
-    build_penalty,
-    build_scheduler,
-    freeze_unused,
-)
+from hf_specreg.spectral.regularizers import build_regularizers
+from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
+from hf_specreg.training.accelerator import build_accelerator
 from hf_specreg.training.checkpoints import (
     CheckpointError,
     latest_checkpoint,
@@ -38,10 +33,10 @@ from hf_specreg.training.checkpoints import (
     read_progress,
     replace_folder,
     save_checkpoint,
-    starting_point,
 )
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
+from hf_specreg.training.images import build_loaders
 from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal
 from hf_specreg.training.metrics import (
     DivergedError,
@@ -52,8 +47,10 @@ from hf_specreg.training.metrics import (
     flat_settings,
     progress_bar,
 )
+from hf_specreg.training.model import freeze_unused
 from hf_specreg.training.objectives import Objective
-from hf_specreg.training.regularizers import build_regularizers
+from hf_specreg.training.optimizer import build_optimizer, build_scheduler
+from hf_specreg.training.resume import starting_point
 
 Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
@@ -99,22 +96,16 @@ class TrainingLoop:
         freeze_unused(self.encoder)
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
+        length = {"steps_per_epoch": self.steps_per_epoch, "epochs": config.epochs}
+        shared = averages_gradients(self.accelerator)
         self.penalty = build_penalty(
-            self.encoder,
-            config,
-            self.steps_per_epoch,
-            shared=averages_gradients(self.accelerator),
+            self.encoder, config.penalty, **length, seed=config.seed, shared=shared
         )
-        self.regularizers = build_regularizers(
-            self.encoder,
-            config.regularizers,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=config.epochs,
-        )
+        self.regularizers = build_regularizers(self.encoder, config.regularizers, **length)
         near_start = any(r.name == "l2_sp" for r in self.regularizers)
         self.start_sha256 = weights_sha256(self.encoder) if near_start else None
         optimizer = build_optimizer(objective, config.optimizer)
-        self.scheduler = build_scheduler(optimizer, config, self.steps_per_epoch)
+        self.scheduler = build_scheduler(optimizer, config.optimizer, **length)
         decay = config.optimizer.ema_decay
         self.objective, self.optimizer, self.loader, self.validation, self.test = (
             self.accelerator.prepare(objective, optimizer, *loaders)

@@ -16,10 +16,31 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.training.config import ProbeConfig
+from hf_specreg.ranges import require
 from hf_specreg.training.features import features_of
 
 NEVER = -100.0  # the logit of a class that no training image is of
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Classifiers on frozen, un-augmented features.
+
+    Args:
+        images: of the training split, that they learn from; default: all.
+        l2: of the logistic regression: its loss is mean cross-entropy + l2 / 2 ||W||^2.
+        epochs: of the linear probe, AdamW with a cosine schedule.
+        lr: of the linear probe.
+    """
+
+    images: int | None = None
+    l2: float = 1e-4
+    epochs: int = 50
+    lr: float = 1e-2
+
+    def __post_init__(self):
+        require(self, "at least 1", "images", "epochs")
+        require(self, "positive", "l2", "lr")
 
 
 @dataclass(frozen=True)

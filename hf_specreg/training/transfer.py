@@ -6,12 +6,43 @@ a parameter's dotted name is its place in the list of stages or blocks
 the stem, and what comes after the last is never frozen.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 from timm.models import group_parameters
 from torch import nn
 
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.ranges import require
 from hf_specreg.spectral.layers import linear_maps
-from hf_specreg.training.config import TransferConfig
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """What of a pretrained encoder is trained on new data.
+
+    Args:
+        train: "head", a linear probe; "all"; or "lora", low-rank updates of the linear layers
+            (extra `lora`).
+        head: it starts "fresh", or as the logistic "probe" on the frozen features, which distorts
+            them less (Kumar et al., ICLR 2022).
+        frozen_stages: of "all": the first so many stages are kept as they are.
+        keep_batch_norm: batch norms keep the statistics that they were pretrained with.
+        lora_rank: of "lora".
+        lora_targets: of "lora": the names of linear layers, or their endings; default: all before
+            the features.
+    """
+
+    train: Literal["head", "all", "lora"] = "all"
+    head: Literal["fresh", "probe"] = "fresh"
+    frozen_stages: int = 0
+    keep_batch_norm: bool = False
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(self, "not negative", "frozen_stages")
+        require(self, "at least 1", "lora_rank")
 
 
 def prepare_transfer(encoder: SpecRegModel, config: TransferConfig) -> None:

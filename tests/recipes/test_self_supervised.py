@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.data.datasets import load_splits
-from hf_specreg.training.build import plain_training_images
-from hf_specreg.training.config import AugmentConfig, SelfSupervisedRunConfig
+from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.training.config import SelfSupervisedRunConfig
 from hf_specreg.training.features import features_of
-from hf_specreg.training.objectives import SelfSupervised
+from hf_specreg.training.images import plain_training_images
+from hf_specreg.training.self_supervision import SelfSupervised
 from recipes import self_supervised
 from recipes.self_supervised import main, parse, train
 from tests.recipes.conftest import launch, run_on_cpu, script

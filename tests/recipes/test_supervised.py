@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hf_specreg.cli import main as cli
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.training.build import build_model
+from hf_specreg.training.model import build_model
 from recipes import self_supervised, supervised, transfer
 from recipes.supervised import main, parse
 from tests.recipes.conftest import launch, run_on_cpu, script

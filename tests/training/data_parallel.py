@@ -13,14 +13,12 @@ from timm.layers import BatchNormAct2d
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_specreg import SpecRegModel, SpectralPenalty
-from hf_specreg.training.config import AugmentConfig, SelfSupervisedConfig
+from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.training.distributed import synchronize_batch_norms
-from hf_specreg.training.objectives import SelfSupervised, Supervised
-from hf_specreg.training.regularizers import (
-    L2SPConfig,
-    RegularizersConfig,
-    build_regularizers,
-)
+from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.self_supervision import SelfSupervised, SelfSupervisedConfig
 from hf_specreg.training.transfer import freeze_stages
 
 METHODS = ("supervised", "norm_act", "transfer", "barlow-twins", "simclr", "vicreg", "byol")

@@ -13,10 +13,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from hf_specreg.data.datasets import DataConfig
 from hf_specreg.data.images import LabelledImages, StreamedImages
 from hf_specreg.data.transforms import evaluation_transform
-from hf_specreg.training.build import build_accelerator, build_loaders
-from hf_specreg.training.config import DataConfig, RunConfig
+from hf_specreg.training.accelerator import build_accelerator
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.images import build_loaders
 
 COUNT, SIZE = 103, (3, 8, 8)
 

@@ -1,20 +1,20 @@
-"""The run configuration and the objectives that read it."""
+"""The run configuration: every setting has a range, and what does not fit is named."""
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
-from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.training.config import (
-    AugmentConfig,
-    DataConfig,
-    PenaltyConfig,
-    RunConfig,
-    differences,
-)
-from hf_specreg.training.objectives import Supervised
-from hf_specreg.training.regularizers import BSSConfig, RegularizersConfig
+from hf_specreg.data.datasets import DataConfig
+from hf_specreg.spectral.regularizers import RegularizersConfig
+from hf_specreg.spectral.regularizers.bss import BSSConfig
+from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
+from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.optimizer import OptimizerConfig
+from hf_specreg.training.probe import ProbeConfig
+from hf_specreg.training.report import ReportConfig
+from hf_specreg.training.resume import differences
+from hf_specreg.training.self_supervision import SelfSupervisedConfig
+from hf_specreg.training.transfer import TransferConfig
 
 
 def test_burn_in_is_counted_in_epochs_steps_or_a_fraction():
@@ -45,18 +45,26 @@ def test_differences_name_the_key_and_both_values():
     assert differences(a, a) == []
 
 
-def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
-    torch.manual_seed(0)
-    args = {"img_size": 2, "hidden_features": 5}
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=3, input_size=(1, 2, 2), **args)
-    images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
-    plain = Supervised(model, augment=AugmentConfig())
-    expected, features = F.cross_entropy(model(images), labels), model.features(images)
-    torch.testing.assert_close(plain(images, labels), expected)
-    torch.testing.assert_close(plain.features, [features])
-    mixed = Supervised(model, augment=AugmentConfig(mixup=1.0))
-    losses = []
-    for seed in (1, 1, 2):
-        np.random.seed(seed)
-        losses.append(mixed(images.clone(), labels).item())
-    assert losses[0] == losses[1] != losses[2]
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (JacobianConfig, "projections", 0),
+        (JacobianConfig, "images", 0),
+        (L2SPConfig, "head", -1.0),
+        (BSSConfig, "k", 0),
+        (PenaltyConfig, "lanczos_steps", 1),
+        (OptimizerConfig, "encoder_lr", -1.0),
+        (OptimizerConfig, "layer_decay", 3.0),
+        (SelfSupervisedConfig, "temperature", 0.0),
+        (SelfSupervisedConfig, "teacher_momentum", 2.0),
+        (SelfSupervisedConfig, "bank", 0),
+        (ProbeConfig, "l2", 0.0),
+        (ProbeConfig, "images", 0),
+        (TransferConfig, "frozen_stages", -1),
+        (TransferConfig, "lora_rank", 0),
+        (ReportConfig, "samples", -1),
+    ],
+)
+def test_every_setting_has_a_range(kind, name, value):
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
+        kind(**{name: value})

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from hf_specreg.training.build import check_processes
+from hf_specreg.training.accelerator import check_processes
 from tests.forks import forks
 from tests.training import data_parallel
 

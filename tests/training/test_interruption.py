@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_specreg.training.build import build_accelerator
+from hf_specreg.training.accelerator import build_accelerator
 from hf_specreg.training.checkpoints import all_checkpoints, find_fault, latest_checkpoint
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.interruption import EXIT_CODE, StopSignal

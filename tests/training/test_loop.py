@@ -10,23 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_specreg.data.datasets import DataError, build_splits
+from hf_specreg.data.datasets import DataConfig, DataError, build_splits
+from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training import checkpoints
-from hf_specreg.training.build import build_images, build_model, run_metadata
-from hf_specreg.training.checkpoints import CheckpointError
-from hf_specreg.training.config import (
-    AugmentConfig,
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PenaltyConfig,
-    RunConfig,
-)
+from hf_specreg.training.checkpoints import CheckpointConfig, CheckpointError
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.images import build_images, run_metadata
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import DivergedError, StepLog
+from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.optimizer import OptimizerConfig
 
 
 def config(tmp_path, **kwargs):

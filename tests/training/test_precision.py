@@ -11,18 +11,15 @@ from safetensors.torch import load_file
 
 import hf_specreg.encoders.small  # noqa: F401  registers resnet20_cifar
 from hf_specreg import SpectralPenalty
-from hf_specreg.data.datasets import build_splits
-from hf_specreg.training.build import build_images, build_model
-from hf_specreg.training.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PenaltyConfig,
-    RunConfig,
-)
+from hf_specreg.data.datasets import DataConfig, build_splits
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.training.checkpoints import CheckpointConfig
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.images import build_images
 from hf_specreg.training.loop import TrainingLoop
+from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.optimizer import OptimizerConfig
 
 SIZE, STEPS = (3, 8, 8), 12
 

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
 from hf_specreg import SpecRegModel
-from hf_specreg.training.config import ProbeConfig
 from hf_specreg.training.probe import (
     LinearHead,
+    ProbeConfig,
     attach_head,
     check_probe,
     linear_probe,

@@ -1,19 +1,24 @@
+"""Each regularizer against closed forms and the explicit Jacobian; and by its name and settings."""
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from hf_specreg import SpectralPenalty
-from hf_specreg.spectral.baselines import (
-    batch_spectral_shrinkage,
-    cross_lipschitz,
-    jacobian_norm,
-    l2_sp,
-    normalize_spectra,
-    orthogonality,
+from hf_specreg import SpecRegModel
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+from hf_specreg.spectral.regularizers.bss import BSSConfig, batch_spectral_shrinkage
+from hf_specreg.spectral.regularizers.cross_lipschitz import CrossLipschitzConfig, cross_lipschitz
+from hf_specreg.spectral.regularizers.jacobian import JacobianConfig, jacobian_norm
+from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig, l2_sp
+from hf_specreg.spectral.regularizers.metric_eigenvalue import (
+    MetricEigenvalueConfig,
     top_metric_eigenvalue,
-    volume_element,
 )
+from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig, orthogonality
+from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
+from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig, volume_element
 
 
 def seeded(seed=0):
@@ -160,10 +165,134 @@ def test_normalised_weights_have_norm_one():
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3).eval()
     head = model.fc.weight.detach().clone()
-    names = [layer.name for layer in SpectralPenalty(model, input_size=(3, 32, 32)).layers]
-    normalize_spectra(model, names)
+    normalize_spectra(FeatureSpace.of(model, input_size=(3, 32, 32)))
     model.train()
     for _ in range(300):
         weight = model.layer1[0].conv1.weight
     assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(model.fc.weight, head)
+
+
+def model(name="mlp_2000", **args):
+    torch.manual_seed(0)
+    args = args or {"img_size": 8, "hidden_features": 12}
+    return SpecRegModel.from_timm(name, num_classes=3, input_size=(1, 8, 8), **args)
+
+
+def images(count=5):
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def built(encoder, **settings):
+    config = RegularizersConfig(**settings)
+    return build_regularizers(encoder, config, steps_per_epoch=10, epochs=4)
+
+
+CASES = {
+    "jacobian": (
+        JacobianConfig(2.0, projections=None),
+        lambda m: jacobian_norm(m, images(), projections=None),
+    ),
+    "cross_lipschitz": (
+        CrossLipschitzConfig(2.0),
+        lambda m: cross_lipschitz(m, images()),
+    ),
+    "volume_element": (
+        VolumeElementConfig(2.0, images=3),
+        lambda m: volume_element(m.features, images()[:3]),
+    ),
+    "metric_eigenvalue": (
+        MetricEigenvalueConfig(2.0, iterations=200),
+        lambda m: top_metric_eigenvalue(m.features, images(), iterations=200),
+    ),
+    "bss": (
+        BSSConfig(2.0, k=2),
+        lambda m: batch_spectral_shrinkage(m.features(images()), k=2),
+    ),
+    "orthogonality": (
+        OrthogonalityConfig(2.0, iterations=300),
+        lambda m: orthogonality([m.network.hidden.weight], iterations=300),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_name_gives_its_function_times_its_strength_with_a_gradient(name):
+    settings, function = CASES[name]
+    encoder = model()
+    (regularizer,) = built(encoder, **{name: settings})
+    value = regularizer(images(), [encoder.features(images())])
+    torch.testing.assert_close(value, 2 * function(encoder), rtol=1e-3, atol=1e-5)
+    value.backward()
+    assert encoder.network.hidden.weight.grad.norm() > 0
+
+
+def test_l2_sp_is_alpha_half_the_distance_and_a_part_of_it_for_the_head():
+    encoder = model()
+    (regularizer,) = built(encoder, l2_sp=L2SPConfig(0.5, head=0.1))
+    head = encoder.network.head
+    norm = sum(p.square().sum() for p in head.parameters())
+    torch.testing.assert_close(regularizer(images(), []), 0.5 * 0.1 / 2 * norm)
+    with torch.no_grad():
+        encoder.network.hidden.weight.add_(0.1)
+    moved = 0.01 * encoder.network.hidden.weight.numel()
+    torch.testing.assert_close(regularizer(images(), []), 0.25 * (moved + 0.1 * norm))
+
+
+def test_bss_is_the_mean_over_the_views():
+    (regularizer,) = built(model(), bss=BSSConfig(1.0))
+    a, b = torch.randn(2, 6, 4)
+    expected = sum(batch_spectral_shrinkage(f) for f in (a, b)) / 2
+    torch.testing.assert_close(regularizer(images(), [a, b]), expected)
+
+
+def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_put_back():
+    encoder = model("resnet20_cifar", channels=[4, 8], layers=[1, 1]).train()
+    encoder.network.bn1.eval()
+    (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0, projections=None))
+    statistics = {n: b.clone() for n, b in encoder.named_buffers()}
+    whole = regularizer(images(4), [])
+    parts = [regularizer(part, []) for part in images(4).split(1)]
+    torch.testing.assert_close(whole, torch.stack(parts).mean())
+    assert encoder.training
+    assert encoder.network.stages.training
+    assert not encoder.network.bn1.training
+    assert all(torch.equal(statistics[n], b) for n, b in encoder.named_buffers())
+
+
+def test_attention_can_be_derived_twice():
+    encoder = model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1)
+    (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0))
+    regularizer(images(), []).backward()
+    assert encoder.network.blocks[0].attn.qkv.weight.grad.norm() > 0
+
+
+def test_each_has_its_own_burn_in_and_cadence():
+    first, second = built(
+        model(),
+        jacobian=JacobianConfig(1.0, every=3, burn_in_epochs=0.2),
+        l2_sp=L2SPConfig(1.0, burn_in_fraction=0.5),
+    )
+    assert [step for step in range(12) if first.due(step)] == [2, 5, 8, 11]
+    assert [step for step in range(22) if second.due(step)] == [20, 21]
+
+
+def test_off_is_the_default_and_logits_need_a_head():
+    assert built(model()) == []
+    headless = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 28, 28))
+    with pytest.raises(ValueError, match=r"jacobian.of to features"):
+        built(headless, jacobian=JacobianConfig(1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": -1}, r"strength \(-1\)"),
+        ({"every": 0}, r"every \(0\)"),
+        ({"burn_in_steps": 1, "burn_in_fraction": 0.5}, "not several"),
+        ({"burn_in_fraction": 1.5}, r"\[0, 1\]"),
+    ],
+)
+def test_values_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        JacobianConfig(**settings)

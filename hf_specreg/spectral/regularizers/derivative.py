@@ -1,0 +1,75 @@
+"""Penalties on J, the Jacobian of a function of one image, such as its features: what they share.
+
+Functions of images must treat each image by itself: put batch norms in evaluation mode, or their
+statistics join the derivative.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.modules import evaluating
+from hf_specreg.ranges import require
+from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
+
+Function = Callable[[Tensor], Tensor]  # images [B, ...] -> outputs [B, K]
+
+
+@dataclass(frozen=True)
+class DerivativeConfig(RegularizerConfig):
+    """A penalty on the derivative by the image; the mean over images, each by itself.
+
+    Args:
+        of: what is derived, the "features" or the "logits".
+        images: of each micro-batch, the first so many; default: all.
+    """
+
+    of: Literal["features", "logits"] = "features"
+    images: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "images")
+
+    def penalty(self, function: Function, images: Tensor) -> Tensor:
+        """Return the term, 0-d, of a function of images."""
+        raise NotImplementedError
+
+    def term(self, space: FeatureSpace) -> Compute:
+        """Return what computes it from a batch, with the network in evaluation mode."""
+        function = space.features if self.of == "features" else space.logits
+
+        def compute(images: Tensor, _: Sequence[Tensor]) -> Tensor:
+            # Only the plain form of attention can be derived twice.
+            with evaluating(space.model), sdpa_kernel(SDPBackend.MATH):
+                return self.penalty(function, images[: self.images])
+
+        return compute
+
+
+def tracked(function: Function, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images that require a gradient, and the outputs [B, K] for them."""
+    images = images.detach().requires_grad_(True)
+    with torch.enable_grad():
+        return images, function(images).flatten(1)
+
+
+def pulled_back(outputs: Tensor, images: Tensor, u: Tensor) -> Tensor:
+    """Return J^T u for each image, [B, d], with a graph of its own."""
+    (gradient,) = torch.autograd.grad(outputs, images, u, create_graph=True)
+    return gradient.flatten(1)
+
+
+def jacobian(function: Function, images: Tensor) -> Tensor:
+    """Return J of each image, [B, K, d], row by row."""
+    images, outputs = tracked(function, images)
+    rows = [
+        pulled_back(outputs, images, torch.zeros_like(outputs).index_fill_(1, index, 1.0))
+        for index in torch.arange(outputs.shape[1], device=outputs.device)
+    ]
+    return torch.stack(rows, dim=1)

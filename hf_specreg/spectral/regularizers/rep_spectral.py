@@ -1,0 +1,78 @@
+"""The spectral penalty's settings; the penalty itself is `hf_specreg.SpectralPenalty`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hf_specreg.ranges import require
+from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.regularizers.term import RegularizerConfig
+
+
+@dataclass(frozen=True)
+class PenaltyConfig(RegularizerConfig):
+    """The spectral penalty: strength * sum of sigma^2; see `hf_specreg.SpectralPenalty`.
+
+    Args:
+        strength: lambda; 0 trains the baseline.
+        every: one optimizer step in `every` has the penalty.
+        burn_in_epochs: epochs without it at first; may be a fraction.
+        burn_in_steps: optimizer steps without it at first.
+        burn_in_fraction: of the whole training without it at first. Of the three, one at most.
+        scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
+        renew_every: optimizer steps between two renewals of a layer's singular vectors.
+        lanczos_steps: of a renewal; more steps or renewals follow sigma better and cost more.
+        split_qkv: penalise stacked q, k and v each.
+        fold_norm: penalise maps with the norms beside them folded in; see `SpectralPenalty`.
+        skip: dotted names of modules to leave out.
+    """
+
+    strength: float = 1e-2
+    scope: Literal["features", "all"] = "features"
+    renew_every: int = 8
+    lanczos_steps: int = 8
+    split_qkv: bool = True
+    fold_norm: bool = False
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "at least 1", "renew_every")
+        require(self, "at least 2", "lanczos_steps")
+
+
+def build_penalty(
+    model: nn.Module,
+    config: PenaltyConfig,
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    seed: int,
+    shared: bool = False,
+) -> SpectralPenalty:
+    """Return the penalty; with strength 0 it only measures.
+
+    Args:
+        model: with an input size of its own.
+        config: its settings.
+        steps_per_epoch: optimizer steps.
+        epochs: of the whole training.
+        seed: of its vectors.
+        shared: let the processes share the layers out.
+    """
+    return SpectralPenalty(
+        model,
+        strength=config.strength,
+        scope=config.scope,
+        every=config.every,
+        burn_in=config.burn_in(steps_per_epoch, epochs),
+        renew_every=config.renew_every,
+        lanczos_steps=config.lanczos_steps,
+        split_qkv=config.split_qkv,
+        fold_norm=config.fold_norm,
+        skip=config.skip,
+        input_size=model.input_size,
+        shared=shared,
+        seed=seed,
+    )

@@ -1,0 +1,91 @@
+"""A term beside the loss: when it enters, with what strength, and what computes it.
+
+Terms of the weights count once an optimizer step. Terms of the data are of a micro-batch, as the
+loss is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_specreg.ranges import require
+
+Compute = Callable[[Tensor, Sequence[Tensor]], Tensor]  # images, features -> 0-d
+BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
+
+
+@dataclass(frozen=True)
+class RegularizerConfig:
+    """A term beside the loss, and when it enters.
+
+    Args:
+        strength: what it is multiplied by; 0: off.
+        every: one optimizer step in `every` has it.
+        burn_in_epochs: epochs without it at first; may be a fraction.
+        burn_in_steps: optimizer steps without it at first.
+        burn_in_fraction: of the whole training without it at first, in [0, 1]. Of the three, one
+            at most.
+
+    Attributes:
+        of_weights: it is of the weights; else of the data.
+    """
+
+    strength: float = 0.0
+    every: int = 1
+    burn_in_epochs: float | None = None
+    burn_in_steps: int | None = None
+    burn_in_fraction: float | None = None
+
+    of_weights: ClassVar[bool] = False
+
+    def __post_init__(self):
+        given = [name for name in BURN_INS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {given}, not several")
+        require(self, "not negative", "strength", *BURN_INS)
+        require(self, "in [0, 1]", "burn_in_fraction")
+        require(self, "at least 1", "every")
+
+    def burn_in(self, steps_per_epoch: int, epochs: int) -> int:
+        """Return the burn-in in optimizer steps."""
+        if self.burn_in_epochs is not None:
+            return round(self.burn_in_epochs * steps_per_epoch)
+        if self.burn_in_fraction is not None:
+            return round(self.burn_in_fraction * steps_per_epoch * epochs)
+        return self.burn_in_steps or 0
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """A term beside the loss.
+
+    Attributes:
+        name: in the configuration and the log.
+        strength: what it is multiplied by.
+        every: one optimizer step in `every` has it.
+        burn_in: optimizer steps without it at first.
+        of_weights: it counts once an optimizer step; else it is of a micro-batch.
+        compute: the term itself.
+    """
+
+    name: str
+    strength: float
+    every: int
+    burn_in: int
+    of_weights: bool
+    compute: Compute
+
+    def due(self, step: int) -> bool:
+        """Whether it enters the optimizer step after `step` others."""
+        return step >= self.burn_in and (step - self.burn_in) % self.every == 0
+
+    def __call__(self, images: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Return strength * the term, 0-d and differentiable.
+
+        Args:
+            images: [B, C, H, W] in [0, 1].
+            features: [B, D] each, that the loss was computed from, with their graph.
+        """
+        return self.strength * self.compute(images, features)

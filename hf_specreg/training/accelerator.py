@@ -1,0 +1,58 @@
+"""accelerate's state of a run: devices, processes, precision, trackers, and what it refuses."""
+
+import os
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedType
+
+from hf_specreg.data.transforms import derived_seed
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.distributed import averages_gradients
+from hf_specreg.training.memory import keep_freed_memory
+from hf_specreg.training.metrics import installed_trackers
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Return accelerate's state of the run: devices, processes, precision, trackers. On the CPU,
+    this process keeps from then on what memory it frees.
+
+    Raises:
+        ValueError: it was launched in a way that the training loop cannot work in.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=derived_seed(config.seed)
+        ),
+        log_with=installed_trackers(config.log_with),
+        project_dir=config.output_dir,
+    )
+    check_processes(accelerator, launched=int(os.environ.get("WORLD_SIZE", "1")))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def check_processes(accelerator: Accelerator, *, launched: int) -> None:
+    """Raise ValueError, with what can be done instead, if the processes are not one training with
+    whole weights.
+    """
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not averages_gradients(accelerator):
+        raise ValueError(
+            f"the recipes train with DistributedDataParallel, not with {kind.value}: launch them "
+            "with --multi_gpu (distributed_type: MULTI_GPU). For FSDP2 add SpectralPenalty to a "
+            "loop of your own, before fully_shard, or use SpecRegTrainer"
+        )
+    if accelerator.num_processes < launched:
+        raise ValueError(
+            f"{launched} processes were launched, but each takes itself for the only one and would "
+            "train the same: on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or "
+            "with torchrun"
+        )

@@ -1,0 +1,85 @@
+"""The model that a run trains, and its settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.regularizers import RegularizersConfig
+from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which encoder.
+
+    Args:
+        name: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or folder if
+            pretrained, else a model type ("vit"); or of a saved encoder a Hub id or folder.
+        library: "timm", "transformers", or "saved" for an encoder that this package saved or
+            published: its weights, with a fresh head.
+        revision: of a Hub id: branch, tag or commit; for timm it is part of the name ("@v1").
+        pretrained: start from published weights.
+        input_size: [C, H, W]; default: the model's.
+        args: further arguments of `timm.create_model`, or of the transformers configuration if not
+            pretrained.
+    """
+
+    name: str = "resnet18_cifar"
+    library: Literal["timm", "transformers", "saved"] = "timm"
+    revision: str | None = None
+    pretrained: bool = False
+    input_size: tuple[int, int, int] | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel:
+    """Create the model with a head for these classes; without one where there are none."""
+    head = {"num_classes": len(label_names), "label_names": label_names or None}
+    if config.library == "saved":
+        if config.args or config.input_size:
+            raise ValueError("model.args and model.input_size are not for a saved encoder")
+        return SpecRegModel.from_pretrained(config.name, revision=config.revision, **head)
+    shared = {**head, "input_size": config.input_size}
+    if config.library == "timm":
+        return SpecRegModel.from_timm(
+            config.name, pretrained=config.pretrained, **shared, **config.args
+        )
+    if config.pretrained:
+        if config.args:
+            raise ValueError("model.args are for transformers models that are not pretrained")
+        return SpecRegModel.from_transformers(config.name, revision=config.revision, **shared)
+    return SpecRegModel.from_transformers(
+        AutoConfig.for_model(config.name, **config.args), **shared
+    )
+
+
+def build_encoder(
+    config: ModelConfig, label_names: Sequence[str], regularizers: RegularizersConfig
+) -> SpecRegModel:
+    """Create what a run trains: the model, in float32 whatever its weights are stored in, and under
+    spectral normalisation if that is wanted.
+    """
+    encoder = build_model(config, label_names).float()
+    if regularizers.spectral_norm:
+        normalize_spectra(encoder)
+    return encoder
+
+
+def freeze_unused(model: SpecRegModel) -> None:
+    """Freeze parameters that the output does not depend on, such as mask tokens.
+
+    They would get no gradient, and DistributedDataParallel waits for all of them.
+    """
+    model.eval()
+    images = torch.zeros(2, *model.input_size, device=model.pixel_mean.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("every parameter of the model is frozen: there is nothing to train")
+    gradients = torch.autograd.grad(model(images).sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)

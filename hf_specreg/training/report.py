@@ -1,0 +1,49 @@
+"""The robustness reports that a recipe ends with: their settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_specreg.ranges import require
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The robustness reports that a recipe ends with; see `hf_specreg.evaluate_robustness`.
+
+    Args:
+        attacks: from a name to its settings.
+        eps: where robust accuracy is stated, in [0, 1] pixels.
+        samples: test images, drawn by the run's seed; 0: no report.
+    """
+
+    attacks: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tangent": {}})
+    eps: tuple[float, ...] = (0.25, 0.5, 1.0)
+    samples: int = 0
+
+    def __post_init__(self):
+        require(self, "not negative", "samples")
+
+
+def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the arguments of `evaluate_side_by_side` that a run's `report` stands for.
+
+    Args:
+        config: of a self-supervised run or a transfer.
+        accelerator: of the run; its processes share the images out.
+    """
+    classes = config.data.classes
+    split = f"test, classes {', '.join(classes)}" if classes else "test"
+    return {
+        "attacks": config.report.attacks,
+        "eps": config.report.eps,
+        "samples": config.report.samples,
+        "seed": config.seed,
+        "data": {"id": config.data.source, "revision": config.data.revision, "split": split},
+        "device": accelerator.device,
+        "shard": (accelerator.process_index, accelerator.num_processes),
+        "barrier": accelerator.wait_for_everyone,
+        "output": Path(config.output_dir),
+    }

@@ -1,0 +1,82 @@
+"""Where a run goes on from, and what of it may have changed since."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_specreg.training.checkpoints import (
+    CheckpointError,
+    all_checkpoints,
+    latest_checkpoint,
+    read_progress,
+)
+from hf_specreg.training.config import RunConfig
+
+# What a run that is resumed may change: it has no part in the weights.
+MAY_CHANGE = (
+    "output_dir",
+    "log_every",
+    "log_with",
+    "eval_batch_size",
+    "checkpoint.",
+    "data.num_workers",
+    "data.in_memory",
+    "ssl.neighbours",
+    "ssl.bank",
+    "probe.",
+    "report.",
+)
+
+
+def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
+    """Return the checkpoint that a run goes on from, None for a new run, and for one that was
+    stopped before its first checkpoint.
+
+    Raises:
+        CheckpointError: the output folder holds another run, or a finished one without checkpoints,
+            or no checkpoint in it is whole.
+    """
+    output = Path(config.output_dir)
+    begun = bool(all_checkpoints(output / "checkpoints"))
+    if not begun and (output / "model").exists():
+        raise CheckpointError(
+            f"{output} holds a finished run, without its checkpoints: choose another output_dir"
+        )
+    if not resume:
+        if begun:
+            raise CheckpointError(
+                f"{output} already holds a run: resume it with --resume, or choose another "
+                "output_dir"
+            )
+        return None
+    if not begun:
+        return None
+    checkpoint = latest_checkpoint(output / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{output / 'checkpoints'} has no whole checkpoint to resume from")
+    changed = changes_of_the_run(read_progress(checkpoint)["config"], config)
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} is of a run with another configuration (there and here): "
+            f"{'; '.join(changed)}"
+        )
+    return checkpoint
+
+
+def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """Return the settings that differ from those of a saved run, but for those that may."""
+    now = json.loads(json.dumps(config.as_dict()))
+    found = differences(before, now)
+    return [difference for difference in found if not difference.startswith(MAY_CHANGE)]
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys in which two configurations differ."""
+    found = []
+    for key in sorted(set(a) | set(b)):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += differences(x, y, f"{prefix}{key}.")
+        elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
+            found.append(f"{prefix}{key}: {x!r} and {y!r}")
+    return found
