@@ -2,6 +2,7 @@
 it."""
 
 import contextlib
+import re
 
 import pytest
 import timm
@@ -18,12 +19,19 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 
 # Layers that compute a position bias from coordinates: the image does not pass through them.
 OF_POSITIONS = (
+    "continuous_position",
     "cpb_mlp",
     "meta_mlp",
     "rel_pos.mlp",
     "pos_proj",
     "pos_embd.token_projection",
     "pos_embed.token",
+)
+
+# What of other matrices is looked up and added.
+TABLES = re.compile(
+    "(pos_embed[0-9_]*|position_embeddings|register_tokens|rel_pos_[hw]|(height|width)_rel"
+    "|relative_position_bias_table|attention_biases)$"
 )
 
 TIMM = {
@@ -215,15 +223,18 @@ def unchanged(model, images):
 
 
 def weights_that_reach(model, features):
-    """Weight layers whose weight the features depend on, by autograd on the real model."""
-    layers = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    """Modules that hold a matrix or a kernel which the features depend on, by autograd on the real
+    model."""
+    layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    weights = {
+        f"{name}.{of_module}": parameter
+        for name, module in model.named_modules()
+        for of_module, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and not TABLES.search(of_module)
+        if isinstance(module, layers) or sum(n > 1 for n in parameter.shape) > 1
     }
-    weights = [m.weight for m in layers.values()]
-    gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
-    found = {n for n, g in zip(layers, gradients, strict=True) if g is not None}
+    gradients = torch.autograd.grad(features.sum(), weights.values(), allow_unused=True)
+    found = {n.rpartition(".")[0] for n, g in zip(weights, gradients, strict=True) if g is not None}
     return {n for n in found if not any(part in n for part in OF_POSITIONS)}
 
 
@@ -269,7 +280,7 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
     reaching = weights_that_reach(model, features)
     with unchanged(model, images):
         names = penalised(model)
-    assert names == {n for n in reaching if "continuous_position" not in n}
+    assert names == reaching
     assert not [n for n in reaching if n.startswith(head)]
 
 
