@@ -58,8 +58,9 @@ from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
 from hf_specreg.robustness.stages import Stage, make_stages
 from hf_specreg.robustness.statistics import LEVEL, RESAMPLES
 from hf_specreg.robustness.threat import NORMS
-from hf_specreg.spectral.operators import Dense, exact_float32
+from hf_specreg.spectral.operators import Dense
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.precision import exact_float32
 
 DEFAULT_EPS = {"l2": (0.1, 0.25, 0.5), "linf": (1 / 255, 4 / 255, 8 / 255)}
 LARGEST_MATRIX = 2**22  # numbers, whose exact singular values are a matter of seconds

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
-from hf_specreg.spectral.layers import linear_maps
-from hf_specreg.spectral.operators import exact_float32, full_precision
+from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.placed import Placed
+from hf_specreg.spectral.precision import exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import check_whole, local, shares, summed, whole
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_specreg.spectral.operators import LinearOperator, exact_float32
+from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.precision import exact_float32
 from hf_specreg.spectral.sharding import Rows, rows_of, shares
 from hf_specreg.spectral.singular import bidiagonalize, random_vector, top_singular_value
 

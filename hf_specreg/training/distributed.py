@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_specreg.spectral.operators import full_precision
+from hf_specreg.spectral.precision import full_precision
 
 
 def processes() -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.ranges import require
-from hf_specreg.spectral.operators import full_precision
+from hf_specreg.spectral.precision import full_precision
 from hf_specreg.training.distributed import gathered
 from hf_specreg.training.objectives import Objective
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.ranges import require
-from hf_specreg.spectral.layers import linear_maps
+from hf_specreg.spectral.maps import linear_maps
 
 
 @dataclass(frozen=True)

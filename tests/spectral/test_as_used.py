@@ -13,7 +13,7 @@ from torch import nn
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.encoders.head import find_head
 from hf_specreg.spectral.layers import UnsupportedLayerError
-from hf_specreg.spectral.operators import exact_float32
+from hf_specreg.spectral.precision import exact_float32
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32}
@@ -33,7 +33,7 @@ def vit():
 
 NEWER = """
 import torch
-from hf_specreg.spectral.operators import exact_float32
+from hf_specreg.spectral.precision import exact_float32
 
 def precisions():
     backends = torch.backends

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.ranges import require
-from hf_specreg.spectral.layers import linear_maps
+from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 

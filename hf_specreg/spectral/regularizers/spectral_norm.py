@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.spectral.layers import linear_maps
+from hf_specreg.spectral.maps import linear_maps
 
 
 def normalize_spectra(model: nn.Module | FeatureSpace) -> None:
