@@ -1,14 +1,20 @@
 """The command line of a recipe: a configuration from YAML and arguments, and a run of it."""
 
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser
-
+import hf_specreg
+from hf_specreg.arguments import OneLineParser, with_its_key
+from hf_specreg.spectral.layers import UnsupportedLayerError
+from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import TrainingResult
 from hf_specreg.training.recipe import finish
 
+PACKAGE = Path(hf_specreg.__file__).parent
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -22,14 +28,20 @@ def parse_run(
         description: of the recipe; its first line is shown by --help.
         arguments: of the command line; default: those of this process.
     """
-    parser = ArgumentParser(description=description.splitlines()[0])
+    parser = OneLineParser(
+        description=description.splitlines()[0],
+        usage="%(prog)s [--config FILE] [--resume] [--KEY VALUE ...]",
+    )
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     parser.add_class_arguments(config)
     settings = parser.parse_args(arguments)
     resume = settings.pop("resume")
     settings.pop("config")
-    return config(**vars(parser.instantiate(settings))), resume
+    try:
+        return config(**vars(parser.instantiate(settings))), resume
+    except ValueError as error:
+        parser.error(with_its_key(error, settings.as_flat().__dict__))
 
 
 def run_recipe(
@@ -45,4 +57,18 @@ def run_recipe(
         arguments: of the command line; default: those of this process.
     """
     config, resume = parse(arguments)
-    finish(train(config, resume=resume))
+    try:
+        finish(train(config, resume=resume))
+    except (OSError, ValueError, ImportError, UnsupportedLayerError, CheckpointError) as error:
+        if not raised_here(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether this package itself raised an error, which then says all that there is to know; one
+    from deeper is a surprise, and keeps its traceback.
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(place).is_relative_to(PACKAGE)

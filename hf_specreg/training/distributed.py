@@ -33,6 +33,10 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """As `torch.distributed.nn.functional.all_gather`: that is deprecated, and over gloo gives wrong
+    gradients where those that arrive are not contiguous (torch 2.14).
+    """
+
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
         parts = [tensor.new_empty(tensor.shape) for _ in range(processes())]

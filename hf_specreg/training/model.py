@@ -1,9 +1,11 @@
 """The model that a run trains, and its settings."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import timm
 import torch
 from transformers import AutoConfig
 
@@ -45,6 +47,7 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
         return SpecRegModel.from_pretrained(config.name, revision=config.revision, **head)
     shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
+        _check_is_of_timm(config.name)
         return SpecRegModel.from_timm(
             config.name, pretrained=config.pretrained, **shared, **config.args
         )
@@ -55,6 +58,14 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
     return SpecRegModel.from_transformers(
         AutoConfig.for_model(config.name, **config.args), **shared
     )
+
+
+def _check_is_of_timm(name: str) -> None:
+    """Raise ValueError, with near names, for an architecture that timm does not have."""
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        meant = f": did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"model.name ({name!r}) is no model of timm{meant}")
 
 
 def build_encoder(

@@ -1,0 +1,102 @@
+"""Command lines whose errors are one line, with what an unknown key may mean; a short help."""
+
+import difflib
+import re
+from argparse import SUPPRESS, Action
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+UNKNOWN = (
+    r"unrecognized arguments: (?P<key>--\S+)",
+    r"Group '(?P<group>.+)' does not accept option '(?P<key>.+)'",
+    r"Option '(?P<key>.+)' is not accepted",
+)
+VALUE = r'Parser key "(?P<key>.+?)":.*(?:Got|Given) value: (?P<value>.*)'
+
+QUOTES = str.maketrans("", "", "' ")
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """A line or two an option: its key, its type, what it is and its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def add_argument(self, action: Action) -> None:
+        """Add an option, but not that a whole group can come from a file."""
+        if action.metavar != "CONFIG" or action.dest == "config":
+            super().add_argument(action)
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        kind = re.sub(r"^Optional\[(.*)\]$| \| null$", r"\1", self._get_type_str(action) or "FILE")
+        return re.sub(r"Literal\[(.*)\]", lambda m: f"{{{m[1]}}}".translate(QUOTES), kind)
+
+    def _get_help_string(self, action: Action) -> str:
+        stated = action.default in (None, SUPPRESS, (), {}) or "default" in action.help
+        return action.help if stated else f"{action.help} (default: %(default)s)"
+
+
+class OneLineParser(ArgumentParser):
+    """jsonargparse's parser, whose errors are one line and exit with code 2.
+
+    Args:
+        kwargs: of ArgumentParser.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and exit."""
+        keys = [key.removeprefix("--") for key in self._option_string_actions]
+        self.exit(2, f"{self.prog}: error: {in_one_line(message, keys)}\n")
+
+
+def in_one_line(message: str, keys: Sequence[str]) -> str:
+    """Return an error of jsonargparse's as one line.
+
+    Args:
+        message: its own.
+        keys: that there are, dotted.
+    """
+    for pattern in UNKNOWN:
+        if found := re.search(pattern, message):
+            group = f"{found['group']}." if "group" in found.groupdict() else ""
+            return unknown_key(group + found["key"].removeprefix("--").split("=")[0], keys)
+    if found := re.search(VALUE, message, re.DOTALL):
+        kinds = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)
+        return f"{found['key']} ({found['value']}) must be {' or '.join(map(_plain, kinds))}"
+    return " ".join(message.split())
+
+
+def unknown_key(key: str, keys: Sequence[str]) -> str:
+    """Return what is said of a key that there is not."""
+    last = {k.rpartition(".")[-1]: k for k in reversed(keys)}
+    near = difflib.get_close_matches(key, keys, 1) or [
+        last[name] for name in difflib.get_close_matches(key, last, 1, cutoff=0.8)
+    ]
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"there is no key {key!r}: {meant}--help lists all"
+
+
+def with_its_key(error: ValueError, settings: Mapping[str, Any]) -> str:
+    """Return what is said of a setting out of its range, "every (0) must be ...", by dotted key.
+
+    Args:
+        error: of a record of settings, which knows its own names alone.
+        settings: of all records, by dotted keys.
+    """
+    for key, value in settings.items():
+        name = key.rpartition(".")[-1]
+        if str(error).startswith(f"{name} ({value})"):
+            return key.removesuffix(name) + str(error)
+    return str(error)
+
+
+def _plain(kind: str) -> str:
+    """A type as it is written in YAML."""
+    kind = re.sub(r"<class '(.+)'>|^typing\.", r"\1", kind).replace("NoneType", "null")
+    choices = re.fullmatch(r"Literal\[(.+)\]", kind)
+    return f"one of {choices[1]}" if choices else kind
