@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Normalize
 
 from hf_specreg import FeatureSpace, SpectralPenalty
+from hf_specreg.encoders.trace import trace_layers
 from hf_specreg.spectral.layers import UnsupportedLayerError, linear_operators
 
 SIZE = (3, 4, 4)
@@ -23,6 +24,22 @@ INTERLEAVED = (
 
 def names(model, **options):
     return [layer.name for layer in SpectralPenalty(model, **options).layers]
+
+
+def test_layers_come_in_the_order_of_the_forward_pass():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.last = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.last(self.first(x.mean((1, 2)))))
+
+    found = trace_layers(Backwards(), head=("head",), input_size=(3, 4, 4))
+    assert [layer.name for layer in found] == ["first", "last"]
 
 
 class Raw(nn.Module):
