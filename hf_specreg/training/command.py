@@ -11,10 +11,12 @@ from hf_specreg.arguments import OneLineParser, with_its_key
 from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
-from hf_specreg.training.metrics import TrainingResult
+from hf_specreg.training.metrics import DivergedError, TrainingResult
 from hf_specreg.training.recipe import finish
 
 PACKAGE = Path(hf_specreg.__file__).parent
+NO_RUN = (OSError, ValueError, ImportError, UnsupportedLayerError)  # exit code 2
+RUN_FAILED = (CheckpointError, DivergedError)  # exit code 1
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -59,11 +61,11 @@ def run_recipe(
     config, resume = parse(arguments)
     try:
         finish(train(config, resume=resume))
-    except (OSError, ValueError, ImportError, UnsupportedLayerError, CheckpointError) as error:
+    except (*NO_RUN, *RUN_FAILED) as error:
         if not raised_here(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, RUN_FAILED) else 2) from error
 
 
 def raised_here(error: Exception) -> bool:

@@ -33,8 +33,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """As `torch.distributed.nn.functional.all_gather`: that is deprecated, and over gloo gives wrong
-    gradients where those that arrive are not contiguous (torch 2.14).
+    """As `torch.distributed.nn.functional.all_gather`.
+
+    That is deprecated, and over gloo wrong where gradients arrive not contiguous (torch 2.14).
     """
 
     @staticmethod
