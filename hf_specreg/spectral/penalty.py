@@ -50,8 +50,9 @@ class SpectralPenalty:
 
     Every layer's singular vectors are warm: they are kept between calls, and the layers take turns
     to have theirs renewed (`tracking.py`), so that a use costs little more than reading weights.
-    For that, as much memory as the weights that are penalised take is kept, with layers shared out
-    or weights sharded each process's part of it.
+    For that a copy of the weights that are penalised is kept, and an input and an output of each
+    layer for one image, which on large maps outweigh it (`memory`); with layers shared out or
+    weights sharded, each process's part of the copy.
     The arithmetic is float32 also under autocast and for half-precision weights. Only the search of
     singular vectors is rounded, of which sigma feels little: to TF32 on a GPU where torch is told
     to allow it, and to bfloat16 for large convolutions on a processor that multiplies in it.
@@ -256,6 +257,11 @@ class SpectralPenalty:
             parts.append(part)
             factors.append(Factor(direction, rows, stack.blocks, len(stack.operators)))
         return sum_of_squares(zero, factors, parts)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are kept between uses on this process; of the layers that were used yet."""
+        return self._triplets.memory
 
     def detach(self) -> None:
         """Take its hook off the model, for when the training is over."""

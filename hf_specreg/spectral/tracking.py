@@ -25,7 +25,13 @@ from torch import Tensor
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.precision import exact_float32
 from hf_specreg.spectral.sharding import Rows, rows_of, shares
-from hf_specreg.spectral.singular import bidiagonalize, random_vector, top_singular_value
+from hf_specreg.spectral.singular import (
+    LANCZOS_STEPS,
+    bidiagonalize,
+    random_vector,
+    steps_that_fit,
+    top_singular_value,
+)
 
 NOISE = 0.1  # of the norm of v
 # Layers are renewed together as far as their weights and bases are so many numbers: with more they
@@ -154,18 +160,25 @@ class Triplets:
         """Whether a stack has vectors yet."""
         return f"{self.stacks[index].operators[0].name}.v" in self.vectors
 
+    @property
+    def memory(self) -> int:
+        """Bytes kept between uses: u, v and D of the layers that were used, and the noise."""
+        noise = [] if self._noise is None else [self._noise]
+        kept = (*self.vectors.values(), *self._directions.values(), *noise)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
     def load(self, vectors: dict[str, Tensor]) -> None:
         """Take over vectors."""
         self.vectors, self._directions = vectors, {}
 
     def start(self, weights: Mapping[int, Tensor]) -> None:
-        """Take the best of one Krylov space from random vectors, of whole weights by index."""
+        """Take the best of a few Lanczos steps from random vectors, of whole weights by index."""
         for index, weight in weights.items():
             for place, operator in enumerate(self.stacks[index].operators):
                 generator = torch.Generator().manual_seed(self.seed + 1000 * index + place)
                 part = operator.part(weight)
                 v = random_vector(operator, part, generator)
-                found = top_singular_value(operator, part, v, max_restarts=1)
+                found = top_singular_value(operator, part, v, max_products=LANCZOS_STEPS)
                 self._keep(operator, found.u, found.v)
             self._directions.pop(index, None)
 
@@ -185,10 +198,12 @@ class Triplets:
         v = torch.cat([self.vectors[f"{o.name}.v"] for o in operators]).to(weights[0])
         v = v.nan_to_num(0, 0, 0)  # anew, after a NaN
         noise = self._noise_like(v[:1]) * NOISE * (v[0].numel() / one.groups) ** -0.5
-        start = (v + noise).reshape(1, *together.input_shape)
+        v = (v + noise).reshape(1, *together.input_shape)
         searched = [one.rounded(weight) for weight in weights]
         weight = torch.cat(searched) if len(searched) > 1 else searched[0]
-        _, u, v, _ = bidiagonalize(together, together.part(weight), start, steps=self.lanczos_steps)
+        steps = steps_that_fit(len(indices) * self.stacks[indices[0]].size, most=self.lanczos_steps)
+        for _ in range(math.ceil(self.lanczos_steps / steps)):
+            _, u, v, _ = bidiagonalize(together, together.part(weight), v, steps=steps)
         count = len(operators)
         of_each = u.reshape(count, 1, -1, *u.shape[2:]), v.reshape(count, 1, *one.input_shape)
         for operator, *vectors in zip(operators, *of_each, strict=True):

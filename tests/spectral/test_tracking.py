@@ -1,16 +1,20 @@
 """Which layers are renewed together and when, and that each is followed as if it were alone."""
 
 import copy
+import itertools
+import math
 
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_specreg.encoders.small  # noqa: F401  registers the CIFAR networks
 from hf_specreg.spectral import penalty as penalty_module
-from hf_specreg.spectral import tracking
+from hf_specreg.spectral import singular, tracking
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.tracking import Triplets, renewed_together, stacks
 
@@ -109,6 +113,97 @@ def test_a_weight_is_computed_once_a_use():
         Counted.calls = 0
         penalty.value()
         assert Counted.calls == len(model)
+
+
+class Watched(TorchDispatchMode):
+    """The names of all operations within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fold_norm", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_warm_use_waits_for_a_number(name, fold_norm, monkeypatch):
+    """On a GPU each such read would wait for all work before it; there small matrices are squared
+    rather than given to the svd, which reads too."""
+    monkeypatch.setattr(singular, "FEW_BLOCKS", 0)
+    model = network(name)
+    penalty = make(model, renew_every=3, fold_norm=fold_norm)
+    value = penalty()  # the start may read
+    with Watched() as read:
+        value.item()
+    assert read.names == ["_local_scalar_dense"]
+    for _ in range(3):  # all layers' renewals, and their directions
+        with Watched() as warm:
+            penalty().backward()
+        assert "mul" in warm.names
+        assert not {"_local_scalar_dense", "nonzero", "_linalg_svd", "equal"} & set(warm.names)
+
+
+def large_map():
+    torch.manual_seed(0)
+    return nn.Conv2d(8, 8, 3, padding=1, bias=False), (8, 64, 64)
+
+
+def follow(layer, shape, uses):
+    penalty = SpectralPenalty(
+        nn.Sequential(layer), strength=1.0, head=(), input_size=shape, renew_every=1
+    )
+    sigmas = [penalty.value().item() ** 0.5 for _ in range(uses)]
+    return penalty, sigmas
+
+
+def most_allocated(work):
+    """The most bytes that were allocated at once by what is called."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+def test_the_first_use_of_a_large_map_takes_little_more_than_bases_of_bounded_size(monkeypatch):
+    layer, shape = large_map()
+    pair = 2 * 4 * torch.Size(shape).numel()  # bytes of u and v
+    peaks = {}
+    for bases in (2**24, 8 * pair // 4):
+        monkeypatch.setattr(singular, "BASES", bases)
+        peaks[bases] = most_allocated(lambda: follow(layer, shape, 2))
+    assert peaks[2**24] > 24 * pair
+    assert peaks[8 * pair // 4] < 8 * pair + 8 * pair
+
+
+def test_bases_of_bounded_size_lead_to_the_same_sigma(monkeypatch):
+    layer, shape = large_map()
+    penalty, sigmas = follow(layer, shape, 8)
+    monkeypatch.setattr(singular, "BASES", 1)  # the least steps
+    bounded, others = follow(layer, shape, 8)
+    assert others != sigmas
+    (found,) = bounded.top_singular_values().values()
+    assert found.converged
+    assert found.sigma.item() == pytest.approx(penalty.sigmas()["0"], rel=1e-3)
+    assert others[0] == pytest.approx(found.sigma.item(), rel=0.01)
+    assert others[-1] == pytest.approx(found.sigma.item(), rel=0.003)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_memory_that_is_kept_is_the_weights_and_a_vector_on_each_side(name):
+    penalty = make(network(name), renew_every=2)
+    assert penalty.memory == 0
+    penalty.value()
+    weights = sum(stack.shape.numel() for stack in penalty._stacks)
+    shapes = [shape for stack in penalty._stacks for shape in stack.vectors.values()]
+    assert penalty.memory == 4 * (weights + sum(shape.numel() for shape in shapes))
+    for _ in range(2):
+        penalty.value()
+    noise = max(math.prod(layer.input_shape) for layer in penalty.layers)
+    assert penalty.memory == 4 * (weights + sum(shape.numel() for shape in shapes) + noise)
 
 
 @pytest.mark.parametrize("most", [1, 60, 2**20])
