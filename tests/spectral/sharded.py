@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_specreg import SpectralPenalty
 
-STEPS, BATCH, SIZE = 6, 8, (3, 16, 16)
+STEPS, BATCH, SIZE = 4, 8, (3, 16, 16)
 NETWORKS = {
     "vit": {
         **{"model_name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 4},
@@ -73,9 +73,10 @@ def main(result):
     rank, processes = dist.get_rank(), dist.get_world_size()
     found = {}
     for network in NETWORKS:
+        alone = {fold_norm: train(network, fold_norm=fold_norm) for fold_norm in (False, True)}
         for layout in ("one unit", "blocks", "penalty first", "folded"):
             fold_norm = layout == "folded"
-            weights, value, sigmas = train(network, fold_norm=fold_norm)
+            weights, value, sigmas = alone[fold_norm]
             options = {"layout": layout, "fold_norm": fold_norm}
             others = train(network, rank=rank, processes=processes, **options)
             found[f"{network}, {layout}"] = {
