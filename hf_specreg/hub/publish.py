@@ -35,13 +35,14 @@ from hf_specreg.encoders.download import (
     translated,
 )
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.hub.card import card_files, eval_results_file
+from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import (
     CARD_FILE,
     Encoder,
     notes_of,
     report_files,
 )
+from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.robustness.report import RobustnessReport
 
 OURS = re.compile(

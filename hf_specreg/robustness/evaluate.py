@@ -54,9 +54,8 @@ from hf_specreg.robustness.classifier import (
 )
 from hf_specreg.robustness.images import Images
 from hf_specreg.robustness.provenance import device_name, digest, versions
-from hf_specreg.robustness.report import SCHEMA_VERSION, RobustnessReport
+from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.stages import Stage, make_stages
-from hf_specreg.robustness.statistics import LEVEL, RESAMPLES
 from hf_specreg.robustness.threat import NORMS
 from hf_specreg.spectral.operators import Dense
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -221,7 +220,6 @@ def evaluate_robustness(
         results = {stage: gather(folder, stage, len(rows), batch_size) for stage in stages}
     content = aggregate(results, chosen, grid, seed, bound)
     content = {
-        "schema": SCHEMA_VERSION,
         "model": {
             "id": name or type(unwrap(model)).__name__,
             "architecture": type(unwrap(model)).__name__,
@@ -241,12 +239,6 @@ def evaluate_robustness(
         "n": len(rows),
         "seed": seed,
         "batch_size": batch_size,
-        "intervals": {
-            "level": LEVEL,
-            "means": "bootstrap",
-            "proportions": "Clopper-Pearson",
-            "resamples": RESAMPLES,
-        },
         "versions": settings["versions"],
         "device": settings["device"],
         **content,

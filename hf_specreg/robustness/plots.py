@@ -1,29 +1,21 @@
-"""The report as pictures, and the HTML page that holds them.
+"""The report as pictures.
 
 Colours are those of Okabe and Ito, which the colour-blind tell apart; markers and line styles
 say the same in print. One colour a model, one line style an attack.
 """
 
-import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
-from hf_specreg.robustness.report import (
-    Comparison,
-    RobustnessReport,
-    norm_name,
-    number,
-    percent,
-    with_difference,
-)
+from hf_specreg.robustness.schema import Report
 from hf_specreg.robustness.statistics import binomial_interval
+from hf_specreg.robustness.text import norm_name
+from hf_specreg.robustness.threat import NORMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,61 +25,38 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH, HEIGHT = 6.4, 4.0  # inches
 CURVE_POINTS = 80
+KINDS = ("robust_accuracy", "distances", "distance_by_queries", "sigmas")
 
 
-def page(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> str:
-    """Return a self-contained HTML page about one model, or several that are compared.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    need_matplotlib()
-    figures = [
-        {"caption": caption, "svg": _svg(figure)}
-        for draw in (robust_accuracy, distances, distance_by_queries, sigmas)
-        for _, (figure, caption) in _drawn(draw, reports, comparison)
-    ]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "percent": percent,
-        "number": number,
-        "norm": norm_name,
-        "with_difference": with_difference,
-    }
-    template = files("hf_specreg.robustness").joinpath("report.html.jinja").read_text()
-    return environment.from_string(template).render(
-        reports=reports,
-        names=_names(reports, comparison),
-        comparison=comparison,
-        figures=figures,
-        twins=[_twin_rows(report) for report in reports],
-    )
-
-
-def pictures(
-    reports: Sequence[RobustnessReport], comparison: Comparison | None, names: Sequence[str]
-) -> dict[str, tuple[bytes, str]]:
-    """Return plots as PNG files with their captions, by name.
+def figures(
+    reports: Sequence[Report], names: Sequence[str], kinds: Sequence[str] = KINDS
+) -> Iterator[tuple[str, "Figure", str]]:
+    """Draw the reports of one model, or of several in one picture: its name, the figure, a caption.
 
     Args:
         reports: of the models.
-        comparison: of them, if they are several.
-        names: of robust_accuracy, distances, distance_by_queries, sigmas.
+        names: of the models, all different.
+        kinds: of `KINDS`; each for every norm that there are attacks of.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     need_matplotlib()
-    draws = [globals()[name] for name in names]
-    return {
-        f"{draw.__name__}_{norm}": (_png(figure), caption)
-        for draw in draws
-        for norm, (figure, caption) in _drawn(draw, reports, comparison)
-    }
+    for kind, norm in product(kinds, NORMS):
+        made = globals()[kind](reports, names, norm)
+        if made is not None:
+            yield f"{kind}_{norm}", *made
+
+
+def pictures(
+    reports: Sequence[Report], names: Sequence[str], kinds: Sequence[str]
+) -> dict[str, tuple[bytes, str]]:
+    """Return plots as PNG files with their captions, by name, see `figures`."""
+    return {name: (png(figure), said) for name, figure, said in figures(reports, names, kinds)}
 
 
 def robust_accuracy(
-    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+    reports: Sequence[Report], names: Sequence[str], norm: str
 ) -> tuple["Figure", str] | None:
     """Draw robust accuracy over eps in one norm, with 95 % bands; fixed-eps attacks as points."""
     attacks = _attacks(reports, norm)
@@ -132,7 +101,7 @@ def robust_accuracy(
 
 
 def distances(
-    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+    reports: Sequence[Report], names: Sequence[str], norm: str
 ) -> tuple["Figure", str] | None:
     """Draw how far the nearest adversarial images are, one box a model and attack."""
     attacks = [
@@ -143,18 +112,24 @@ def distances(
     correct = _paired(reports)
     if not attacks or not correct.any():
         return None
-    boxes, labels, colours, missing = [], [], [], 0
+    boxes, labels, colours = [], [], []
     for (j, attack), (i, report) in product(enumerate(attacks), enumerate(reports)):
-        values = report.images[f"{attack}/distances"][correct]
-        boxes.append(values[np.isfinite(values)])
-        missing += int(np.isinf(values).sum())
-        labels.append(_label(names[i], attack, len(reports), len(attacks)))
+        boxes.append(report.images[f"{attack}/distances"][correct].astype(float))
+        missing = int(np.isinf(boxes[-1]).sum())
+        label = _label(names[i], attack, len(reports), len(attacks))
+        labels.append(f"{label}\n(+ {missing} not found)" if missing else label)
         colours.append(_colour(i, j, len(reports)))
+    found = np.concatenate(boxes)
+    edge = 1.05 * max(found[np.isfinite(found)], default=0.0)
+    if not edge:
+        return None
     figure, axes = _axes(height=1.2 + 0.55 * len(boxes))
-    drawn = axes.boxplot(
-        boxes,
+    drawn = axes.bxp(
+        [
+            {**_box(values, edge), "label": label}
+            for values, label in zip(boxes, labels, strict=True)
+        ],
         orientation="horizontal",
-        tick_labels=labels,
         widths=0.6,
         showmeans=True,
         patch_artist=True,
@@ -165,43 +140,45 @@ def distances(
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set(facecolor=colour, alpha=0.5)
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"distance to the nearest adversarial image ({norm_name(norm)}, [0, 1] pixels)")
+    axes.set_xlim(0, edge)
+    axes.set_xlabel(f"nearest adversarial image found ({norm_name(norm)}, [0, 1] pixels)")
     caption = (
         f"Distances on the {int(correct.sum())} images that "
         f"{'all models classify' if len(reports) > 1 else 'the model classifies'} correctly: box, "
         "quartiles and median; diamond, mean; whiskers, 1.5 box lengths."
-        + (f" Left out: {missing} for which nothing was found." if missing else "")
     )
+    if np.isinf(found).any():
+        caption += (
+            " Images for which nothing was found are farther than any other: what reaches the "
+            "right edge is beyond what was found, and there is no mean."
+        )
     return figure, caption
 
 
 def distance_by_queries(
-    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+    reports: Sequence[Report], names: Sequence[str], norm: str
 ) -> tuple["Figure", str] | None:
     """Draw the best distance so far against the queries made."""
     attacks = [
         n for n in _attacks(reports, norm) if any(f"{n}/trajectory" in r.images for r in reports)
     ]
-    if not attacks:
-        return None
     correct = _paired(reports)
+    curves = [
+        (i, j, report.images[f"{attack}/trajectory"][correct])
+        for (i, report), (j, attack) in product(enumerate(reports), enumerate(attacks))
+        if correct.any() and f"{attack}/trajectory" in report.images
+    ]
+    curves = [c for c in curves if np.isfinite(_quartiles(c[2][:, -1, 1])[1])]
+    if not curves:
+        return None
     figure, axes = _axes()
-    for (i, report), (j, attack) in product(enumerate(reports), enumerate(attacks)):
-        steps = report.images.get(f"{attack}/trajectory")
-        if steps is None:
-            continue
-        steps = steps[correct]
-        found = np.isfinite(steps[:, -1, 1])
-        if not found.any():
-            continue
-        queries = np.median(steps[found, :, 0], axis=0)
-        low, middle, high = np.quantile(steps[found, :, 1], (0.25, 0.5, 0.75), axis=0)
+    for i, j, steps in curves:
+        queries = np.median(steps[:, :, 0], axis=0)
+        low, middle, high = _quartiles(steps[:, :, 1])
         look = {"color": _colour(i, j, len(reports)), "linestyle": STYLES[i % len(STYLES)]}
         axes.fill_between(queries, low, high, color=look["color"], alpha=0.15, lw=0)
-        axes.plot(
-            queries, middle, label=_label(names[i], attack, len(reports), len(attacks)), **look
-        )
+        label = _label(names[i], attacks[j], len(reports), len(attacks))
+        axes.plot(queries, middle, label=label, **look)
     axes.set(
         xlabel="queries an image",
         ylabel=f"best distance ({norm_name(norm)}, [0, 1] pixels)",
@@ -213,13 +190,14 @@ def distance_by_queries(
     axes.legend()
     caption = (
         "Best distance so far against queries: median, and band of quartiles, over the images of "
-        "the plot before for which something was found."
+        "the plot before; one for which nothing is found yet is farther than any other, so that a "
+        "curve begins where something is found for half of them."
     )
     return figure, caption
 
 
 def sigmas(
-    reports: Sequence[RobustnessReport], names: Sequence[str], norm: str
+    reports: Sequence[Report], names: Sequence[str], norm: str
 ) -> tuple["Figure", str] | None:
     """Draw every layer's top singular value, in forward order."""
     if norm != "l2" or not any(r.content["layers"] for r in reports):
@@ -251,7 +229,13 @@ def sigmas(
     return figure, "Top singular value of every linear map up to the features, in forward order."
 
 
-def twin_figure(report: RobustnessReport) -> "Figure":
+def difference_scale(reports: Sequence[Report]) -> float:
+    """Return by how much the differences of all models' images and twins are magnified."""
+    found = [r.twins["twins"] - r.twins["shown"] for r in reports if r.twins]
+    return 0.5 / max([1e-12, *(np.abs(difference).max() for difference in found)])
+
+
+def twin_figure(report: Report, scale: float) -> "Figure":
     """Draw a few images, their adversarial twins, and the difference magnified."""
     import matplotlib.pyplot as plt
 
@@ -260,9 +244,8 @@ def twin_figure(report: RobustnessReport) -> "Figure":
         3, len(shown), figsize=(1.3 * len(shown), 4), squeeze=False, layout="constrained"
     )
     difference = twins - shown
-    scale = 0.5 / max(np.abs(difference).max(), 1e-12)
     rows = (shown, twins, 0.5 + scale * difference)
-    titles = ("image", "adversarial", f"difference x {scale:.0f}")
+    titles = ("image", "adversarial", f"difference x {scale:.2g}")
     for axes, images, title in zip(grid, rows, titles, strict=True):
         axes[0].set_ylabel(title)
         for ax, image in zip(axes, images, strict=True):
@@ -271,31 +254,36 @@ def twin_figure(report: RobustnessReport) -> "Figure":
             ax.set(xticks=[], yticks=[])
     sizes = np.linalg.norm(difference.reshape(len(difference), -1), axis=1)
     for ax, size in zip(grid[0], sizes, strict=True):
-        ax.set_title(f"L2 {size:.2f}", fontsize=9)
+        ax.set_title(f"L2 {size:.2f}" if size else "none found", fontsize=9)
     return figure
 
 
-def _drawn(
-    draw: Callable, reports: Sequence[RobustnessReport], comparison: Comparison | None
-) -> Iterator[tuple[str, tuple["Figure", str]]]:
-    for norm in ("l2", "linf"):
-        made = draw(reports, _names(reports, comparison), norm)
-        if made is not None:
-            yield norm, made
+def _quartiles(values: np.ndarray) -> np.ndarray:
+    """Of values [n, ...], infinite ones as larger than any other, [3, ...]."""
+    return np.quantile(values, (0.25, 0.5, 0.75), axis=0, method="inverted_cdf")
 
 
-def _names(reports: Sequence[RobustnessReport], comparison: Comparison | None) -> list[str]:
-    return comparison.names if comparison else [r.name for r in reports]
+def _box(values: np.ndarray, edge: float) -> dict[str, Any]:
+    """What is drawn of distances [n]; what is infinite ends at the edge."""
+    low, middle, high = _quartiles(values)
+    reach = 1.5 * (high - low) if np.isfinite(high) else 0.0
+    inside = values[(values >= low - reach) & (values <= high + reach)]
+    ends = {"q1": low, "med": middle, "q3": high, "whislo": inside.min(), "whishi": inside.max()}
+    return {
+        **{key: min(end, edge) for key, end in ends.items()},
+        "mean": values.mean() if np.isfinite(values).all() else np.nan,
+        "fliers": values[(values < inside.min()) | (values > inside.max()) & (values < np.inf)],
+    }
 
 
-def _paired(reports: Sequence[RobustnessReport]) -> np.ndarray:
+def _paired(reports: Sequence[Report]) -> np.ndarray:
     """Which images all models classify correctly."""
     if not all(report.images for report in reports):
         return np.zeros(1, bool)
     return np.all([report.images["correct"] for report in reports], axis=0)
 
 
-def _attacks(reports: Sequence[RobustnessReport], norm: str) -> list[str]:
+def _attacks(reports: Sequence[Report], norm: str) -> list[str]:
     names = {
         name: None
         for report in reports
@@ -336,27 +324,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: "Figure") -> str:
-    """The figure as an SVG element, the same bytes for the same figure."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "hf_specreg", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _twin_rows(report: RobustnessReport) -> str | None:
-    """The picture of the twins as a PNG for an <img>, or None."""
-    if not report.twins or report.twins["shown"].shape[1] not in (1, 3):
-        return None
-    return base64.b64encode(_png(twin_figure(report))).decode()
-
-
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
     """The figure as a PNG file, the same bytes for the same figure."""
     import matplotlib.pyplot as plt
 

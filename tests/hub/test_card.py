@@ -34,6 +34,11 @@ def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
             assert stated[name, point["eps"]] == pytest.approx(point["value"], abs=1e-6)
     for point in report["worst_case"]:
         assert stated["tangent, pgd-l2", point["eps"]] == pytest.approx(point["value"], abs=1e-6)
+    tangent, pgd = "tangent (iterations 2)", "pgd-l2 (steps 5, restarts 1)"
+    for result in robust:
+        eps, attack = result.metric_args["eps"], result.metric_args["attack"]
+        strength = {"tangent": tangent, "pgd-l2": pgd}.get(attack, f"worst of {tangent}, {pgd}")
+        assert result.metric_name == f"robust accuracy, L2 {eps:g}, {strength}"
     for result in robust:
         assert result.metric_args["norm"] == "l2"
         assert (result.metric_args["n"], result.metric_args["seed"]) == (12, 0)
@@ -87,39 +92,53 @@ def test_flags_and_limits_are_in_plain_words(folder):
     assert "not in Linf" in limits
 
 
+def without_pgd(report, factor=1.0):
+    """A report of the tangent attack alone, its distances scaled."""
+    content = {
+        **report.content,
+        "attacks": {"tangent": report.content["attacks"]["tangent"]},
+        "nearest": [],
+        "flags": [],
+    }
+    distances = factor * report.images["tangent/distances"]
+    return RobustnessReport(content, {**report.images, "tangent/distances": distances})
+
+
 def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
     report = RobustnessReport.load(folder)
-
-    def scaled(factor):
-        images = dict(report.images)
-        images["tangent/distances"] = factor * images["tangent/distances"]
-        return RobustnessReport(report.content, images)
-
-    for factor, verdict in ((0.5, "It is harder"), (2.0, "It is **easier**"), (1.0, "No differ")):
-        card = card_of(folder, baseline=scaled(factor))
-        assert verdict in card
+    for factor, verdict in (
+        (0.5, "resnet is harder to attack than the baseline: in L2 the nearest"),
+        (2.0, "resnet is easier to attack than the baseline: in L2 the nearest"),
+        (1.0, "No difference between resnet and the baseline is shown: in L2 the nearest"),
+    ):
+        own, baseline = without_pgd(report), without_pgd(report, factor)
+        card = card_of(folder, report=own, baseline=baseline)
+        assert f"{verdict} adversarial images that tangent found" in card
         assert "below it is compared with a baseline" in card
         assert "Robust accuracy against that of the baseline: " in card
         assert "Accuracy is " in card
+        assert "comparisons with the baseline are stated; each holds at 95 % by itself" in card
 
 
 def test_nothing_is_said_to_be_harder_where_gradients_look_masked(folder):
-    report = RobustnessReport.load(folder)
-    masked = {**report.content, "flags": ["gradient masking: PGD does not improve"]}
-    images = {**report.images, "tangent/distances": 0.5 * report.images["tangent/distances"]}
-    card = card_of(folder, baseline=RobustnessReport(masked, images))
-    assert "cannot be said: the gradients of baseline look masked" in card
-    assert "It is harder" not in card
+    report = without_pgd(RobustnessReport.load(folder))
+    masked = without_pgd(report, 0.5)
+    masked.content["flags"] = ["gradient masking: PGD does not improve"]
+    card = card_of(folder, report=report, baseline=masked)
+    assert "cannot be said: the gradients of the baseline look masked" in card
+    assert "is harder" not in card.replace("Whether resnet is harder", "")
 
 
-def test_images_for_which_nothing_was_found_are_counted(folder):
-    report = RobustnessReport.load(folder)
-    distances = report.images["tangent/distances"].copy()
+def test_an_image_for_which_nothing_was_found_leaves_no_mean_to_judge_by(folder):
+    report = without_pgd(RobustnessReport.load(folder))
+    baseline = without_pgd(report, 1.01)
     first = np.flatnonzero(report.images["correct"])[0]
-    distances[first] = np.inf
-    images = {**report.images, "tangent/distances": distances}
-    card = card_of(folder, baseline=RobustnessReport(report.content, images))
-    assert "(for 1 others it found nothing)" in card
+    report.images["tangent/distances"][first] = np.inf
+    card = card_of(folder, report=report, baseline=baseline)
+    assert "resnet is easier to attack than the baseline" in card  # nearer on all others
+    assert "are farther on 1 and nearer on 10 of the same 11 images, medians " in card
+    assert "(for 1 and 0 nothing was found, which is farthest)" in card
+    assert "on average" not in card
 
 
 def test_the_n_of_a_mean_distance_is_that_of_the_images_with_one(folder):
@@ -129,16 +148,21 @@ def test_the_n_of_a_mean_distance_is_that_of_the_images_with_one(folder):
     distance["not_found"] = 2
     path.write_text(json.dumps(content))
     results = ModelCard(card_of(folder)).data.eval_results
-    (mean,) = [r for r in results if r.metric_type == "adversarial_distance"]
+    nearest, mean = (r for r in results if r.metric_type == "adversarial_distance")
+    assert nearest.metric_args["attack"] == "tangent, pgd-l2"
+    assert nearest.metric_value <= mean.metric_value
     assert mean.metric_args["n"] == distance["n"] - 2
     assert mean.metric_args["not_found"] == 2
     assert mean.metric_args["of"] == content["n"]
+    assert mean.metric_name == (
+        "mean L2 distance found by tangent (iterations 2), for 9 of 11 images"
+    )
 
 
 def test_attacks_at_fixed_eps_alone_are_compared_too(folder):
     report = RobustnessReport.load(folder)
     only = {n: a for n, a in report.content["attacks"].items() if n == "pgd-l2"}
-    fixed = RobustnessReport({**report.content, "attacks": only}, report.images)
+    fixed = RobustnessReport({**report.content, "attacks": only, "nearest": []}, report.images)
     card = card_of(folder, report=fixed, baseline=fixed)
     assert "Robust accuracy against that of the baseline: +0.0 points (-" in card
 

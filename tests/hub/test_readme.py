@@ -101,7 +101,7 @@ def test_a_comparison_with_a_baseline_is_on_the_card(hub, encoder, tmp_path):
     baseline = same_images(weaker, report)
     push(encoder, "me/resnet", license="mit", baseline=baseline)
     card = hub.repos["me/resnet"].branches["main"][-1].files["README.md"].decode()
-    assert "mean against baseline" in card
+    assert "mean against the baseline" in card
     assert model.metadata["config"]["penalty"]["strength"] == 0.01
 
 

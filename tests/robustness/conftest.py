@@ -1,6 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
+
+from hf_specreg import evaluate_robustness
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +24,18 @@ def trained():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return net.train(), images[:100], labels[:100]
+
+
+@pytest.fixture(scope="session")
+def reports(trained):
+    """Of that network and of one that is a little weaker; to be copied before it is changed."""
+    net, images, labels = trained
+    worse = copy.deepcopy(net)
+    worse[3].weight.data[0] *= 0.8
+    attacks = {"tangent": {"iterations": 5}, "pgd-l2": {"steps": 5}, "pgd-linf": {"steps": 5}}
+    return [
+        evaluate_robustness(
+            model, (images, labels), attacks=attacks, head="3", name=name, progress=False
+        )
+        for name, model in (("plain", net), ("weaker", worse))
+    ]

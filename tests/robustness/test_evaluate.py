@@ -301,7 +301,7 @@ def test_masked_gradients_are_flagged_and_honest_ones_are_not(trained):
     attacks = {"tangent": {"iterations": 10}, "pgd-l2": {}}
     eps = [0.3, 1.0, 2.0]
     honest = evaluate(net, images, labels, attacks=attacks, eps=eps)
-    assert honest.content["flags"] == []
+    assert not any(flag.startswith("gradient masking") for flag in honest.content["flags"])
     masked = evaluate(Stairs(net), images, labels, attacks=attacks, eps=eps, head=())
     flags = " ".join(masked.content["flags"])
     assert "black-box attacks break" in flags

@@ -1,26 +1,11 @@
-import contextlib
 import copy
 import json
 
 import numpy as np
 import pytest
 
-from hf_specreg import RobustnessReport, evaluate_robustness
-from hf_specreg.robustness.report import ReportError
-
-
-@pytest.fixture(scope="module")
-def reports(trained):
-    net, images, labels = trained
-    worse = copy.deepcopy(net)
-    worse[3].weight.data[0] *= 0.8
-    attacks = {"tangent": {"iterations": 5}, "pgd-l2": {"steps": 5}, "pgd-linf": {"steps": 5}}
-    return [
-        evaluate_robustness(
-            model, (images, labels), attacks=attacks, head="3", name=name, progress=False
-        )
-        for name, model in (("plain", net), ("weaker", worse))
-    ]
+from hf_specreg import RobustnessReport
+from hf_specreg.robustness.schema import ReportError
 
 
 def test_a_report_comes_back_as_it_was_saved(reports, tmp_path):
@@ -38,13 +23,14 @@ def test_a_report_comes_back_as_it_was_saved(reports, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema=2), "has format 2, this version .* reads 1"),
+        (lambda c: c.update(schema=3), "has format 3, this version .* reads 1 and 2"),
         (lambda c: c.pop("clean"), "'clean' is a required property"),
         (lambda c: c["attacks"]["tangent"].update(norm="l1"), "attacks/tangent/norm: 'l1'"),
         (lambda c: c.update(n="100"), "n: '100' is not of type 'integer'"),
         (lambda c: c.update(extra=1), "'extra' was unexpected"),
+        (lambda c: c["nearest"][0]["attacks"].append("x"), r"attacks that were not run: \['x'\]"),
     ],
-    ids=["version", "missing", "norm", "type", "unknown"],
+    ids=["version", "missing", "norm", "type", "unknown", "nearest"],
 )
 def test_what_is_no_report_is_refused(reports, tmp_path, change, message):
     content = copy.deepcopy(reports[0].content)
@@ -86,73 +72,27 @@ def test_per_image_results_that_are_not_the_reports_are_refused(reports, tmp_pat
         RobustnessReport.load(tmp_path)
 
 
-def test_any_flipped_byte_of_the_arrays_gives_the_report_or_an_error_that_names_them(
-    reports, tmp_path
-):
+def test_any_flipped_byte_of_the_arrays_gives_the_same_arrays_or_an_error(reports, tmp_path):
     reports[0].save(tmp_path / "robustness.json")
     path = tmp_path / "robustness.npz"
-    whole = path.read_bytes()
+    whole, refused = path.read_bytes(), 0
     for place in range(0, len(whole), max(1, len(whole) // 150)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with contextlib.suppress(ReportError):
-            assert RobustnessReport.load(tmp_path).content == reports[0].content
+        try:
+            loaded = RobustnessReport.load(tmp_path)
+        except ReportError:
+            refused += 1
+            continue
+        for mine, other in ((loaded.images, reports[0].images), (loaded.twins, reports[0].twins)):
+            assert mine.keys() == other.keys()
+            assert all(np.array_equal(mine[key], other[key]) for key in other)
+    assert refused > 100
 
 
 def test_a_report_is_saved_under_the_name_that_is_read(reports, tmp_path):
     with pytest.raises(ReportError, match=r"NAME\.json"):
         reports[0].save(tmp_path / "x")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_comparison_is_paired_on_images_that_all_classify_correctly(reports):
-    comparison = RobustnessReport.compare(reports)
-    both = reports[0].images["correct"] & reports[1].images["correct"]
-    assert comparison.paired == both.sum()
-    first, second = comparison.rows
-    assert [first["model"], second["model"]] == ["plain", "weaker"]
-    distances = [r.images["tangent/distances"][both].astype(float) for r in reports]
-    assert first["difference"] is None
-    assert second["difference"]["value"] == pytest.approx((distances[1] - distances[0]).mean())
-    low, high = second["difference"]["ci"]
-    paired_width = high - low
-    low, high = second["mean"]["ci"]
-    assert paired_width < high - low  # what pairing is for
-    table = comparison.to_markdown()
-    assert f"on the {comparison.paired} that all models classify correctly" in table
-    assert "| L2 | 0.25 |" in table
-
-
-def test_reports_of_other_images_or_settings_are_not_compared(reports):
-    other = copy.deepcopy(reports[1])
-    other.content["data"]["sha256"] = "0" * 64
-    with pytest.raises(ReportError, match="plain and weaker have other data sha256"):
-        RobustnessReport.compare([reports[0], other])
-    other = copy.deepcopy(reports[1])
-    other.content["attacks"]["tangent"]["settings"]["iterations"] = 6
-    with pytest.raises(ReportError, match="tangent was run with other settings"):
-        RobustnessReport.compare([reports[0], other])
-    with pytest.raises(ReportError, match="two reports or more"):
-        RobustnessReport.compare(reports[:1])
-    bare = RobustnessReport(reports[1].content)
-    with pytest.raises(ReportError, match=r"per-image results .* are missing"):
-        RobustnessReport.compare([reports[0], bare])
-
-
-def test_robust_accuracy_is_compared_under_the_attacks_that_all_models_faced(reports):
-    strong, weak = copy.deepcopy(reports)
-    eps = strong.content["worst_case"][0]["eps"]
-    del weak.content["attacks"]["tangent"]
-    points = RobustnessReport.compare([strong, weak]).robust_accuracy
-    assert [(p["norm"], p["eps"]) for p in points] == [
-        (p["norm"], p["eps"]) for p in strong.content["worst_case"]
-    ]
-    images = strong.images
-    stands = images["correct"] & (images["pgd-l2/distances"] > eps)
-    assert points[0]["models"][0]["value"] == pytest.approx(stands.mean())
-    assert points[0]["models"][0]["difference"] is None
-    others = weak.images["correct"] & (weak.images["pgd-l2/distances"] > eps)
-    gain = points[0]["models"][1]["difference"]["value"]
-    assert gain == pytest.approx(others.mean() - stands.mean())
 
 
 def test_a_report_saved_over_another_takes_none_of_its_images(reports, tmp_path):
@@ -164,35 +104,44 @@ def test_a_report_saved_over_another_takes_none_of_its_images(reports, tmp_path)
         RobustnessReport(reports[0].content, fewer)
 
 
-def test_models_of_the_same_name_are_told_apart(reports):
-    comparison = RobustnessReport.compare([reports[0], reports[0]])
-    assert comparison.names == ["plain (1)", "plain (2)"]
+def test_a_report_of_the_first_format_is_read_and_compared(reports, tmp_path):
+    old = copy.deepcopy(reports[0].content)
+    del old["nearest"]
+    old["schema"] = 1
+    old["intervals"] = {
+        "level": 0.95,
+        "means": "bootstrap",
+        "proportions": "Clopper-Pearson",
+        "resamples": 2000,
+    }
+    path = tmp_path / "robustness.json"
+    reports[0].save(path)
+    path.write_text(json.dumps(old))
+    loaded = RobustnessReport.load(path)
+    assert loaded.content == old
+    assert "| tangent | L2 |" in loaded.to_markdown()
+    assert RobustnessReport.compare([loaded, reports[1]]).nearest[0]["n"] > 90
+    loaded.to_html(tmp_path / "old.html")
 
 
-def test_the_page_is_self_contained_and_escapes_names(reports, tmp_path):
+def test_the_nearest_of_all_attacks_is_stated_before_that_of_each(reports):
+    images, content = reports[0].images, reports[0].content
+    correct = images["correct"]
+    of_l2 = np.minimum(images["tangent/distances"], images["pgd-l2/distances"])[correct]
+    (nearest,) = content["nearest"]  # none in Linf, where only one eps after the other was tried
+    assert nearest["attacks"] == ["tangent", "pgd-l2"]
+    assert nearest["mean"]["value"] == pytest.approx(of_l2.mean())
+    table = reports[0].to_markdown()
+    assert table.index("| nearest of tangent and pgd-l2 |") < table.index("| tangent |")
+
+
+def test_a_mean_distance_stands_beside_the_number_of_images_it_is_of(reports):
     content = copy.deepcopy(reports[0].content)
-    content["model"]["id"] = "<script>alert(1)</script>"
-    content["flags"] = ["gradient masking: <b>"]
-    report = RobustnessReport(content, reports[0].images, reports[0].twins)
-    report.to_html(tmp_path / "one.html")
-    page = (tmp_path / "one.html").read_text()
-    assert "<script" not in page
-    assert "gradient masking: &lt;b&gt;" in page
-    assert page.count("<figure>") == 6  # accuracy in two norms, distances, queries, sigmas, twins
-    for source in ('src="http', 'href="http', "@import", "url(http"):
-        assert source not in page
-    report.to_html(tmp_path / "again.html")
-    assert (tmp_path / "again.html").read_text() == page
-
-
-def test_the_page_of_a_comparison_shows_every_model(reports, tmp_path):
-    RobustnessReport.compare(reports).to_html(tmp_path / "both.html")
-    page = (tmp_path / "both.html").read_text()
-    assert "How robust is plain against weaker?" in page
-    assert "Distance to the nearest adversarial image, paired" in page
-
-
-def test_a_report_without_per_image_results_still_has_a_page(reports, tmp_path):
-    RobustnessReport(reports[0].content).to_html(tmp_path / "bare.html")
-    assert "Robust accuracy" in (tmp_path / "bare.html").read_text()
-    assert "| tangent | L2 |" in RobustnessReport(reports[0].content).to_markdown()
+    distance = content["attacks"]["tangent"]["distance"]
+    distance["not_found"] = 7
+    row = next(
+        line
+        for line in RobustnessReport(content).to_markdown().splitlines()
+        if line.startswith("| tangent |")
+    )
+    assert row.endswith(f"| {distance['n'] - 7} of {distance['n']} |")

@@ -1,0 +1,142 @@
+"""What a reader must know before believing an evaluation's numbers, in words.
+
+The signs of masked gradients are those of Athalye, Carlini, Wagner, "Obfuscated Gradients Give a
+False Sense of Security", ICML 2018.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_specreg.robustness.text import listed
+from hf_specreg.robustness.threat import NORMS
+
+if TYPE_CHECKING:
+    from hf_specreg.robustness.attacks import Attack
+
+Results = Mapping[str, Mapping[str, np.ndarray]]  # by stage and array
+Grid = Mapping[str, Sequence[float]]
+MASKED = "gradient masking"  # how the flags of masked gradients begin
+
+
+def flags(results: Results, attacks: Mapping[str, "Attack"], grid: Grid) -> list[str]:
+    """Return what is to be said.
+
+    Args:
+        results: of all stages, over all images.
+        attacks: by name.
+        grid: the eps of each norm.
+    """
+    clean = results["clean"]
+    said = []
+    if invalid := int(clean["invalid"].sum()):
+        said.append(f"{invalid} images have logits that are NaN or infinite; counted as wrong")
+    if not clean["correct"].any():
+        return [*said, "no image is classified correctly: nothing was attacked"]
+    said += _of_attacks(results, attacks)
+    for norm in NORMS:
+        said += _between_boxes(results, attacks, norm, grid[norm])
+    if "masking" in results and results["masking"]["looked"].any():
+        said += _of_gradients(results, attacks, max(grid["l2"]))
+    return said
+
+
+def is_masked(said: Sequence[str]) -> bool:
+    """Whether a report's flags say that its model's gradients look masked."""
+    return any(flag.startswith(MASKED) for flag in said)
+
+
+def _many(count: int, total: int) -> bool:
+    return count > max(2, 0.05 * total)
+
+
+def _of_attacks(results: Results, attacks: Mapping[str, "Attack"]) -> Iterator[str]:
+    """Images for which nothing was found, and what libraries say against their own results."""
+    correct = results["clean"]["correct"]
+    for name, attack in attacks.items():
+        missing = int(np.isinf(results[name]["distances"][correct]).sum())
+        if attack.minimum_distance and missing:
+            yield (
+                f"{name} found no adversarial image for {missing} of {int(correct.sum())}: the "
+                "mean distance leaves them out"
+            )
+    for name in attacks:
+        kinds = {re.sub(r"[\d.]+", "", m): m for m in results[name].get("warnings", ())}
+        for message in kinds.values():
+            yield f"{name}, on at least one batch: {message}"
+
+
+def _between_boxes(
+    results: Results, attacks: Mapping[str, "Attack"], norm: str, grid: Sequence[float]
+) -> Iterator[str]:
+    """Where attacks with and without gradients break other images."""
+    correct = results["clean"]["correct"]
+    boxes: dict[bool, list[str]] = {True: [], False: []}
+    for name, attack in attacks.items():
+        if attack.norm == norm:
+            boxes[attack.black_box].append(name)
+    if not boxes[True] or not boxes[False]:
+        return
+    black, white = (
+        np.min([results[name]["distances"][correct] for name in boxes[box]], axis=0)
+        for box in (True, False)
+    )
+    n, missed = len(black), {}
+    for e in grid:
+        only = int(((black <= e) & (white > e)).sum())
+        if _many(only, n):
+            yield (
+                f"{MASKED}: at eps {e:g} ({norm}) black-box attacks break {only} of {n} images "
+                "that no white-box attack breaks"
+            )
+        missed[e] = int(((white <= e) & (black > e)).sum())
+    worst = max(missed, key=lambda e: missed[e])
+    if _many(missed[worst], n):
+        yield (
+            f"not converged: at eps {worst:g} ({norm}) white-box attacks break {missed[worst]} of "
+            f"{n} images for which {listed(boxes[True])} found nothing as near: the distances and "
+            "the robust accuracy stated of black-box attacks are too large, more iterations bring "
+            "them down"
+        )
+
+
+def _of_gradients(
+    results: Results, attacks: Mapping[str, "Attack"], largest: float
+) -> Iterator[str]:
+    """What PGD of other lengths and of unbounded eps shows of the gradients.
+
+    Args:
+        results: of all stages.
+        attacks: by name.
+        largest: of the L2 eps, that PGD was run at.
+    """
+    masking = results["masking"]
+    looked = masking["looked"]
+    total = int(looked.sum())
+    few, many = (int(masking[k][looked].sum()) for k in ("stands_10", "stands_100"))
+    if _many(many - few, total):
+        yield (
+            f"{MASKED}: PGD with 100 steps breaks {total - many} of {total} images, with 10 steps "
+            f"{total - few}: more steps do not help"
+        )
+    of_l2 = [results[n]["distances"] <= largest for n, a in attacks.items() if a.norm == "l2"]
+    if of_l2:
+        broken = looked & np.any(of_l2, axis=0)
+        few, many = (int((masking[k] & broken).sum()) for k in ("stands_10", "stands_100"))
+        if _many(many, total) and many > 0.8 * few:
+            yield (
+                f"{MASKED}: PGD does not improve with steps: of {int(broken.sum())} images that "
+                f"are broken at eps {largest:g} (l2), it misses {few} with "
+                f"10 steps and {many} with 100"
+            )
+    unbounded = int(masking["stands_unbounded"][looked].sum())
+    if _many(unbounded, total):
+        yield (
+            f"{MASKED}: {unbounded} of {total} images withstand PGD of unbounded eps (Linf 1), "
+            "which only a constant classifier could"
+        )
+    flat = int(masking["no_gradient"][looked].sum())
+    if _many(flat, total):
+        yield f"{MASKED}: {flat} of {total} images have a gradient of exactly zero"

@@ -1,0 +1,118 @@
+"""Whether a model is harder to attack than another, in words.
+
+By the nearest adversarial images that all attacks together found, on the same images. Where there
+is one for every image, the interval of the mean difference decides; where not, a mean would leave
+out the farthest, and the sign test decides: on how many images they are farther, and on how many
+nearer. Nothing is said where gradients look masked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_specreg.robustness.flags import is_masked
+from hf_specreg.robustness.statistics import binomial_interval
+from hf_specreg.robustness.text import listed, norm_name, number, points
+
+
+class Compared(NamedTuple):
+    """A model of a comparison.
+
+    Attributes:
+        name: as it is called.
+        accuracy: on all images, in [0, 1].
+        flags: of its report.
+        nearest: its rows of `Comparison.nearest`, one a norm.
+        robust_accuracy: for every norm and eps: "norm", "eps", and "difference" from the first's.
+    """
+
+    name: str
+    accuracy: float
+    flags: Sequence[str]
+    nearest: Sequence[Mapping[str, Any]]
+    robust_accuracy: Sequence[Mapping[str, Any]]
+
+
+def verdict(model: Compared, first: Compared) -> list[str]:
+    """Return what the comparison of a model with the first shows, in sentences."""
+    if masked := [m.name for m in (first, model) if is_masked(m.flags)]:
+        return [
+            f"Whether {model.name} is harder to attack than {first.name} cannot be said: the "
+            f"gradients of {listed(masked)} look masked (see below)."
+        ]
+    said = [
+        _by_distance(model.name, first.name, row, before)
+        for row, before in zip(model.nearest, first.nearest, strict=True)
+    ]
+    differences = ", ".join(
+        f"{points(p['difference'])} at {norm_name(p['norm'])} {p['eps']:.4g}"
+        for p in model.robust_accuracy
+    )
+    if differences:
+        said.append(f"Robust accuracy against that of {first.name}: {differences}.")
+    said.append(
+        f"Accuracy is {100 * model.accuracy:.1f} %, that of {first.name} "
+        f"{100 * first.accuracy:.1f} %."
+    )
+    return said
+
+
+def direction(row: Mapping[str, Any]) -> int:
+    """Return whether a model's adversarial images are shown to be farther than the first's: 1, to
+    be nearer: -1, or neither: 0.
+
+    Args:
+        row: of `Comparison.nearest`.
+    """
+    low, high = row["difference"]["ci"]
+    if low is None:  # not found for all, or too few for an interval of their mean
+        decided = row["farther"] + row["nearer"]
+        if not decided:
+            return 0
+        low, high = (end - 0.5 for end in binomial_interval(np.array(row["farther"]), decided))
+    return int(low > 0) - int(high < 0)
+
+
+def _by_distance(model: str, first: str, row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    shown, difference = direction(row), row["difference"]
+    if shown:
+        said = f"{model} is {'harder' if shown > 0 else 'easier'} to attack than {first}"
+    else:
+        said = f"No difference between {model} and {first} is shown"
+    if difference["ci"][0] is None:
+        how = (
+            f"are farther on {row['farther']} and nearer on {row['nearer']} of the same "
+            f"{row['n']} images, medians {_median(row)} and {_median(before)}"
+        )
+        missing = [r["n"] - r["found"] for r in (row, before)]
+        if any(missing):
+            how += f" (for {missing[0]} and {missing[1]} nothing was found, which is farthest)"
+    elif shown:
+        low, high = sorted(map(abs, difference["ci"]))
+        how = f"are {abs(difference['value']):.3f} ({low:.3f} to {high:.3f}) "
+        how += f"{'farther' if shown > 0 else 'nearer'} on average, on the same {row['n']} images"
+    else:
+        how = f"differ by {number(difference, signed=True)} on the same {row['n']} images"
+    return (
+        f"{said}: in {norm_name(row['norm'])} the nearest adversarial images that "
+        f"{listed(row['attacks'])} found {how}."
+    )
+
+
+def _median(row: Mapping[str, Any]) -> str:
+    value = row["median"]["value"]
+    return "beyond what was found" if value is None else f"{value:.3f}"
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """Return what a report says of one model, in two sentences."""
+    clean = content["clean"]
+    said = [f"{clean['correct']} of {content['n']} images are classified correctly."]
+    for found in content.get("nearest", ()):
+        said.append(
+            f"In {norm_name(found['norm'])} the nearest adversarial images that "
+            f"{listed(found['attacks'])} found are at a median distance of "
+            f"{number(found['median'])}."
+        )
+    return " ".join(said)

@@ -1,0 +1,43 @@
+from types import SimpleNamespace
+
+import numpy as np
+
+from hf_specreg.robustness.flags import flags
+
+TANGENT = SimpleNamespace(norm="l2", black_box=True, minimum_distance=True)
+PGD = SimpleNamespace(norm="l2", black_box=False, minimum_distance=False)
+GRID = {"l2": [0.5, 1.0], "linf": [0.1]}
+
+
+def flags_of(tangent, pgd):
+    """The flags of 100 images, all classified correctly, at these distances."""
+    results = {
+        "clean": {"correct": np.ones(100, bool), "invalid": np.zeros(100, bool)},
+        "tangent": {"distances": np.asarray(tangent, float)},
+        "pgd-l2": {"distances": np.asarray(pgd, float)},
+    }
+    return flags(results, {"tangent": TANGENT, "pgd-l2": PGD}, GRID)
+
+
+def test_a_black_box_attack_that_misses_what_gradients_find_is_not_converged():
+    far = np.where(np.arange(100) < 41, 1.2, 0.9)
+    (flag,) = flags_of(far, np.ones(100))
+    assert flag.startswith(
+        "not converged: at eps 1 (l2) white-box attacks break 41 of 100 images for which tangent"
+    )
+
+
+def test_a_white_box_attack_that_misses_what_classes_find_points_at_masked_gradients():
+    (flag,) = flags_of(np.full(100, 0.9), np.where(np.arange(100) < 6, np.inf, 1.0))
+    assert flag.startswith("gradient masking: at eps 1 (l2) black-box attacks break 6 of 100")
+
+
+def test_a_few_images_between_the_attacks_are_no_flag():
+    few = np.arange(100) < 5
+    assert flags_of(np.where(few, 1.2, 0.9), np.where(few[::-1], np.inf, 1.0)) == []
+
+
+def test_images_for_which_nothing_was_found_are_counted():
+    tangent = np.where(np.arange(100) < 3, np.inf, 0.9)
+    (flag,) = flags_of(tangent, np.ones(100))
+    assert flag.startswith("tangent found no adversarial image for 3 of 100")
