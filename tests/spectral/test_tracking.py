@@ -192,6 +192,22 @@ def test_bases_of_bounded_size_lead_to_the_same_sigma(monkeypatch):
     assert others[-1] == pytest.approx(found.sigma.item(), rel=0.003)
 
 
+def test_bases_of_bounded_size_are_restarted_until_as_many_products_are_made(monkeypatch):
+    taken, search = [], singular.bidiagonalize
+
+    def watched(*args, steps, **kwargs):
+        taken.append(steps)
+        return search(*args, steps=steps, **kwargs)
+
+    monkeypatch.setattr(singular, "BASES", 1)
+    for module in (singular, tracking):
+        monkeypatch.setattr(module, "bidiagonalize", watched)
+    penalty, _ = follow(nn.Conv2d(4, 4, 3, padding=1), (4, 32, 32), 1)
+    assert taken == [4] * 6
+    penalty.value()
+    assert taken[6:] == [4] * 2
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_memory_that_is_kept_is_the_weights_and_a_vector_on_each_side(name):
     penalty = make(network(name), renew_every=2)
