@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import hf_specreg
 from hf_specreg.arguments import OneLineParser, with_its_key
 from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.training.checkpoints import CheckpointError
@@ -14,7 +13,7 @@ from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError, TrainingResult
 from hf_specreg.training.recipe import finish
 
-PACKAGE = Path(hf_specreg.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 NO_RUN = (OSError, ValueError, ImportError, UnsupportedLayerError)  # exit code 2
 RUN_FAILED = (CheckpointError, DivergedError)  # exit code 1
 Config = TypeVar("Config", bound=RunConfig)
