@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_specreg.robustness.schema import Report
 from hf_specreg.robustness.statistics import binomial_interval
-from hf_specreg.robustness.text import norm_name
+from hf_specreg.robustness.text import listed, norm_name
 from hf_specreg.robustness.threat import NORMS
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def distances(
     axes.set_xlim(0, edge)
     axes.set_xlabel(f"nearest adversarial image found ({norm_name(norm)}, [0, 1] pixels)")
     caption = (
-        f"Distances on the {int(correct.sum())} images that "
+        f"Distances that {listed(attacks)} found on the {int(correct.sum())} images that "
         f"{'all models classify' if len(reports) > 1 else 'the model classifies'} correctly: box, "
         "quartiles and median; diamond, mean; whiskers, 1.5 box lengths."
     )

@@ -47,6 +47,7 @@ def test_the_page_begins_with_what_was_found(reports, tmp_path):
     page = (tmp_path / "both.html").read_text()
     assert f'<span class="verdict">{comparison.verdicts[0][0]}</span>' in page
     assert comparison.caution in page
+    assert "Distances that tangent found on the" in page
 
 
 def test_differences_of_all_models_are_magnified_alike(reports):
