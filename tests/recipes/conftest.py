@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,11 +21,3 @@ def launch(recipe, *arguments):
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return [*command, "--master_port", port, str(ROOT / f"recipes/{recipe}.py"), *arguments]
-
-
-def run_on_cpu(command):
-    """Run a command to its end, and return what it printed."""
-    settings = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, env=settings, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr[-3000:]
-    return output.stdout

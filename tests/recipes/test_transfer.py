@@ -13,7 +13,7 @@ from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.objectives import Supervised
 from recipes import supervised, transfer
 from recipes.transfer import main, parse, train
-from tests.recipes.conftest import launch, run_on_cpu
+from tests.recipes.processes import run
 
 ROOT = Path(__file__).parents[2]
 ARGS = '{"channels": [4, 8], "layers": [1, 1]}'
@@ -187,8 +187,8 @@ def test_settings_that_do_not_fit_are_named(more, message, tmp_path, capsys):
 
 def test_two_processes_transfer_and_report(source, tmp_path):
     attack = ["--report.samples", "8", "--report.attacks", '{"tangent": {"iterations": 2}}']
-    command = launch("transfer", *arguments(source, tmp_path, *attack, "--transfer.head", "probe"))
-    result = json.loads(run_on_cpu(command))
+    more = [*attack, "--transfer.head", "probe"]
+    result = json.loads(run("transfer", *arguments(source, tmp_path, *more)))
     assert result["before_logistic_accuracy"] > 0.5
     assert RobustnessReport.load(tmp_path / "model_report").content["n"] == 8
     assert (tmp_path / "report.html").is_file()

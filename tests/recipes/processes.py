@@ -1,0 +1,55 @@
+"""A recipe on one process or several, as a launcher starts them, but forked from a warm one."""
+
+import io
+import os
+import socket
+import sys
+import traceback
+from importlib import import_module
+
+import lightly.loss
+import lightly.transforms
+import lightly.utils.benchmarking  # noqa: F401
+import torch
+
+from recipes import evaluate, self_supervised, supervised, transfer  # noqa: F401
+from tests.forks import forks
+
+
+def run(recipe, *arguments, processes=2):
+    """Run a recipe to its end on processes that meet at a free port; return what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["ACCELERATE_USE_CPU"] = "true"
+    context, said = forks(), []
+    for rank in range(processes):
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=main, args=(recipe, arguments, variables, send))
+        process.start()
+        send.close()
+        said.append((process, receive))
+    printed = ""
+    for process, receive in said:
+        output, failure = receive.recv()
+        process.join()
+        assert not failure, failure
+        printed += output
+    return printed
+
+
+def main(recipe, arguments, variables, send):
+    """Run a recipe in this process, and send what it printed, or how it failed."""
+    os.environ |= {**variables, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    sys.stdout = io.StringIO()
+    failure = ""
+    try:
+        import_module(f"recipes.{recipe}").main(list(arguments))
+    except BaseException:
+        failure = traceback.format_exc()
+        raise
+    finally:
+        send.send((sys.stdout.getvalue(), failure))
