@@ -17,6 +17,7 @@ from hf_specreg.training.images import plain_training_images
 from hf_specreg.training.self_supervision import SelfSupervised
 from recipes import self_supervised
 from recipes.self_supervised import main, parse, train
+from tests.interrupted import Interrupted, interrupted_at
 from tests.recipes.processes import run as run_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -84,10 +85,6 @@ def test_the_report_is_of_the_classifier(run):
     assert result.metrics["probe_images"] == 256
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", ["barlow-twins", "simclr", "vicreg", "byol"])
 def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, monkeypatch, method):
     """BYOL's teacher is in the checkpoint too."""
@@ -95,18 +92,9 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, monk
     whole, _ = parse([*arguments, "--output_dir", str(tmp_path / "whole")])
     expected = load_file(train(whole).model_folder / "model.safetensors")
 
-    class Broken(SelfSupervised):
-        calls = 0
-
-        def forward(self, images, labels):
-            self.calls += 1
-            if self.calls == 6:
-                raise Interrupted
-            return super().forward(images, labels)
-
     broken, _ = parse([*arguments, "--output_dir", str(tmp_path / "broken")])
     with monkeypatch.context() as patch:
-        patch.setattr(self_supervised, "SelfSupervised", Broken)
+        patch.setattr(self_supervised, "SelfSupervised", interrupted_at(6, SelfSupervised))
         with pytest.raises(Interrupted):
             train(broken)
     resumed = load_file(train(broken, resume=True).model_folder / "model.safetensors")

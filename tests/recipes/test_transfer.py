@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.training.checkpoints import CheckpointError
-from hf_specreg.training.objectives import Supervised
 from recipes import supervised, transfer
 from recipes.transfer import main, parse, train
+from tests import tiny
+from tests.interrupted import Interrupted, interrupted_at
 from tests.recipes.processes import run
 
 ROOT = Path(__file__).parents[2]
-ARGS = '{"channels": [4, 8], "layers": [1, 1]}'
+ARGS = json.dumps(tiny.ARGS["resnet20_cifar"])
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +92,6 @@ def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
     assert not torch.equal(before["fc.weight"], other["fc.weight"])
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("mode", ["l2_sp and bss", "lora and average", "spectral_norm"])
 def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
     source, tmp_path, monkeypatch, mode
@@ -115,18 +112,9 @@ def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
         assert last["l2_sp"] > 0
         assert last["bss"] > 0
 
-    class Broken(Supervised):
-        calls = 0
-
-        def forward(self, images, labels):
-            self.calls += 1
-            if self.calls == 12:
-                raise Interrupted
-            return super().forward(images, labels)
-
     broken, _ = parse(arguments(source, tmp_path / "broken", *more))
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "Supervised", Broken)
+        patch.setattr(transfer, "Supervised", interrupted_at(12))
         with pytest.raises(Interrupted):
             train(broken)
     again = load_file(train(broken, resume=True).model_folder / "model.safetensors")

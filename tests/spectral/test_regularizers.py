@@ -5,7 +5,6 @@ import timm
 import torch
 from torch import nn
 
-from hf_specreg import SpecRegModel
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
 from hf_specreg.spectral.regularizers.bss import BSSConfig, batch_spectral_shrinkage
@@ -19,6 +18,7 @@ from hf_specreg.spectral.regularizers.metric_eigenvalue import (
 from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig, orthogonality
 from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
 from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig, volume_element
+from tests.tiny import images, tiny
 
 
 def seeded(seed=0):
@@ -173,16 +173,6 @@ def test_normalised_weights_have_norm_one():
     torch.testing.assert_close(model.fc.weight, head)
 
 
-def model(name="mlp_2000", **args):
-    torch.manual_seed(0)
-    args = args or {"img_size": 8, "hidden_features": 12}
-    return SpecRegModel.from_timm(name, num_classes=3, input_size=(1, 8, 8), **args)
-
-
-def images(count=5):
-    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
 def built(encoder, **settings):
     config = RegularizersConfig(**settings)
     return build_regularizers(encoder, config, steps_per_epoch=10, epochs=4)
@@ -219,7 +209,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_name_gives_its_function_times_its_strength_with_a_gradient(name):
     settings, function = CASES[name]
-    encoder = model()
+    encoder = tiny()
     (regularizer,) = built(encoder, **{name: settings})
     value = regularizer(images(), [encoder.features(images())])
     torch.testing.assert_close(value, 2 * function(encoder), rtol=1e-3, atol=1e-5)
@@ -228,7 +218,7 @@ def test_each_name_gives_its_function_times_its_strength_with_a_gradient(name):
 
 
 def test_l2_sp_is_alpha_half_the_distance_and_a_part_of_it_for_the_head():
-    encoder = model()
+    encoder = tiny()
     (regularizer,) = built(encoder, l2_sp=L2SPConfig(0.5, head=0.1))
     head = encoder.network.head
     norm = sum(p.square().sum() for p in head.parameters())
@@ -240,14 +230,14 @@ def test_l2_sp_is_alpha_half_the_distance_and_a_part_of_it_for_the_head():
 
 
 def test_bss_is_the_mean_over_the_views():
-    (regularizer,) = built(model(), bss=BSSConfig(1.0))
+    (regularizer,) = built(tiny(), bss=BSSConfig(1.0))
     a, b = torch.randn(2, 6, 4)
     expected = sum(batch_spectral_shrinkage(f) for f in (a, b)) / 2
     torch.testing.assert_close(regularizer(images(), [a, b]), expected)
 
 
 def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_put_back():
-    encoder = model("resnet20_cifar", channels=[4, 8], layers=[1, 1]).train()
+    encoder = tiny("resnet20_cifar").train()
     encoder.network.bn1.eval()
     (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0, projections=None))
     statistics = {n: b.clone() for n, b in encoder.named_buffers()}
@@ -261,7 +251,7 @@ def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_pu
 
 
 def test_attention_can_be_derived_twice():
-    encoder = model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1)
+    encoder = tiny("vit_tiny_patch16_224")
     (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0))
     regularizer(images(), []).backward()
     assert encoder.network.blocks[0].attn.qkv.weight.grad.norm() > 0
@@ -269,7 +259,7 @@ def test_attention_can_be_derived_twice():
 
 def test_each_has_its_own_burn_in_and_cadence():
     first, second = built(
-        model(),
+        tiny(),
         jacobian=JacobianConfig(1.0, every=3, burn_in_epochs=0.2),
         l2_sp=L2SPConfig(1.0, burn_in_fraction=0.5),
     )
@@ -278,8 +268,8 @@ def test_each_has_its_own_burn_in_and_cadence():
 
 
 def test_off_is_the_default_and_logits_need_a_head():
-    assert built(model()) == []
-    headless = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 28, 28))
+    assert built(tiny()) == []
+    headless = tiny(num_classes=0)
     with pytest.raises(ValueError, match=r"jacobian.of to features"):
         built(headless, jacobian=JacobianConfig(1.0))
 

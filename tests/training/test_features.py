@@ -3,15 +3,13 @@
 import torch
 from accelerate import Accelerator
 
-from hf_specreg import SpecRegModel
 from hf_specreg.training.features import features_of
+from tests.tiny import tiny
 from tests.training.test_probe import images_of
 
 
 def test_features_are_collected_in_evaluation_mode_and_the_mode_is_put_back():
-    model = SpecRegModel.from_timm(
-        "resnet20_cifar", num_classes=3, input_size=(1, 8, 8), channels=[4, 8], layers=[1, 1]
-    ).train()
+    model = tiny("resnet20_cifar").train()
     features, labels = features_of(model, images_of(), Accelerator(cpu=True), batch_size=7)
     assert model.training
     images, expected = images_of()[:]

@@ -23,6 +23,7 @@ from hf_specreg.training.metrics import DivergedError, StepLog
 from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.optimizer import OptimizerConfig
+from tests.interrupted import Interrupted, interrupted_at
 
 
 def config(tmp_path, **kwargs):
@@ -46,10 +47,6 @@ def config(tmp_path, **kwargs):
     return RunConfig(**{**settings, **kwargs})
 
 
-class Interrupted(Exception):
-    pass
-
-
 def build(run, *, objective=Supervised):
     torch.manual_seed(run.seed)
     splits = build_splits(run.data)
@@ -57,21 +54,6 @@ def build(run, *, objective=Supervised):
     images = build_images(splits, model, run)
     objective = objective(model, augment=run.augment)
     return TrainingLoop(objective, **images, config=run, metadata=run_metadata(splits, images))
-
-
-def interrupted_at(call):
-    """An objective that fails at its n-th call, as a killed process would."""
-
-    class Broken(Supervised):
-        calls = 0
-
-        def forward(self, images, labels):
-            self.calls += 1
-            if self.calls == call:
-                raise Interrupted
-            return super().forward(images, labels)
-
-    return Broken
 
 
 def weights(folder):

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils.data import DataLoader
 
-from hf_specreg import SpecRegModel
 from hf_specreg.data.images import collate
 from hf_specreg.training.neighbours import (
     NeighbourScores,
@@ -16,6 +15,7 @@ from hf_specreg.training.neighbours import (
     feature_deviation,
     knn_accuracy,
 )
+from tests.tiny import tiny
 from tests.training.test_probe import clusters, images_of
 
 
@@ -52,9 +52,7 @@ def test_deviation_is_one_on_the_sphere_and_zero_for_a_constant():
 
 
 def test_a_collapsed_encoder_is_said_to_be_collapsed(caplog):
-    torch.manual_seed(0)
-    args = {"img_size": 8, "hidden_features": 12}
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 8, 8), **args)
+    model = tiny(num_classes=0)
     score = NeighbourScores(images_of(), neighbours=5, batch_size=16)
     loader, accelerator = DataLoader(images_of(), 16, collate_fn=collate), Accelerator(cpu=True)
     with torch.no_grad():

@@ -6,18 +6,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_specreg import SpecRegModel
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.training.objectives import Supervised
+from tests.tiny import SIZE, tiny
 
 METHODS = ("barlow-twins", "simclr", "vicreg", "byol")
 
 
 def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
-    torch.manual_seed(0)
-    args = {"img_size": 2, "hidden_features": 5}
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=3, input_size=(1, 2, 2), **args)
-    images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    model = tiny()
+    images, labels = torch.rand(4, *SIZE), torch.tensor([0, 1, 2, 0])
     plain = Supervised(model, augment=AugmentConfig())
     expected, features = F.cross_entropy(model(images), labels), model.features(images)
     torch.testing.assert_close(plain(images, labels), expected)
@@ -31,12 +29,11 @@ def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
 
 
 def test_frozen_modules_and_kept_batch_norms_stay_in_evaluation_mode():
-    torch.manual_seed(0)
-    model = SpecRegModel.from_timm("resnet20_cifar", num_classes=3, channels=[4, 8], layers=[1, 1])
+    model = tiny("resnet20_cifar")
     model.network.stages[0].requires_grad_(False)
     frozen = Supervised(model, augment=AugmentConfig()).train()
     statistics = copy.deepcopy(model.network.stages[0][0].bn1.running_mean)
-    frozen(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))
+    frozen(torch.rand(4, *SIZE), torch.tensor([0, 1, 2, 0]))
     assert not model.network.stages[0].training
     assert torch.equal(model.network.stages[0][0].bn1.running_mean, statistics)
     assert model.network.bn1.training

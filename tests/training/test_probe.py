@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
-from hf_specreg import SpecRegModel
 from hf_specreg.training.probe import (
     LinearHead,
     ProbeConfig,
@@ -16,6 +15,7 @@ from hf_specreg.training.probe import (
     logistic_regression,
     probe_classifier,
 )
+from tests.tiny import ARGS, tiny
 
 
 def clusters(count=300, classes=3, spread=0.3, scale=1.0):
@@ -68,18 +68,9 @@ def test_constant_or_infinite_features_are_errors():
         linear_probe(torch.full((30, 4), torch.nan), labels, classes=3)
 
 
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [
-        ("mlp_2000", {"img_size": 8, "hidden_features": 12}),  # divides its logits
-        ("resnet20_cifar", {"channels": [4, 8], "layers": [1, 1]}),
-        ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "depth": 1}),
-        ("convnext_atto", {"patch_size": 1, "depths": [1] * 4, "dims": [4, 4, 8, 8]}),
-    ],
-)
-def test_an_attached_head_gives_the_probes_logits(name, args):
-    torch.manual_seed(0)
-    model = SpecRegModel.from_timm(name, num_classes=3, input_size=(1, 8, 8), **args)
+@pytest.mark.parametrize("name", ARGS)
+def test_an_attached_head_gives_the_probes_logits(name):
+    model = tiny(name)
     images = torch.rand(9, 1, 8, 8)
     model.eval()
     width = model.features(images).shape[1]
@@ -91,7 +82,7 @@ def test_an_attached_head_gives_the_probes_logits(name, args):
 
 
 def test_a_head_that_is_not_one_linear_layer_is_refused():
-    model = SpecRegModel.from_timm("resnet20_cifar", num_classes=3, channels=[4, 8], layers=[1, 1])
+    model = tiny("resnet20_cifar")
     with pytest.raises(ValueError, match="not one linear layer"):
         attach_head(model, LinearHead(torch.zeros(4, 8), torch.zeros(4)))
     with pytest.raises(ValueError, match="not one linear layer"):
@@ -115,9 +106,7 @@ def images_of(count=60):
 
 
 def test_a_probed_classifier_classifies_as_its_probe():
-    torch.manual_seed(0)
-    args = {"img_size": 8, "hidden_features": 12}
-    model = SpecRegModel.from_timm("mlp_2000", num_classes=2, input_size=(1, 8, 8), **args)
+    model = tiny(num_classes=2)
     cpu = Accelerator(cpu=True)
     found = probe_classifier(model, images_of(), images_of(), ProbeConfig(epochs=5), cpu)
     assert found["logistic_accuracy"] == 1.0

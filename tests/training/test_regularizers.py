@@ -26,16 +26,7 @@ from hf_specreg.training.config import RunConfig
 from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.optimizer import OptimizerConfig
 from recipes.supervised import train
-
-
-def model(name="mlp_2000", **args):
-    torch.manual_seed(0)
-    args = args or {"img_size": 8, "hidden_features": 12}
-    return SpecRegModel.from_timm(name, num_classes=3, input_size=(1, 8, 8), **args)
-
-
-def images(count=5):
-    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+from tests.tiny import ARGS, SIZE, images, tiny
 
 
 def run(folder, accumulation=1, **kwargs):
@@ -47,9 +38,7 @@ def run(folder, accumulation=1, **kwargs):
         "log_every": 1,
         "data": DataConfig(train_samples=256),
         "augment": AugmentConfig(),
-        "model": ModelConfig(
-            name="mlp_2000", input_size=(1, 8, 8), args={"img_size": 8, "hidden_features": 12}
-        ),
+        "model": ModelConfig("mlp_2000", input_size=SIZE, args=ARGS["mlp_2000"]),
         "penalty": PenaltyConfig(strength=0.1),
         "optimizer": OptimizerConfig(lr=0.05, sched="none"),
         "checkpoint": CheckpointConfig(keep=1),
@@ -127,7 +116,7 @@ def test_spectral_normalisation_is_trained_with_and_saved_as_plain_weights(tmp_p
     regularizers = RegularizersConfig(spectral_norm=True)
     penalty = PenaltyConfig(strength=0.0)
     folder = train(run(tmp_path / "run", regularizers=regularizers, penalty=penalty)).model_folder
-    assert set(load_file(folder / "model.safetensors")) == set(model().network.state_dict())
+    assert set(load_file(folder / "model.safetensors")) == set(tiny().network.state_dict())
     trained = SpecRegModel.from_pretrained(folder)
     assert SpectralPenalty(trained).sigmas()["hidden"] == pytest.approx(1, abs=0.05)
     again = SpecRegModel.from_pretrained(tmp_path / "run/best")
@@ -135,7 +124,7 @@ def test_spectral_normalisation_is_trained_with_and_saved_as_plain_weights(tmp_p
 
 
 def test_a_parametrized_model_is_saved_as_it_acts(tmp_path):
-    encoder = model("resnet20_cifar", channels=[4, 8], layers=[1, 1])
+    encoder = tiny("resnet20_cifar")
     normalize_spectra(encoder)
     encoder.train()
     encoder(images())
