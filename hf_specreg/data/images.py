@@ -57,7 +57,7 @@ class LabelledImages(Dataset):
         self.evaluate = evaluate
         self.augment = augment
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with workers that stay
         self.skipped: list[str] = []
         self._drawn: tuple[int, Tensor] | None = None
         budget = {None: MEMORY_BUDGET, True: math.inf, False: 0}[in_memory]
@@ -76,9 +76,14 @@ class LabelledImages(Dataset):
                 self.skipped = []
         self.labels = torch.as_tensor(self.rows["label"][:])
 
+    @property
+    def epoch(self) -> int:
+        """Whose augmentation is drawn."""
+        return self._epoch.item()
+
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of this epoch from now on."""
-        self.epoch = epoch
+        """Draw the augmentation of this epoch from now on, also in workers that run already."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -33,6 +33,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=installed_trackers(config.log_with),
         project_dir=config.output_dir,
     )
+    accelerator.dataloader_config.non_blocking = accelerator.device.type == "cuda"
     check_processes(accelerator, launched=int(os.environ.get("WORLD_SIZE", "1")))
     if accelerator.device.type == "cpu":
         keep_freed_memory()

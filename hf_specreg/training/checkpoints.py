@@ -2,11 +2,13 @@
 
 checkpoints/step_00000120/
     model/           a folder that SpecRegModel.from_pretrained loads
-    state/           accelerate's state: weights, optimizer, random numbers, warm vectors
-    progress.json    step, epoch, batch, best accuracy, configuration
+    state/           accelerate's state: weights, optimizer, random numbers
+    penalty.safetensors, ema.safetensors    the penalty's vectors; the averaged weights, if any
+    progress.json    step, epoch, batch, best accuracy, configuration, precision and processes
     manifest.json    size and SHA-256 of every other file, written last
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -137,7 +139,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is whole."""
+    """Return what is wrong with a checkpoint; None if it is whole.
+
+    Its files are read once a process, and again if their size or time has changed since.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -146,7 +151,8 @@ def find_fault(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _fingerprint(path) != expected:
+        stat = path.stat()
+        if _fingerprint_once(path, stat.st_size, stat.st_mtime_ns) != expected:
             return f"{name} was cut short or changed"
     return None
 
@@ -156,8 +162,14 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "progress.json").read_text())
 
 
+@functools.cache
+def _fingerprint_once(path: Path, size: int, changed_ns: int) -> dict[str, Any]:
+    return _fingerprint(path)
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        digest = digest or hashlib.sha256(file.read())
+        while block := file.read(2**20):
+            digest.update(block)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}

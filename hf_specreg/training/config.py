@@ -15,6 +15,7 @@ from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.term import BURN_INS
 from hf_specreg.training.checkpoints import CheckpointConfig
+from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.model import ModelConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
@@ -34,6 +35,8 @@ class RunConfig:
         batch_size: images an optimizer step, over all processes and accumulated micro-batches.
         accumulation: micro-batches an optimizer step.
         eval_batch_size: images a process and batch.
+        eval_every_epochs: validate and measure every sigma after so many epochs, and after the
+            last.
         seed: of weights, data order, augmentation and the penalty's vectors.
         mixed_precision: "no", "bf16" or "fp16"; default: what accelerate is configured to.
         sync_batch_norm: take the statistics of batch norms over all processes.
@@ -41,6 +44,7 @@ class RunConfig:
             stop where there is none.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
+        tracker: what those are started with.
         data: the images.
         augment: their variation.
         model: the encoder.
@@ -56,12 +60,14 @@ class RunConfig:
     batch_size: int = 128
     accumulation: int = 1
     eval_batch_size: int = 500
+    eval_every_epochs: int = 1
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     sync_batch_norm: bool = False
     deterministic: bool = False
     log_every: int = 50
     log_with: tuple[str, ...] = ()
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -71,9 +77,14 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        counts = ("epochs", "batch_size", "accumulation", "eval_batch_size", "log_every")
-        require(self, "at least 1", *counts)
+        require(self, "at least 1", "epochs", "batch_size", "accumulation", "log_every")
+        require(self, "at least 1", "eval_batch_size", "eval_every_epochs")
         require(self, "not negative", "seed")
+        unused = sorted(set(self.tracker.init_kwargs) - set(self.log_with))
+        if unused:
+            raise ValueError(
+                f"tracker.init_kwargs are of {unused}, which log_with {self.log_with} does not name"
+            )
         if self.data.streaming and not self.steps_per_epoch:
             raise ValueError(
                 "steps_per_epoch is needed for a stream, which does not know its length"

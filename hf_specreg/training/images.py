@@ -70,9 +70,21 @@ def plain_training_images(
 
 
 def build_loaders(
-    splits: tuple[Dataset, Dataset, Dataset], config: RunConfig, processes: int
+    splits: tuple[Dataset, Dataset, Dataset],
+    config: RunConfig,
+    processes: int,
+    *,
+    pin_memory: bool = False,
 ) -> tuple[list[DataLoader], int]:
     """Return loaders of the train, validation and test images, and the steps of an epoch.
+
+    The workers of the first two stay between epochs: `ending_workers` ends them.
+
+    Args:
+        splits: train, validation and test images.
+        config: of the run.
+        processes: how many train.
+        pin_memory: copy batches to page-locked memory, from which a GPU takes them without waiting.
 
     Raises:
         ValueError: the batch size does not fit the processes, the data or mixup.
@@ -89,7 +101,7 @@ def build_loaders(
             f"mixup pairs the images of a micro-batch, so its size ({micro_batch}) must be even: "
             "change batch_size or accumulation"
         )
-    train, *held_out = splits
+    train, validation, test = splits
     stream = isinstance(train, IterableDataset)
     if not stream and len(train) < config.batch_size:
         raise ValueError(
@@ -99,11 +111,14 @@ def build_loaders(
         "num_workers": config.data.num_workers,
         "collate_fn": collate,
         "worker_init_fn": ignore_sigterm,
+        "pin_memory": pin_memory,
     }
     order = {} if stream else {"shuffle": True}
-    loader = DataLoader(train, micro_batch, drop_last=True, **order, **shared)
+    staying = {"persistent_workers": config.data.num_workers > 0}
+    loader = DataLoader(train, micro_batch, drop_last=True, **order, **staying, **shared)
     steps = config.steps_per_epoch or len(loader) // parts
-    return [loader, *(DataLoader(i, config.eval_batch_size, **shared) for i in held_out)], steps
+    validation = DataLoader(validation, config.eval_batch_size, **staying, **shared)
+    return [loader, validation, DataLoader(test, config.eval_batch_size, **shared)], steps
 
 
 def run_metadata(splits: ImageSplits, images: dict[str, Any]) -> dict[str, Any]:

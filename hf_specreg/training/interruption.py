@@ -5,7 +5,11 @@ One process does so at its next step, several when they next ask each other, eve
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+from torch.utils.data import DataLoader
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 CHECK_EVERY = 10  # steps, on which several processes agree that one of them was told to stop
@@ -21,6 +25,23 @@ class RunStopped(SystemExit):
 def ignore_sigterm(worker: int) -> None:
     """Let a data loader's worker outlive a SIGTERM to its whole group: its process ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def ending_workers(*loaders: DataLoader) -> Iterator[None]:
+    """End the workers that loaders keep between epochs, however the context is left.
+
+    At its exit python would end them by SIGTERM, which they ignore, and wait for ever.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            loader = getattr(loader, "base_dataloader", loader)  # within accelerate's
+            iterator = getattr(loader, "_iterator", None)
+            if iterator is not None:
+                iterator._shutdown_workers()
+                loader._iterator = None
 
 
 class StopSignal:

@@ -1,4 +1,4 @@
-"""The one training loop: steps, schedule, logging, checkpoints and exact resume, on accelerate.
+"""The one training loop: epochs, steps, evaluation and logging, on accelerate; resumed exactly.
 
 What is random is a function of the seed and the place: the data's order and augmentation of
 (seed, epoch, index), mixup and dropout of (seed, epoch, batch, process). Weights, optimizer and the
@@ -14,43 +14,33 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hf_specreg.data.datasets import place
 from hf_specreg.data.transforms import derived_seed
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.regularizers import build_regularizers
 from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
 from hf_specreg.training.accelerator import build_accelerator
-from hf_specreg.training.checkpoints import (
-    CheckpointError,
-    latest_checkpoint,
-    naming_the_last_good,
-    read_progress,
-    replace_folder,
-    save_checkpoint,
-)
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
 from hf_specreg.training.images import build_loaders
-from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal
+from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal, ending_workers
 from hf_specreg.training.metrics import (
     DivergedError,
-    MetricsFile,
     StepLog,
     TrainingResult,
     classification_scores,
-    flat_settings,
     progress_bar,
+    start_trackers,
 )
 from hf_specreg.training.model import freeze_unused
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
-from hf_specreg.training.resume import starting_point
+from hf_specreg.training.resume import check_agreement, starting_point
+from hf_specreg.training.state import RunState, recorded_settings
 
 Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
@@ -89,7 +79,10 @@ class TrainingLoop:
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         self.train_images = train_images
         loaders, self.steps_per_epoch = build_loaders(
-            (train_images, validation_images, test_images), config, self.accelerator.num_processes
+            (train_images, validation_images, test_images),
+            config,
+            self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         self.plain = objective.to(self.accelerator.device)
         self.encoder = objective.encoder
@@ -103,24 +96,27 @@ class TrainingLoop:
         )
         self.regularizers = build_regularizers(self.encoder, config.regularizers, **length)
         near_start = any(r.name == "l2_sp" for r in self.regularizers)
-        self.start_sha256 = weights_sha256(self.encoder) if near_start else None
+        start_sha256 = weights_sha256(self.encoder) if near_start else None
         optimizer = build_optimizer(objective, config.optimizer)
-        self.scheduler = build_scheduler(optimizer, config.optimizer, **length)
+        scheduler = build_scheduler(optimizer, config.optimizer, **length)
         decay = config.optimizer.ema_decay
         self.objective, self.optimizer, self.loader, self.validation, self.test = (
             self.accelerator.prepare(objective, optimizer, *loaders)
         )
-        # Of weights that are the same on all processes, as they are once prepared.
-        self.ema = ModelEmaV3(self.encoder, decay=decay) if decay else None
-        settings = config.as_dict()
-        settings["data"]["source"] = place(config.data.source)
-        settings["model"]["name"] = place(config.model.name)
-        self.metadata = {**(metadata or {}), "config": settings}
-        self.step = 0
-        self.best_accuracy = -1.0
-        self.metrics: dict[str, float] = {}
+        self.state = RunState(
+            config,
+            self.accelerator,
+            self.console,
+            objective,
+            self.penalty,
+            self.optimizer,
+            scheduler,
+            # Of weights that are the same on all processes, as they are once prepared.
+            ema=ModelEmaV3(self.encoder, decay=decay) if decay else None,
+            metadata={**(metadata or {}), "config": recorded_settings(config)},
+            start_sha256=start_sha256,
+        )
         self.steps = StepLog(self.accelerator.device)
-        self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the end, from the latest checkpoint if `resume`.
@@ -133,39 +129,35 @@ class TrainingLoop:
             RunStopped: SIGTERM came; there is a checkpoint of the step that was then done.
         """
         checkpoint = starting_point(self.config, resume=resume)
-        self._check_agreement(checkpoint)
+        check_agreement(checkpoint, self.accelerator)
         if resume and checkpoint is None:
             self.console.print(f"{self.output} has no checkpoint yet: the run begins anew")
-        epoch, batch = self._resume(checkpoint) if checkpoint else self._start()
-        self.accelerator.init_trackers("hf_specreg", config=flat_settings(self.config.as_dict()))
+        if checkpoint is None:
+            self.state.begin()
+            epoch, batch = 0, 0
+        else:
+            epoch, batch = self.state.load(checkpoint)
+            step = self.state.step
+            self.console.print(f"resuming from {checkpoint}: step {step}, epoch {epoch}")
+        start_trackers(self.accelerator, self.config.tracker, self.config.as_dict())
         total = self.config.epochs * self.steps_per_epoch
         with progress_bar(self.console) as self.progress, StopSignal() as self.told_to_stop:
-            self.task = self.progress.add_task("training", total=total, completed=self.step)
-            while epoch < self.config.epochs:
-                self._train_epoch(epoch, batch)
-                epoch, batch = epoch + 1, 0
-                self._end_epoch(epoch)
+            self.task = self.progress.add_task("training", total=total, completed=self.state.step)
+            with ending_workers(self.loader, self.validation):
+                while epoch < self.config.epochs:
+                    self._train_epoch(epoch, batch)
+                    epoch, batch = epoch + 1, 0
+                    self._end_epoch(epoch)
         scores = self.evaluate(self.test)
-        self.metrics |= {f"test_{name}": score for name, score in scores.items()}
-        self._log({"epoch": self.config.epochs, **self.metrics})
+        self.state.metrics |= {f"test_{name}": score for name, score in scores.items()}
+        self._log({"epoch": self.config.epochs, **self.state.metrics})
         folder = self.output / "model"
         if self.accelerator.is_main_process:
-            self._save_model(folder)
+            self.state.save_model(folder)
         self.accelerator.wait_for_everyone()  # a process that leaves early can keep the others
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return TrainingResult(folder, self.metrics, self.step)
-
-    def _check_agreement(self, checkpoint: Path | None) -> None:
-        """Raise CheckpointError unless all processes have found the same checkpoint, or none."""
-        own = int(checkpoint.name.removeprefix("step_")) if checkpoint else -1
-        steps = torch.tensor([own], device=self.accelerator.device)
-        found = self.accelerator.gather(steps).unique().tolist()
-        if len(found) > 1:
-            raise CheckpointError(
-                f"the processes find different checkpoints in {self.output} (steps {found}, -1 for "
-                "none): output_dir must be on a filesystem that all nodes share"
-            )
+        return TrainingResult(folder, self.state.metrics, self.state.step)
 
     def _train_epoch(self, epoch: int, first_batch: int) -> None:
         self.objective.train()
@@ -178,18 +170,18 @@ class TrainingLoop:
             loader.set_epoch(epoch)
         last = self.steps_per_epoch * self.config.accumulation
         batch = first_batch - 1
-        for batch, (images, labels) in enumerate(loader, first_batch):
-            if batch >= last:
-                break
-            with self.accelerator.accumulate(self.objective):
-                self._train_batch(epoch, batch, images, labels)
-            if self.accelerator.sync_gradients:
-                self._end_step(epoch, batch)
+        with ending_workers(*([loader] if first_batch else [])):
+            for batch, (images, labels) in enumerate(loader, first_batch):
+                if batch >= last:
+                    break
+                with self.accelerator.accumulate(self.objective):
+                    self._train_batch(epoch, batch, images, labels)
+                if self.accelerator.sync_gradients:
+                    self._end_step(epoch, batch)
         if batch + 1 < last:
             raise ValueError(
                 f"epoch {epoch} ended after {batch + 1} of {last} batches: the stream is shorter "
-                "than "
-                f"steps_per_epoch ({self.steps_per_epoch}) says"
+                f"than steps_per_epoch ({self.steps_per_epoch}) says"
             )
 
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
@@ -199,6 +191,7 @@ class TrainingLoop:
             loss = self.objective(images, labels)
         penalty = loss.new_zeros(())
         if self.accelerator.sync_gradients and self.penalty.strength:
+            self.penalty.step = self.state.step  # it has counted a step that fp16's scaler skipped
             with self.steps.penalty_time():
                 penalty = self.penalty()
             self.steps.count_backward(penalty, loss)
@@ -214,7 +207,7 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         seen = len(images) * self.accelerator.num_processes
         terms = {"loss": loss, "penalty": penalty, **terms}
-        self.steps.add(self.step + 1, epoch, batch, images=seen, **terms)
+        self.steps.add(self.state.step + 1, epoch, batch, images=seen, **terms)
 
     def _clip(self, loss: Tensor) -> dict[str, Tensor]:
         """Clip the gradient's norm. Return what it was, and the factor that clipping put on the
@@ -238,26 +231,26 @@ class TrainingLoop:
         features, sync = self.plain.features, self.accelerator.sync_gradients
         return {
             r.name: r(images, features)
-            if r.due(self.step) and (sync or not r.of_weights)
+            if r.due(self.state.step) and (sync or not r.of_weights)
             else loss.new_zeros(())
             for r in self.regularizers
         }
 
     def _end_step(self, epoch: int, batch: int) -> None:
-        self.step += 1
-        self.plain.after_step(self.step / (self.config.epochs * self.steps_per_epoch))
-        self.scheduler.step_update(self.step)
-        if self.ema is not None:
-            self.ema.update(self.encoder, step=self.step)
-        self.progress.update(self.task, completed=self.step)
-        if self.step % self.config.log_every == 0:
+        if self.accelerator.optimizer_step_was_skipped:  # fp16's scaler found it infinite
+            return
+        self.state.advance()
+        step = self.state.step
+        self.plain.after_step(step / (self.config.epochs * self.steps_per_epoch))
+        self.progress.update(self.task, completed=step)
+        if step % self.config.log_every == 0:
             self._log_training(epoch)
         every = self.config.checkpoint.every_steps
-        due = every and self.step % every == 0
+        due = every and step % every == 0
         if due:
             self._save_checkpoint(epoch, batch + 1)
         alone = self.accelerator.num_processes == 1
-        if (alone or self.step % CHECK_EVERY == 0) and self._told_to_stop():
+        if (alone or step % CHECK_EVERY == 0) and self._told_to_stop():
             self._stop(None if due else (epoch, batch + 1))
 
     def _told_to_stop(self) -> bool:
@@ -270,7 +263,7 @@ class TrainingLoop:
         if unsaved:
             self._save_checkpoint(*unsaved)
         self.console.print(
-            f"stopped by SIGTERM with a checkpoint of step {self.step}: go on with --resume"
+            f"stopped by SIGTERM with a checkpoint of step {self.state.step}: go on with --resume"
         )
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -279,36 +272,45 @@ class TrainingLoop:
 
     def _end_epoch(self, epochs_done: int) -> None:
         self._log_training(epochs_done - 1)
-        scores = self.evaluate(self.validation)
-        sigmas = self.penalty.sigmas()
-        top = sorted(sigmas.items(), key=lambda item: -item[1])[:3]
-        self.metrics = {
-            **{f"validation_{k}": v for k, v in scores.items()},
-            "sum_sigma2": sum(s**2 for s in sigmas.values()),
-            **{f"sigma/{name}": sigma for name, sigma in top},
-        }
-        self._log({"epoch": epochs_done, **self.metrics})
-        said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scores.items())
-        self.console.print(
-            f"epoch {epochs_done}/{self.config.epochs}: {said}, sum of sigma^2 "
-            f"{self.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}",
-            soft_wrap=True,
-        )
-        better = scores["accuracy"] > self.best_accuracy
-        self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
-        if better and self.accelerator.is_main_process:
-            self._save_model(self.output / "best")
         last = epochs_done == self.config.epochs
+        if last or epochs_done % self.config.eval_every_epochs == 0:
+            self._measure(epochs_done)
         due = last or epochs_done % self.config.checkpoint.every_epochs == 0
         if due:
             self._save_checkpoint(epochs_done, 0)
         if self._told_to_stop():
             self._stop(None if due else (epochs_done, 0))
 
+    def _measure(self, epochs_done: int) -> None:
+        """Say how good the encoder is and how large its sigmas are; keep the best."""
+        scores = self.evaluate(self.validation)
+        sigmas = self.penalty.sigmas()
+        top = sorted(sigmas.items(), key=lambda item: -item[1])[:3]
+        self.state.metrics = {
+            **{f"validation_{k}": v for k, v in scores.items()},
+            "sum_sigma2": sum(s**2 for s in sigmas.values()),
+            **{f"sigma/{name}": sigma for name, sigma in top},
+        }
+        self._log({"epoch": epochs_done, **self.state.metrics})
+        said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scores.items())
+        self.console.print(
+            f"epoch {epochs_done}/{self.config.epochs}: {said}, sum of sigma^2 "
+            f"{self.state.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}",
+            soft_wrap=True,
+        )
+        better = scores["accuracy"] > self.state.best_accuracy
+        self.state.best_accuracy = max(self.state.best_accuracy, scores["accuracy"])
+        if better and self.accelerator.is_main_process:
+            self.state.save_model(self.output / "best")
+
+    def _save_checkpoint(self, epoch: int, batch: int) -> None:
+        self._log_training(epoch)  # a NaN must not get into a checkpoint
+        self.state.save(epoch, batch)
+
     @torch.no_grad()
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
         """Return what `score` says of the encoder; of its averaged weights, if any."""
-        encoder = self.ema.module if self.ema else self.encoder
+        encoder = self.state.model
         for buffer in encoder.buffers():  # each process has its own statistics of batch norms
             buffer.copy_(broadcast(buffer))
         with evaluating(encoder):
@@ -321,101 +323,11 @@ class TrainingLoop:
         try:
             summary = self.steps.summary(self.accelerator.gather)
         except DivergedError as error:
-            raise self._diverged(error) from error
+            raise self.state.diverged(error) from error
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._log({"epoch": epoch, "lr": max(rates), **summary})
 
     def _log(self, values: dict[str, Any]) -> None:
-        self.accelerator.log(values, step=self.step)
+        self.accelerator.log(values, step=self.state.step)
         if self.accelerator.is_main_process:
-            self.metrics_file.append(self.step, values)
-
-    def _start(self) -> tuple[int, int]:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.metrics_file.path.write_text("")
-        except OSError as error:
-            raise CheckpointError(f"output_dir {self.output} cannot be written: {error}") from error
-        return 0, 0
-
-    def _resume(self, checkpoint: Path) -> tuple[int, int]:
-        progress = read_progress(checkpoint)
-        if self.start_sha256 != progress.get("start_sha256"):
-            raise CheckpointError(
-                f"{self.config.model.name} is no longer the encoder that the run of {checkpoint} "
-                "began with, and regularizers.l2_sp keeps the weights near it: give it back, or "
-                "name its commit as model.revision"
-            )
-        self.accelerator.load_state(str(checkpoint / "state"))
-        if any("lr_scale" not in group for group in self.optimizer.param_groups):
-            raise CheckpointError(f"{checkpoint} is of an earlier version: start the run anew")
-        vectors = load_file(checkpoint / "penalty.safetensors")
-        self.penalty.load_state_dict({**progress["penalty"], "vectors": vectors})
-        if self.ema is not None:
-            self.ema.module.load_state_dict(load_file(checkpoint / "ema.safetensors"))
-        self.step = progress["step"]
-        self.best_accuracy = progress["best_accuracy"]
-        self.metrics = progress["metrics"]
-        self.scheduler.step_update(self.step)
-        if self.accelerator.is_main_process:
-            self.metrics_file.cut_after(self.step)
-        self.console.print(
-            f"resuming from {checkpoint}: step {self.step}, epoch {progress['epoch']}"
-        )
-        return progress["epoch"], progress["batch"]
-
-    def _save_checkpoint(self, epoch: int, batch: int) -> None:
-        self._log_training(epoch)  # a NaN must not get into a checkpoint
-        self._check_weights()
-        self.accelerator.wait_for_everyone()
-        folder = self.output / "checkpoints"
-        state = folder / ".state"
-        with naming_the_last_good(folder, self.step):
-            self.accelerator.save_state(str(state))
-        penalty = self.penalty.state_dict()  # by all processes, which share the layers out
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        vectors = penalty.pop("vectors")
-
-        def write(into: Path) -> None:
-            state.rename(into / "state")
-            save_file(vectors, into / "penalty.safetensors")
-            if self.ema is not None:
-                save_file(self.ema.module.state_dict(), into / "ema.safetensors")
-            self._write_model(into / "model")
-
-        progress = {
-            "step": self.step,
-            "epoch": epoch,
-            "batch": batch,
-            "penalty": penalty,
-            "best_accuracy": self.best_accuracy,
-            "metrics": self.metrics,
-            "config": self.config.as_dict(),
-            "start_sha256": self.start_sha256,
-        }
-        save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
-
-    def _save_model(self, folder: Path) -> None:
-        self._check_weights()
-        replace_folder(folder, self._write_model)
-
-    def _write_model(self, folder: Path) -> None:
-        model = self.ema.module if self.ema else self.encoder
-        share = self.metrics_file.mean("penalty_share")
-        progress = {"step": self.step, "metrics": self.metrics, "penalty_share": share}
-        model.metadata = {**self.metadata, **progress}
-        model.save_pretrained(folder)
-
-    def _check_weights(self) -> None:
-        for name, tensor in self.plain.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._diverged(f"{name} is not finite after step {self.step}")
-
-    def _diverged(self, what: object) -> DivergedError:
-        return DivergedError(
-            f"{what}; the last good checkpoint is "
-            f"{latest_checkpoint(self.output / 'checkpoints')}. Lower optimizer.lr or "
-            "penalty.strength, or look at that batch"
-        )
+            self.state.metrics_file.append(self.state.step, values)

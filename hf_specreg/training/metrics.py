@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,20 @@ from torch.utils.data import DataLoader
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """What accelerate's trackers are started with.
+
+    Args:
+        project: that the run is kept in.
+        init_kwargs: from a tracker's name to its own arguments, such as {wandb: {id: a1b2c3,
+            resume: allow}}, by which a run that is resumed goes on there too.
+    """
+
+    project: str = "hf_specreg"
+    init_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,6 +226,15 @@ def installed_trackers(names: Sequence[str]) -> list[str] | None:
             f"log_with names trackers that are not installed: {missing}; of those here: {installed}"
         )
     return list(names) or None
+
+
+def start_trackers(
+    accelerator: Accelerator, config: TrackerConfig, settings: dict[str, Any]
+) -> None:
+    """Start accelerate's trackers with the settings of the run."""
+    accelerator.init_trackers(
+        config.project, config=flat_settings(settings), init_kwargs=config.init_kwargs
+    )
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

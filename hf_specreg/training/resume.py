@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from hf_specreg.training.checkpoints import (
     CheckpointError,
     all_checkpoints,
@@ -17,7 +20,9 @@ MAY_CHANGE = (
     "output_dir",
     "log_every",
     "log_with",
+    "tracker.",
     "eval_batch_size",
+    "eval_every_epochs",
     "checkpoint.",
     "data.num_workers",
     "data.in_memory",
@@ -61,6 +66,17 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
             f"{'; '.join(changed)}"
         )
     return checkpoint
+
+
+def check_agreement(checkpoint: Path | None, accelerator: Accelerator) -> None:
+    """Raise CheckpointError unless all processes have found the same checkpoint, or none."""
+    own = int(checkpoint.name.removeprefix("step_")) if checkpoint else -1
+    found = accelerator.gather(torch.tensor([own], device=accelerator.device)).unique().tolist()
+    if len(found) > 1:
+        raise CheckpointError(
+            f"the processes find different checkpoints (of steps {found}, -1 for none): output_dir "
+            "must be on a filesystem that all nodes share"
+        )
 
 
 def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from hf_specreg.data import images as images_module
 from hf_specreg.data.datasets import DataConfig, DataError, build_splits, load_splits, place
@@ -21,6 +22,7 @@ from hf_specreg.data.transforms import (
     training_transform,
     two_view_transform,
 )
+from hf_specreg.training.interruption import ending_workers
 
 SIZE = (3, 8, 8)
 
@@ -306,6 +308,32 @@ def test_unreadable_images_are_counted_and_named_and_left_out_only_on_demand(tmp
     )
     assert len(list(stream)) == 17
     assert [why.split(" (")[0] for why in stream.skipped] == ["image 3", "image 7", "image 9"]
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "timm"])
+def test_workers_that_stay_between_epochs_draw_each_epochs_augmentation(augment):
+    if augment == "timm":
+        augment = training_transform(SIZE, scale=(0.5, 1.0))
+    splits = load_splits("digits", classes=["3", "7"])
+    images = labelled(splits, "test", augment=augment, seed=5)
+    epochs = []
+    for workers in (0, 2):
+        loader = DataLoader(
+            images,
+            16,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+        )
+        with ending_workers(loader):
+            for epoch in (0, 1):
+                images.set_epoch(epoch)
+                epochs.append(torch.cat([batch for batch, _ in loader]))
+            of_workers = loader._iterator and loader._iterator._workers
+    assert torch.equal(epochs[0], epochs[2])
+    assert torch.equal(epochs[1], epochs[3])
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not any(worker.is_alive() for worker in of_workers)
 
 
 def test_images_in_memory_and_on_demand_are_the_same():

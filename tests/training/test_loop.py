@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,14 +16,20 @@ from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training import checkpoints
-from hf_specreg.training.checkpoints import CheckpointConfig, CheckpointError
+from hf_specreg.training.checkpoints import (
+    CheckpointConfig,
+    CheckpointError,
+    find_fault,
+    latest_checkpoint,
+)
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.images import build_images, run_metadata
 from hf_specreg.training.loop import TrainingLoop
-from hf_specreg.training.metrics import DivergedError, StepLog
+from hf_specreg.training.metrics import DivergedError, StepLog, TrackerConfig
 from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.optimizer import OptimizerConfig
+from hf_specreg.training.resume import starting_point
 from tests.interrupted import Interrupted, interrupted_at
 
 
@@ -92,11 +99,20 @@ def test_a_run_lowers_loss_and_sigma_and_leaves_a_loadable_model(tmp_path):
     assert (tmp_path / "run/best/model.safetensors").is_file()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    run = config(tmp_path_factory.mktemp("whole"), checkpoint=CheckpointConfig(keep=9))
+    build(run).run()
+    return Path(run.output_dir)
+
+
 @pytest.mark.parametrize("call", [7, 12, 21])
-def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(tmp_path, call):
+def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(
+    tmp_path, whole, call
+):
     """With augmentation, mixup, dropout, momentum, averaging, accumulation and a cadence."""
-    whole = config(tmp_path / "whole")
-    expected = weights(build(whole).run().model_folder)
+    expected = weights(whole / "model")
     broken = config(tmp_path / "broken")
     with pytest.raises(Interrupted):
         build(broken, objective=interrupted_at(call)).run()
@@ -104,6 +120,91 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(tm
     resumed = weights(build(broken).run(resume=True).model_folder)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.fixture
+def copied(tmp_path, whole):
+    """A copy of that run, to do harm to."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_is_not_resumed_in_another_precision(tmp_path, copied, monkeypatch):
+    """The configuration does not say: accelerate's environment decides, then and now."""
+    loop = build(config(tmp_path))
+    monkeypatch.setattr(loop.accelerator.state, "_mixed_precision", "bf16")
+    with pytest.raises(CheckpointError, match=r"mixed_precision 'no', and 'bf16' is in effect"):
+        loop.run(resume=True)
+
+
+def test_other_processes_since_the_checkpoint_are_said(tmp_path, copied, capsys):
+    progress = latest_checkpoint(copied / "checkpoints") / "progress.json"
+    state = build(config(tmp_path)).state
+    conditions = json.loads(progress.read_text())["conditions"]
+    assert conditions == {"mixed_precision": "no", "device": "cpu", "processes": 1}
+    state._check_conditions(progress.parent, {**conditions, "processes": 4, "device": "cuda"})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was trained with processes 4, and goes on with 1" in said
+    assert "was trained with device cuda, and goes on with cpu" in said
+
+
+def test_a_resume_reads_a_checkpoint_to_check_it_once(tmp_path, copied, monkeypatch):
+    read = []
+    fingerprint = checkpoints._fingerprint
+    monkeypatch.setattr(checkpoints, "_fingerprint", lambda p: read.append(p) or fingerprint(p))
+    for _ in range(2):
+        starting_point(config(tmp_path), resume=True)
+    assert len(read) == len(set(read)) > 5
+    read[0].write_bytes(b"changed")
+    assert "was cut short or changed" in find_fault(latest(copied))
+
+
+def latest(folder):
+    return checkpoints.all_checkpoints(folder / "checkpoints")[-1]
+
+
+def test_a_step_that_the_scaler_of_fp16_skips_counts_for_nothing(tmp_path, monkeypatch):
+    """As on a GPU, whose scaler skips the steps of infinite gradients and lowers its scale."""
+    loop = build(config(tmp_path, epochs=1, penalty=PenaltyConfig(strength=0.01), log_every=1))
+    skipped, taken = iter([True, False, True, False]), []
+    step, average = loop.optimizer.step, loop.state.ema.update
+
+    def some_steps():
+        loop.optimizer._is_overflow = loop.accelerator.sync_gradients and next(skipped)
+        if not loop.optimizer._is_overflow:
+            step()
+
+    monkeypatch.setattr(loop.optimizer, "step", some_steps)
+    monkeypatch.setattr(
+        loop.state.ema, "update", lambda *args, step: taken.append(step) or average(*args, step)
+    )
+    result = loop.run()
+    assert loop.steps_per_epoch == 4
+    assert (result.step, loop.penalty.step, taken) == (2, 2, [1, 2])
+    rates = [line["lr"] for line in logged(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([0.05 / 4, 0.05 / 2])
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_validation_and_sigmas_follow_their_own_interval_and_the_end(tmp_path, whole):
+    run = config(tmp_path, eval_every_epochs=2)
+    result = build(run).run()
+    epochs = [line["epoch"] for line in logged(tmp_path / "run") if "sum_sigma2" in line]
+    assert epochs == [2, 3, 3]  # once more with the test split
+    before, now = weights(whole / "model"), weights(result.model_folder)
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_trackers_are_started_with_their_project_and_arguments(tmp_path):
+    tracker = TrackerConfig("mine", {"tensorboard": {"filename_suffix": ".of_this_run"}})
+    run = config(tmp_path, epochs=1, log_with=("tensorboard",), tracker=tracker)
+    build(run).run()
+    assert list((tmp_path / "run/mine").rglob("*.of_this_run"))
+    with pytest.raises(ValueError, match=r"init_kwargs are of \['tensorboard'\], which log_with"):
+        config(tmp_path, tracker=tracker)
 
 
 def test_the_seed_decides_the_run(tmp_path):
@@ -116,18 +217,13 @@ def test_the_seed_decides_the_run(tmp_path):
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_it_used(tmp_path, caplog):
-    run = config(tmp_path)
-    with pytest.raises(Interrupted):
-        build(run, objective=interrupted_at(15)).run()
-    *_, before, latest = checkpoints.all_checkpoints(tmp_path / "run/checkpoints")
-    file = latest / "state/model.safetensors"
+def test_a_checkpoint_cut_short_is_noticed_and_the_one_before_it_used(tmp_path, copied, caplog):
+    *_, before, last = checkpoints.all_checkpoints(copied / "checkpoints")
+    file = last / "state/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert checkpoints.latest_checkpoint(tmp_path / "run/checkpoints") == before
-    assert f"{latest.name} is not whole (state/model.safetensors was cut short" in caplog.text
-    loop = build(run)
-    loop.run(resume=True)
-    assert loop.step == 12
+    assert latest_checkpoint(copied / "checkpoints") == before
+    assert f"{last.name} is not whole (state/model.safetensors was cut short" in caplog.text
+    assert build(config(tmp_path)).run(resume=True).step == 12
 
 
 def test_nan_stops_the_run_with_step_batch_and_last_good_checkpoint(tmp_path):
@@ -178,15 +274,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_another_run_is_neither_overwritten_nor_continued(tmp_path):
-    run = config(tmp_path, epochs=1)
-    build(run).run()
+def test_another_run_is_neither_overwritten_nor_continued(tmp_path, copied):
+    run = config(tmp_path)
     with pytest.raises(CheckpointError, match="already holds a run"):
         build(run).run()
     other = replace(run, batch_size=64)
     with pytest.raises(CheckpointError, match=r"batch_size: 128 and 64"):
         build(other).run(resume=True)
-    for file in (tmp_path / "run/checkpoints").rglob("progress.json"):
+    for file in (copied / "checkpoints").rglob("progress.json"):
         file.unlink()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         build(run).run(resume=True)
@@ -296,7 +391,7 @@ def test_images_left_out_are_counted_and_named(tmp_path, caplog):
         table.to_parquet(tmp_path / f"set/data/{name}-00000-of-00001.parquet")
     data = DataConfig(source=str(tmp_path / "set"), skip_unreadable=True)
     loop = build(config(tmp_path, data=data, batch_size=16, augment=AugmentConfig()))
-    assert loop.metadata["data"]["unreadable"] == dict.fromkeys(
+    assert loop.state.metadata["data"]["unreadable"] == dict.fromkeys(
         ("train_images", "validation_images", "test_images"), 1
     )
     assert "left out of train_images: row 4 (" in caplog.text
@@ -330,8 +425,11 @@ def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):
 
 
 @pytest.fixture
-def stream(tmp_path):
-    """48 training images and 16 to validate, as parquet."""
+def stream(tmp_path, monkeypatch):
+    """48 training images and 16 to validate, as parquet; without the five seconds that datasets
+    waits at each end of a stream, for an interpreter that may be about to exit.
+    """
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     from tests.data.test_data import random_picture, save_parquet, table
 
     def rows(count, first):
