@@ -4,7 +4,12 @@ import multiprocessing
 import time
 
 # All that any test forks: a process has one such server, which imports when it is first asked.
-PRELOADED = ["tests.test_kills", "tests.training.data_parallel", "tests.recipes.processes"]
+PRELOADED = [
+    "tests.test_kills",
+    "tests.training.data_parallel",
+    "tests.training.test_interruption",
+    "tests.recipes.processes",
+]
 
 
 def forks():

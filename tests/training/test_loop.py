@@ -23,7 +23,7 @@ from hf_specreg.training.checkpoints import (
     latest_checkpoint,
 )
 from hf_specreg.training.config import RunConfig
-from hf_specreg.training.images import build_images, run_metadata
+from hf_specreg.training.images import build_images, build_loaders, run_metadata
 from hf_specreg.training.loop import TrainingLoop
 from hf_specreg.training.metrics import DivergedError, StepLog, TrackerConfig
 from hf_specreg.training.model import ModelConfig, build_model
@@ -196,6 +196,29 @@ def test_validation_and_sigmas_follow_their_own_interval_and_the_end(tmp_path, w
     assert epochs == [2, 3, 3]  # once more with the test split
     before, now = weights(whole / "model"), weights(result.model_folder)
     assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_workers_stay_between_epochs_and_end_with_the_run(tmp_path, whole):
+    run = config(tmp_path, data=DataConfig(train_samples=600, num_workers=1))
+    loop = build(run)
+    loader, workers, score = loop.loader.base_dataloader, set(), loop.score
+
+    def noting(*arguments):
+        workers.update(loader._iterator._workers if loader._iterator else ())
+        return score(*arguments)
+
+    loop.score = noting
+    now, before = weights(loop.run().model_folder), weights(whole / "model")
+    assert [worker.is_alive() for worker in workers] == [False]  # of three epochs
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_batches_for_a_gpu_are_pinned(tmp_path):
+    run = config(tmp_path)
+    images = build_splits(run.data).train
+    for pinned in (False, True):
+        loaders, _ = build_loaders((images,) * 3, run, 1, pin_memory=pinned)
+        assert [loader.pin_memory for loader in loaders] == [pinned] * 3
 
 
 def test_trackers_are_started_with_their_project_and_arguments(tmp_path):
