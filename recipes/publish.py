@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from jsonargparse import ArgumentParser
 
+from hf_specreg.arguments import OneLineParser
 from hf_specreg.cli import push
+from hf_specreg.training.command import errors_in_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Publish as the command line says."""
-    parser = ArgumentParser(prog="publish.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="publish.py", description=__doc__.splitlines()[0])
     parser.add_function_arguments(push, as_positional=True)
     settings = parser.parse_args(arguments).as_dict()
     # An upload may take longer than a collective operation.
     state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
-    push(**settings)
+    with errors_in_one_line():
+        push(**settings)
     state.wait_for_everyone()
 
 

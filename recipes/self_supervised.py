@@ -10,7 +10,7 @@ It leaves in output_dir, beside what recipes/supervised.py leaves:
     classifier/          the encoder with the paper's head, a logistic regression on frozen features
     classifier_report/   how robust that is, and report.html, where report.samples is not 0
 
-All keys and their defaults: --help, or hf_specreg/training/config.py. It needs
+All keys: --help; with their values: --print_config, or hf_specreg/training/config.py. It needs
 the extra `ssl`.
 """
 

@@ -4,7 +4,7 @@
     accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --seed 1
     python recipes/supervised.py --config recipes/configs/digits.yaml --resume
 
-All keys and their defaults: --help, or hf_specreg/training/config.py.
+All keys: --help; with their values: --print_config, or hf_specreg/training/config.py.
 """
 
 import sys

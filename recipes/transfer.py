@@ -13,7 +13,7 @@ recipes/supervised.py leaves:
     before_report/, model_report/   robustness of both, on the same test images
     report.html                     the two side by side
 
-All keys and their defaults: --help, or hf_specreg/training/config.py.
+All keys: --help; with their values: --print_config, or hf_specreg/training/config.py.
 """
 
 import sys

@@ -44,18 +44,18 @@ class DataConfig:
     """Which images.
 
     Args:
-        source: "digits" (embedded), a local folder, or a Hub id.
-        configuration: of a data set that has several.
+        source: data set: "digits" (embedded), a local folder, or a Hub id.
+        configuration: name of one of the data set's configurations, where it has several.
         revision: branch, tag or commit on the Hub.
-        image_column: default: the one with the Image feature.
-        label_column: default: the one with the ClassLabel feature.
-        validation_fraction: held out of the training split for each of validation and test that is
-            missing.
-        split_seed: of those cuts; it is not the run's seed, so that runs of several seeds are
+        image_column: column of the images; default: the one with the Image feature.
+        label_column: column of the labels; default: the one with the ClassLabel feature.
+        validation_fraction: part of the training split that is held out for each of validation and
+            test that is missing.
+        split_seed: seed of those cuts; it is not the run's seed, so that runs of several seeds are
             tested on the same images.
         ignore_splits: splits of the source not to use, such as an unlabelled test split.
         classes: names of the classes to use, the others are left out; default: all.
-        train_samples: use that many of the (once shuffled) training images; the first ones of a
+        train_samples: how many of the (once shuffled) training images to use; the first ones of a
             stream; default: all.
         streaming: read from the Hub while training instead of downloading first.
         in_memory: decode once and keep; default: if it fits into 2 GiB.

@@ -25,13 +25,13 @@ class AugmentConfig:
     """How training images are varied.
 
     Args:
-        kind: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; "timm",
+        kind: variation: "none"; "crop_flip", shifts by up to 4 pixels and mirroring; "timm",
             `timm.data.create_transform`; or two views of each image for self-supervision, by
             lightly's transforms "simclr", "byol" or "vicreg".
-        options: of timm's or lightly's transform.
+        options: arguments of timm's or lightly's transform.
         mixup: alpha of timm's mixup; 0: off.
         cutmix: alpha of timm's cutmix; 0: off.
-        label_smoothing: in [0, 1).
+        label_smoothing: part of each label that is shared out over all classes, in [0, 1).
     """
 
     kind: Literal["none", "crop_flip", "timm", "simclr", "byol", "vicreg"] = "none"

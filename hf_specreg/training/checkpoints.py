@@ -32,9 +32,10 @@ class CheckpointConfig:
     """What is kept.
 
     Args:
-        every_epochs: a checkpoint after so many epochs.
-        every_steps: and one after so many optimizer steps; default: none within an epoch.
-        keep: so many of the latest; the best by validation accuracy is kept beside them.
+        every_epochs: epochs between two checkpoints.
+        every_steps: optimizer steps between two checkpoints; default: none within an epoch.
+        keep: how many checkpoints are kept, the latest; the best model by validation accuracy is
+            kept beside them.
     """
 
     every_epochs: int = 1

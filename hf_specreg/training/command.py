@@ -2,7 +2,8 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,8 +59,15 @@ def run_recipe(
         arguments: of the command line; default: those of this process.
     """
     config, resume = parse(arguments)
-    try:
+    with errors_in_one_line():
         finish(train(config, resume=resume))
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print an error of this package's without its traceback, and exit."""
+    try:
+        yield
     except (*NO_RUN, *RUN_FAILED) as error:
         if not raised_here(error):
             raise

@@ -29,15 +29,16 @@ class RunConfig:
     """A supervised training run.
 
     Args:
-        output_dir: where checkpoints, metrics and the trained model go.
-        epochs: over the training split.
-        steps_per_epoch: for streams, which do not know their length.
+        output_dir: folder for checkpoints, metrics and the trained model.
+        epochs: passes over the training split.
+        steps_per_epoch: optimizer steps that are called an epoch of a stream, which does not know
+            its length.
         batch_size: images an optimizer step, over all processes and accumulated micro-batches.
         accumulation: micro-batches an optimizer step.
-        eval_batch_size: images a process and batch.
-        eval_every_epochs: validate and measure every sigma after so many epochs, and after the
-            last.
-        seed: of weights, data order, augmentation and the penalty's vectors.
+        eval_batch_size: images a process and batch in evaluation.
+        eval_every_epochs: epochs between two validations and measures of every sigma; there is one
+            after the last.
+        seed: decides the weights, data order, augmentation and the penalty's vectors.
         mixed_precision: "no", "bf16" or "fp16"; default: what accelerate is configured to.
         sync_batch_norm: take the statistics of batch norms over all processes.
         deterministic: use only algorithms of which two runs give the same bits, on a GPU too, or

@@ -19,13 +19,14 @@ class ModelConfig:
     """Which encoder.
 
     Args:
-        name: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or folder if
-            pretrained, else a model type ("vit"); or of a saved encoder a Hub id or folder.
-        library: "timm", "transformers", or "saved" for an encoder that this package saved or
-            published: its weights, with a fresh head.
-        revision: of a Hub id: branch, tag or commit; for timm it is part of the name ("@v1").
+        name: the model: of timm ("resnet18", "hf-hub:org/name"); or for transformers a Hub id or
+            folder if pretrained, else a model type ("vit"); or of a saved encoder a Hub id or
+            folder.
+        library: where the name is from: "timm", "transformers", or "saved" for an encoder that this
+            package saved or published: its weights, with a fresh head.
+        revision: branch, tag or commit of a Hub id; for timm it is part of the name ("@v1").
         pretrained: start from published weights.
-        input_size: [C, H, W]; default: the model's.
+        input_size: channels, height and width of the images, [C, H, W]; default: the model's.
         args: further arguments of `timm.create_model`, or of the transformers configuration if not
             pretrained.
     """

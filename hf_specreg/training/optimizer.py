@@ -19,22 +19,23 @@ class OptimizerConfig:
     """timm's optimizer and schedule.
 
     Args:
-        opt: name for `timm.optim.create_optimizer_v2`.
-        lr: at the end of the warm-up.
-        encoder_lr: rate of all but the head, as a fraction of `lr`.
-        layer_decay: rate of a layer as a fraction of that of the next one; timm networks only;
-            default: the same for all.
-        momentum: of optimizers that have one, such as sgd.
-        betas: of optimizers that have them, such as adamw; default: the optimizer's own.
-        weight_decay: not on biases and norms.
+        opt: optimizer, by its name for `timm.optim.create_optimizer_v2`.
+        lr: learning rate at the end of the warm-up.
+        encoder_lr: learning rate of all but the head, as a fraction of `lr`.
+        layer_decay: learning rate of a layer as a fraction of that of the next one; timm networks
+            only; default: the same for all.
+        momentum: momentum of optimizers that have one, such as sgd.
+        betas: betas of optimizers that have them, such as adamw; default: the optimizer's own.
+        weight_decay: weight decay, not on biases and norms.
         clip_grad: largest norm of the gradient, loss and penalty together; default: not clipped.
-        sched: name for `timm.scheduler.create_scheduler_v2` ("cosine", "tanh", "poly", "multistep",
-            "step"), or "none", a constant rate after the warm-up.
-        warmup_epochs: of the learning rate, linear from 0.
-        min_lr: at the end of the schedule.
-        decay_milestones: epochs, for "multistep".
-        decay_rate: for "multistep" and "step".
-        decay_epochs: for "step".
+        sched: learning rate schedule, by its name for `timm.scheduler.create_scheduler_v2`
+            ("cosine", "tanh", "poly", "multistep", "step"), or "none", a constant rate after the
+            warm-up.
+        warmup_epochs: epochs in which the learning rate rises, linearly from 0.
+        min_lr: learning rate at the end of the schedule.
+        decay_milestones: epochs after which "multistep" lowers the learning rate.
+        decay_rate: what "multistep" and "step" multiply the learning rate by.
+        decay_epochs: epochs between two steps of "step".
         ema_decay: keep an exponential moving average of the weights, evaluate and save it; default:
             off.
     """

@@ -27,10 +27,11 @@ class ProbeConfig:
     """Classifiers on frozen, un-augmented features.
 
     Args:
-        images: of the training split, that they learn from; default: all.
-        l2: of the logistic regression: its loss is mean cross-entropy + l2 / 2 ||W||^2.
-        epochs: of the linear probe, AdamW with a cosine schedule.
-        lr: of the linear probe.
+        images: how many images of the training split they learn from; default: all.
+        l2: weight decay of the logistic regression, whose loss is mean cross-entropy + l2 / 2
+            ||W||^2.
+        epochs: epochs of the linear probe, which learns by AdamW with a cosine schedule.
+        lr: learning rate of the linear probe at first.
     """
 
     images: int | None = None

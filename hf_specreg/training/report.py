@@ -14,9 +14,9 @@ class ReportConfig:
     """The robustness reports that a recipe ends with; see `hf_specreg.evaluate_robustness`.
 
     Args:
-        attacks: from a name to its settings.
-        eps: where robust accuracy is stated, in [0, 1] pixels.
-        samples: test images, drawn by the run's seed; 0: no report.
+        attacks: attacks, from each one's name to its settings.
+        eps: L2 radii, in [0, 1] pixels, at which robust accuracy is stated.
+        samples: how many test images are attacked, drawn by the run's seed; 0: no report.
     """
 
     attacks: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tangent": {}})

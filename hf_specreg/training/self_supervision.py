@@ -33,12 +33,12 @@ class SelfSupervisedConfig:
     """A self-supervised method; `hf_specreg.training.objectives` has the losses.
 
     Args:
-        method: which.
+        method: loss and heads: "barlow-twins", "simclr", "vicreg" or "byol".
         projector_hidden: width of the projector, which is thrown away after the training.
         projector_out: width of the embeddings.
-        off_diagonal: lambda of Barlow Twins.
-        temperature: of SimCLR.
-        teacher_momentum: of BYOL's teacher at first; 1 at the end.
+        off_diagonal: lambda of Barlow Twins, the weight of the off-diagonal correlations.
+        temperature: what SimCLR divides cosines by.
+        teacher_momentum: momentum of BYOL's teacher at first; 1 at the end.
         neighbours: images that vote on a class in the online measure of the features.
         bank: training images that the neighbours are drawn from.
     """

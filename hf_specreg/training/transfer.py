@@ -22,15 +22,15 @@ class TransferConfig:
     """What of a pretrained encoder is trained on new data.
 
     Args:
-        train: "head", a linear probe; "all"; or "lora", low-rank updates of the linear layers
-            (extra `lora`).
-        head: it starts "fresh", or as the logistic "probe" on the frozen features, which distorts
-            them less (Kumar et al., ICLR 2022).
-        frozen_stages: of "all": the first so many stages are kept as they are.
-        keep_batch_norm: batch norms keep the statistics that they were pretrained with.
-        lora_rank: of "lora".
-        lora_targets: of "lora": the names of linear layers, or their endings; default: all before
-            the features.
+        train: what learns: "head", a linear probe; "all"; or "lora", low-rank updates of the linear
+            layers (extra `lora`).
+        head: how the head starts: "fresh", or as the logistic "probe" on the frozen features, which
+            distorts them less (Kumar et al., ICLR 2022).
+        frozen_stages: how many stages "all" keeps as they are, the first.
+        keep_batch_norm: leave batch norms the statistics that they were pretrained with.
+        lora_rank: rank of the updates of "lora".
+        lora_targets: linear layers that "lora" updates, by their names or the names' endings;
+            default: all before the features.
     """
 
     train: Literal["head", "all", "lora"] = "all"

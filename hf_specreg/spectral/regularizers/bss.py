@@ -38,7 +38,7 @@ class BSSConfig(RegularizerConfig):
     """Batch spectral shrinkage: small singular values of the features (Chen et al. 2019).
 
     Args:
-        k: how many.
+        k: how many singular values, the smallest.
     """
 
     k: int = 1

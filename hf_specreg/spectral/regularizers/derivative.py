@@ -26,7 +26,7 @@ class DerivativeConfig(RegularizerConfig):
 
     Args:
         of: what is derived, the "features" or the "logits".
-        images: of each micro-batch, the first so many; default: all.
+        images: how many of each micro-batch it is taken at, the first; default: all.
     """
 
     of: Literal["features", "logits"] = "features"

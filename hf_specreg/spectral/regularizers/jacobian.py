@@ -52,7 +52,7 @@ class JacobianConfig(DerivativeConfig):
     """Frobenius norm of the Jacobian (Hoffman et al. 2019).
 
     Args:
-        projections: random ones, a backward pass each; None: exact, in as many as outputs.
+        projections: random projections, a backward pass each; null: exact, in as many as outputs.
     """
 
     of: Literal["features", "logits"] = "logits"

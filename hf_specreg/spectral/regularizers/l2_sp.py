@@ -50,9 +50,9 @@ class L2SPConfig(RegularizerConfig):
     """Distance of the encoder's weights from where training began (Li et al. 2018).
 
     Args:
-        strength: alpha.
-        head: beta, of the head's weights, relative to `strength` (the authors take alpha 0.1 and
-            beta 0.01).
+        strength: alpha, of the weights before the features; 0: off.
+        head: beta, of the head's weights, relative to alpha (the authors take alpha 0.1 and beta
+            0.01).
     """
 
     head: float = 0.1

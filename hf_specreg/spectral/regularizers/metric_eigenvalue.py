@@ -50,7 +50,7 @@ class MetricEigenvalueConfig(DerivativeConfig):
     """Top eigenvalue of the feature metric J^T J at the data.
 
     Args:
-        iterations: of the power method.
+        iterations: steps of the power method.
     """
 
     iterations: int = 5

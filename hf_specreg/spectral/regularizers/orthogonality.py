@@ -51,7 +51,7 @@ class OrthogonalityConfig(RegularizerConfig):
     """||W W^T - I|| of the layers before the features (SRIP, Bansal et al. 2018).
 
     Args:
-        iterations: of the power method.
+        iterations: steps of the power method.
     """
 
     iterations: int = 2

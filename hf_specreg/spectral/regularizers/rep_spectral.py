@@ -1,13 +1,13 @@
 """The spectral penalty's settings; the penalty itself is `hf_specreg.SpectralPenalty`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import nn
 
 from hf_specreg.ranges import require
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.regularizers.term import RegularizerConfig
+from hf_specreg.spectral.regularizers.term import BURN_INS, RegularizerConfig
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class PenaltyConfig(RegularizerConfig):
         every: one optimizer step in `every` has the penalty.
         burn_in_epochs: epochs without it at first; may be a fraction.
         burn_in_steps: optimizer steps without it at first.
-        burn_in_fraction: of the whole training without it at first. Of the three, one at most.
-        scope: "features" (rep-spectral) or "all" (ll-spectral, with the head).
+        burn_in_fraction: part of the whole training without it at first. Of the three, one at most.
+        scope: penalised layers: "features" (rep-spectral) or "all" (ll-spectral, with the head).
         renew_every: optimizer steps between two renewals of a layer's singular vectors.
-        lanczos_steps: of a renewal; more steps or renewals follow sigma better and cost more.
+        lanczos_steps: Lanczos steps a renewal; more of them, or more renewals, follow sigma better
+            and cost more.
         split_qkv: penalise stacked q, k and v each.
         fold_norm: penalise maps with the norms beside them folded in; see `SpectralPenalty`.
         skip: dotted names of modules to leave out.
@@ -61,17 +62,11 @@ def build_penalty(
         seed: of its vectors.
         shared: let the processes share the layers out.
     """
+    settings = {name: value for name, value in asdict(config).items() if name not in BURN_INS}
     return SpectralPenalty(
         model,
-        strength=config.strength,
-        scope=config.scope,
-        every=config.every,
+        **settings,
         burn_in=config.burn_in(steps_per_epoch, epochs),
-        renew_every=config.renew_every,
-        lanczos_steps=config.lanczos_steps,
-        split_qkv=config.split_qkv,
-        fold_norm=config.fold_norm,
-        skip=config.skip,
         input_size=model.input_size,
         shared=shared,
         seed=seed,

@@ -21,12 +21,12 @@ class RegularizerConfig:
     """A term beside the loss, and when it enters.
 
     Args:
-        strength: what it is multiplied by; 0: off.
-        every: one optimizer step in `every` has it.
-        burn_in_epochs: epochs without it at first; may be a fraction.
-        burn_in_steps: optimizer steps without it at first.
-        burn_in_fraction: of the whole training without it at first, in [0, 1]. Of the three, one
-            at most.
+        strength: what the term is multiplied by; 0: off.
+        every: one optimizer step in `every` has the term.
+        burn_in_epochs: epochs without the term at first; may be a fraction.
+        burn_in_steps: optimizer steps without the term at first.
+        burn_in_fraction: part of the whole training without the term at first, in [0, 1]. Of the
+            three, one at most.
 
     Attributes:
         of_weights: it is of the weights; else of the data.
