@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.spectral.folding import Norms, adjoining_norms, foldable, folded
+from hf_specreg.spectral.folding import folded
 from hf_specreg.spectral.maps import linear_maps
+from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed
 from hf_specreg.spectral.precision import exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
@@ -78,10 +79,13 @@ class SpectralPenalty:
         split_qkv: penalise q, k and v each where one matrix stacks the three; else that matrix
             whole.
         fold_norm: penalise the maps with the norms beside them folded in, which act at evaluation:
-            a batch norm after the map (running statistics, as constants) and the gain of a layer
-            norm before a linear layer. Their gains get a gradient too. Beside a batch norm the
-            gradient has factors that keep steps as long as without one, lest a strong penalty blow
-            up (`folding.py`). With several processes the statistics must be synchronised.
+            a batch norm (running statistics, as constants) and layer scale after the map, where all
+            of its output goes there, and the gain of a norm before it (`norms.py`). Their gains get
+            a gradient too. `folded` says which; if fewer than half, a warning does. With several
+            processes the statistics must be synchronised.
+        fold_gradient: "exact", that of the value, or "bounded", which after a batch norm has
+            factors that keep steps as long as without one, lest a strong penalty blow up
+            (`folding.py`).
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
             DistributedDataParallel with the default group does. All processes must then call it
@@ -118,11 +122,14 @@ class SpectralPenalty:
         skip: Sequence[str] = (),
         split_qkv: bool = True,
         fold_norm: bool = False,
+        fold_gradient: Literal["bounded", "exact"] = "bounded",
         shared: bool = False,
         seed: int = 0,
     ):
         if scope not in ("features", "all"):
             raise ValueError(f"scope ({scope!r}) must be 'features' or 'all'")
+        if fold_gradient not in ("bounded", "exact"):
+            raise ValueError(f"fold_gradient ({fold_gradient!r}) must be 'bounded' or 'exact'")
         if min(every, renew_every, lanczos_steps - 1) < 1 or burn_in < 0:
             raise ValueError(
                 f"every ({every}) and renew_every ({renew_every}) must be at least 1, "
@@ -135,6 +142,7 @@ class SpectralPenalty:
         self.renew_every = renew_every
         self.lanczos_steps = lanczos_steps
         self.fold_norm = fold_norm
+        self.fold_gradient = fold_gradient
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed = seed
         self.step = 0
@@ -144,6 +152,13 @@ class SpectralPenalty:
         self._split_qkv = split_qkv
         self._seen = SeenInput()
         self._measure()
+        if fold_norm:
+            warn_of_unfolded([layer.name for layer in self.layers], self._norms)
+
+    @property
+    def folded(self) -> dict[str, tuple[str, ...]]:
+        """The layers that norms are folded into, with the names of their gains and statistics."""
+        return {name: norms.names for name, norms in self._norms.items()}
 
     @property
     def strength(self) -> float:
@@ -371,7 +386,9 @@ class SpectralPenalty:
                 f"{tuple(weight.shape)}, as FSDP1 and DeepSpeed's ZeRO-3 leave it: shard with "
                 "FSDP2, or train with DistributedDataParallel"
             )
-        return folded(weight, beside) if beside is not None else weight
+        if beside is None:
+            return weight
+        return folded(weight, beside, bounded=self.fold_gradient == "bounded")
 
     def _follow(self) -> dict[int, Tensor]:
         """Start the vectors of this process's layers, or renew them where it is their turn. Return
@@ -395,15 +412,7 @@ class SpectralPenalty:
 
     def _find_norms(self) -> dict[str, Norms]:
         """The norms beside each layer, by the layer's name, where they can be folded in."""
-        names = {module: name for name, module in self._network.named_modules()}
-        beside = adjoining_norms(self._network, self.input_size)
-        found = {}
-        for layer in self.layers:
-            module = self._modules[layer.name]
-            norms = foldable(layer.name, module, beside.get(names[module], Norms()))
-            if norms != Norms():
-                found[layer.name] = norms
-        return found
+        return adjoining_norms(self.space, self._modules)
 
 
 def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hf_specreg import SpectralPenalty
-from hf_specreg.spectral.folding import Norms, adjoining_norms
+from tests.unchanged import unchanged
 
 SIZE = {"input_size": (3, 2, 2)}
 
@@ -68,20 +68,11 @@ def test_rescaling_a_normalised_convolution_changes_the_plain_sigma_only(net):
     torch.testing.assert_close(after[1], before[1], rtol=1e-3, atol=0)
 
 
-def test_an_activation_in_place_stands_between():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
-    assert adjoining_norms(nn.Sequential(*layers), (3, 8, 8)) == {}
-    assert list(adjoining_norms(nn.Sequential(*layers[::2]), (3, 8, 8))) == ["0"]
-
-
-def test_looking_for_norms_leaves_the_model_as_it_is(net):
-    state = {k: v.clone() for k, v in net.state_dict().items()}
-    assert adjoining_norms(net, (3, 8, 8)) == {"first": Norms(after=net.norm)}
-    assert net.training
-    assert net.norm.training
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+def test_folding_leaves_the_model_as_it_is(net):
+    with unchanged(net.eval(), torch.rand(2, 3, 8, 8)):
+        penalty = SpectralPenalty(net, head="head", input_size=(3, 8, 8), fold_norm=True)
+        penalty.top_singular_values()
+    assert penalty.folded == {"first": ("norm.weight", "norm.running_var")}
 
 
 class Blocks(nn.Module):
@@ -117,8 +108,8 @@ def dense(blocks):
     return torch.diag(scale) @ blocks.hidden.weight @ torch.diag(blocks.before.weight)
 
 
-def folded_penalty(blocks):
-    options = {"head": "head", "input_size": (3, 2, 2)}
+def folded_penalty(blocks, **options):
+    options |= {"head": "head", "input_size": (3, 2, 2)}
     return SpectralPenalty(blocks, strength=0.5, fold_norm=True, **options)
 
 
@@ -149,6 +140,20 @@ def test_its_gradient_is_that_of_the_dense_matrix_with_the_factors_that_it_says(
     assert {"hidden.weight", "before.weight", "after.weight"} <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_the_exact_gradient_is_that_of_the_dense_matrix(blocks):
+    folded_penalty(blocks, fold_gradient="exact")().backward()
+    found = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
+    blocks.zero_grad()
+    norms = [torch.linalg.matrix_norm(m, 2) for m in (dense(blocks), blocks.plain.weight)]
+    (0.5 * sum(norm**2 for norm in norms)).backward()
+    assert {"hidden.weight", "before.weight", "after.weight"} <= found.keys()
+    for name, gradient in found.items():
+        expected = blocks.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+    with pytest.raises(ValueError, match="fold_gradient"):
+        folded_penalty(blocks, fold_gradient="other")
 
 
 def test_a_step_moves_the_folded_map_no_further_than_one_without_a_norm():
