@@ -326,6 +326,25 @@ def test_a_spec_reg_model_is_trained_saved_and_resumed(tmp_path, make):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("make", [of_timm, of_transformers])
+def test_the_best_checkpoint_of_a_spec_reg_model_is_loaded_at_the_end(tmp_path, make):
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    best_first, scores = {"metric_for_best_model": "score"}, iter([1.0, 0.5])
+    settings = {"eval_steps": 1, "load_best_model_at_end": True, "max_steps": 2}
+    model = make()
+    trainer = SpecRegTrainer(
+        model,
+        arguments(tmp_path, **every_step, **best_first, **settings, learning_rate=0.01),
+        train_dataset=Digits(),
+        eval_dataset=Digits(8),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = SpecRegModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(best[name], value) for name, value in model.state_dict().items())
+
+
 def test_what_a_timm_network_lacks_is_said_before_training(tmp_path):
     network = of_timm().network
     with pytest.raises(ValueError, match=r"timm's ResNet does not take.*SpecRegModel.from_timm"):
