@@ -8,7 +8,7 @@ PRELOADED = [
     "tests.test_kills",
     "tests.training.data_parallel",
     "tests.training.test_interruption",
-    "tests.recipes.processes",
+    "tests.processes",
 ]
 
 

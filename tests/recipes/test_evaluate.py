@@ -3,7 +3,7 @@ import json
 import numpy as np
 
 from hf_specreg import RobustnessReport, SpecRegModel
-from tests.recipes.processes import run
+from tests.processes import run
 
 
 def test_two_processes_give_the_report_of_one(tmp_path):
@@ -15,7 +15,7 @@ def test_two_processes_give_the_report_of_one(tmp_path):
     reports = {}
     for processes, name in ((1, "one"), (2, "two")):
         arguments = [*settings, "--output", str(tmp_path / name)]
-        printed = run("evaluate", *arguments, processes=processes)
+        printed = run("recipes.evaluate", *arguments, processes=processes)
         assert printed.count("robustness.json") == 1  # said once
         reports[name] = RobustnessReport.load(tmp_path / name)
     one, two = reports["one"], reports["two"]

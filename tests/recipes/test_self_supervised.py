@@ -18,7 +18,7 @@ from hf_specreg.training.self_supervision import SelfSupervised
 from recipes import self_supervised
 from recipes.self_supervised import main, parse, train
 from tests.interrupted import Interrupted, interrupted_at
-from tests.recipes.processes import run as run_recipe
+from tests.processes import run as run_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -127,7 +127,9 @@ def test_two_processes_leave_the_encoder_of_one_with_classifier_and_report(tmp_p
     results = []
     for processes, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         arguments += ["--output_dir", str(folder)]
-        results.append(json.loads(run_recipe("self_supervised", *arguments, processes=processes)))
+        results.append(
+            json.loads(run_recipe("recipes.self_supervised", *arguments, processes=processes))
+        )
         assert RobustnessReport.load(folder / "classifier_report").content["n"] == 8
     assert results[0]["test_images"] == results[1]["test_images"] == 360
     one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))

@@ -14,7 +14,7 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.model import build_model
 from recipes import self_supervised, supervised, transfer
 from recipes.supervised import main, parse
-from tests.recipes.processes import run
+from tests.processes import run
 
 RECIPES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     arguments += ["--penalty.burn_in_epochs", "0", "--optimizer.lr", "0.01", "--log_every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     for processes, folder in ((1, one), (2, two)):
-        output = run("supervised", *arguments, "--output_dir", str(folder), processes=processes)
+        output = run(
+            "recipes.supervised", *arguments, "--output_dir", str(folder), processes=processes
+        )
         assert json.loads(output)["test_images"] == 360
     expected, found = [load_file(p / "model/model.safetensors") for p in (one, two)]
     for name in expected:
@@ -91,7 +93,7 @@ def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     arguments = ["--config", str(config), "--epochs", "1", "--data.train_samples", "256"]
     arguments += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
     arguments += ["--optimizer.warmup_epochs", "0", "--output_dir", str(tmp_path / "run")]
-    assert json.loads(run("supervised", *arguments))["step"] == 4
+    assert json.loads(run("recipes.supervised", *arguments))["step"] == 4
 
 
 def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):

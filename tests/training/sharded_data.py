@@ -1,13 +1,10 @@
 """Notes which images each process gets, in training and in evaluation.
 
-    python -m torch.distributed.run --nproc_per_node 2 sharded_data.py FOLDER
-
 103 images, whose label is their number, from a map-style set and from a stream; what came is left
-in FOLDER as JSON, one file a process.
+in a folder as JSON, one file a process.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -32,8 +29,9 @@ def rows():
     )
 
 
-def main(folder):
-    """Read all loaders for two epochs."""
+def main(arguments):
+    """Read all loaders for two epochs, and leave what came in the folder that is named."""
+    (folder,) = arguments
     evaluate = evaluation_transform(SIZE)
     sets = {
         "map": LabelledImages(rows(), input_size=SIZE, evaluate=evaluate),
@@ -67,7 +65,3 @@ def main(folder):
     rank = accelerator.process_index
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A recipe on one process or several, as a launcher starts them, but forked from a warm one."""
+"""A script on one process or several, as a launcher starts them, but forked from a warm one."""
 
 import io
 import os
@@ -14,10 +14,11 @@ import torch
 
 from recipes import evaluate, self_supervised, supervised, transfer  # noqa: F401
 from tests.forks import forks
+from tests.training import sharded_data  # noqa: F401
 
 
-def run(recipe, *arguments, processes=2):
-    """Run a recipe to its end on processes that meet at a free port; return what they print."""
+def run(script, *arguments, processes=2):
+    """Run a module's main on processes that meet at a free port; return what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -27,7 +28,7 @@ def run(recipe, *arguments, processes=2):
     for rank in range(processes):
         variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=main, args=(recipe, arguments, variables, send))
+        process = context.Process(target=main, args=(script, arguments, variables, send))
         process.start()
         send.close()
         said.append((process, receive))
@@ -40,14 +41,14 @@ def run(recipe, *arguments, processes=2):
     return printed
 
 
-def main(recipe, arguments, variables, send):
-    """Run a recipe in this process, and send what it printed, or how it failed."""
+def main(script, arguments, variables, send):
+    """Run a module's main in this process, and send what it printed, or how it failed."""
     os.environ |= {**variables, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     sys.stdout = io.StringIO()
     failure = ""
     try:
-        import_module(f"recipes.{recipe}").main(list(arguments))
+        import_module(script).main(list(arguments))
     except BaseException:
         failure = traceback.format_exc()
         raise
