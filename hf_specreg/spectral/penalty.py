@@ -22,19 +22,15 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.folding import folded
+from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed
 from hf_specreg.spectral.precision import exact_float32, full_precision
 from hf_specreg.spectral.resolution import SeenInput
-from hf_specreg.spectral.sharding import check_whole, local, shares, summed, whole
+from hf_specreg.spectral.sharding import check_whole, whole
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
-from hf_specreg.spectral.squares import Factor, sum_of_squares
-from hf_specreg.spectral.tracking import Triplets, stacks
-
-# Layers of so many weights share a node of the graph: with more, their gradients would leave the
-# cache before they are added to the loss's. Of CPUs with 32 MiB; not measured on GPUs.
-ONE_NODE = 2**21
+from hf_specreg.spectral.tracking import Stack
 
 
 class SpectralPenalty:
@@ -57,8 +53,12 @@ class SpectralPenalty:
     The arithmetic is float32 also under autocast and for half-precision weights. Only the search of
     singular vectors is rounded, of which sigma feels little: to TF32 on a GPU where torch is told
     to allow it, and to bfloat16 for large convolutions on a processor that multiplies in it.
-    Frozen layers add their value and no gradient. A weight shared by several layers counts once, at
-    the input size of its first use.
+    Frozen layers add their value and no gradient. A weight that acts in several ways, shared by
+    layers or used at several sizes, counts once, as the one with the largest sigma.
+
+    Making it leaves the model as it is. Its first use puts a hook on one convolution, to see that
+    images of the measured size are trained on; `detach()` takes it off. Make it last: adapters,
+    parametrizations and new layers that come after it are an error.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -101,8 +101,7 @@ class SpectralPenalty:
     Raises:
         ValueError: the head or the input size is not known, a name is wrong, no layer is left, or
             the weights are sharded already.
-        RuntimeError: the model cannot be run on tensors without values, at this size or at all, or
-            its head is not called.
+        RuntimeError: the model cannot be run at this size, or its head is not called.
         UnsupportedLayerError: a layer has weights that cannot be treated; its name can be passed in
             `skip`.
     """
@@ -203,32 +202,17 @@ class SpectralPenalty:
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = self._find_norms() if self.fold_norm else {}
-        self._stacks = stacks(self.layers)
-        self._triplets = Triplets(
-            self._stacks,
+        self._sum = FollowedSum(
+            self.layers,
+            lambda stack: self._weight(stack, self._norms),
+            every=self.every,
             renew_every=self.renew_every,
             lanczos_steps=self.lanczos_steps,
+            shared=self.shared,
             seed=self.seed,
         )
-        self._owners = self._share_out()
-        rank = dist.get_rank() if self.shared else 0
-        self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
-        own = set(self._own)
-        groups = [[i for i in group if i in own] for group in self._triplets.groups]
-        self._groups = [group for group in groups if group]
-        self._nodes = _in_parts(self._own, [stack.shape.numel() for stack in self._stacks])
-        self._uses = 0
         self._placed = Placed(self._network, self._modules.values())
         self._seen.expect(owners)
-
-    def _share_out(self) -> list[int]:
-        """The process that works on each stack."""
-        if not self.shared:
-            return [0] * len(self._stacks)
-        all_at_once = self.every >= self.renew_every
-        turns = [] if all_at_once else self._triplets.turns
-        costs = [stack.cost for stack in self._stacks]
-        return shares(costs, dist.get_world_size(), rounds=turns)
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
@@ -253,31 +237,14 @@ class SpectralPenalty:
         """
         self._seen.check(self.input_size)
         self._placed.check()
-        zero = self._zero()
         # What is kept of this use takes part in the backward passes of others.
         with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
-            weights = self._follow()
-            squares = sum((self._squares(node, weights, zero) for node in self._nodes), zero)
-        self._uses += 1
-        return self.strength * (summed(squares) if self.shared else squares)
-
-    def _squares(
-        self, indices: Sequence[int], weights: Mapping[int, Tensor], zero: Tensor
-    ) -> Tensor:
-        """The sum of sigma^2 of some layers, of which some weights are there already."""
-        parts, factors = [], []
-        for index in indices:
-            weight = weights[index] if index in weights else self._weight(index, self._norms)
-            part, rows = local(weight)
-            direction, stack = self._triplets.direction(index, part, rows), self._stacks[index]
-            parts.append(part)
-            factors.append(Factor(direction, rows, stack.blocks, len(stack.operators)))
-        return sum_of_squares(zero, factors, parts)
+            return self.strength * self._sum.value(self._zero())
 
     @property
     def memory(self) -> int:
         """Bytes that are kept between uses on this process; of the layers that were used yet."""
-        return self._triplets.memory
+        return self._sum.triplets.memory
 
     def detach(self) -> None:
         """Take its hook off the model, for when the training is over."""
@@ -300,13 +267,13 @@ class SpectralPenalty:
         values = {}
         no_autocast = torch.autocast(self._device.type, enabled=False)
         with torch.no_grad(), no_autocast, exact_float32():
-            for index, stack in enumerate(self._stacks):
-                weight = whole(self._weight(index, norms))
+            for stack in self._sum.stacks:
+                weight = whole(self._weight(stack, norms))
                 for layer in stack.operators:
                     if fold_norm and layer.name not in norms:
                         continue
                     part = layer.part(weight)
-                    v = self._triplets.vectors.get(f"{layer.name}.v")
+                    v = self._sum.triplets.vectors.get(f"{layer.name}.v")
                     v = random_vector(layer, part, generator) if v is None else v.to(part)
                     values[layer.name] = top_singular_value(layer, part, v, tolerance=tolerance)
         return values
@@ -328,14 +295,8 @@ class SpectralPenalty:
         """Return the counts and the warm vectors: with them, a resumed run goes on bit for bit.
         Where layers are shared out, all processes must call it.
         """
-        vectors = dict(self._triplets.vectors)
-        if self.shared and self._uses:
-            for stack, owner in zip(self._stacks, self._owners, strict=True):
-                for name, shape in stack.vectors.items():
-                    vector = vectors.get(name, torch.empty(shape))
-                    vectors[name] = vector.to(self._zero()).contiguous()
-                    dist.broadcast(vectors[name], src=owner)
-        return {"step": self.step, "uses": self._uses, "vectors": vectors}
+        vectors = self._sum.vectors(like=self._zero())
+        return {"step": self.step, "uses": self._sum.uses, "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts and warm vectors.
@@ -345,21 +306,8 @@ class SpectralPenalty:
         """
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
-        vectors = state["vectors"]
-        expected = {name: shape for stack in self._stacks for name, shape in stack.vectors.items()}
-        unknown = vectors and set(vectors) ^ set(expected)
-        if unknown:
-            raise ValueError(f"the vectors {sorted(unknown)} are in one of state and model only")
-        for name, vector in vectors.items():
-            if vector.shape != expected[name]:
-                raise ValueError(
-                    f"the vector {name!r} is {tuple(vector.shape)}, but here it is "
-                    f"{tuple(expected[name])}"
-                )
-        own = {name for index in self._own for name in self._stacks[index].vectors}
-        self.step, self._uses = state["step"], state["uses"]
-        kept = {n: torch.empty_like(v, device=self._device) for n, v in vectors.items() if n in own}
-        self._triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
+        self._sum.load(state["vectors"], state["uses"], self._device)
+        self.step = state["step"]
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise TypeError(
@@ -376,9 +324,8 @@ class SpectralPenalty:
         dtype = next(self._network.parameters()).dtype
         return full_precision(torch.zeros((), dtype=dtype, device=self._device))
 
-    def _weight(self, index: int, norms: Mapping[str, Norms]) -> Tensor:
+    def _weight(self, stack: Stack, norms: Mapping[str, Norms]) -> Tensor:
         """A layer's weight, in full precision, with the norms beside it if there are some."""
-        stack = self._stacks[index]
         weight, beside = full_precision(stack.weight()), norms.get(stack.operators[0].name)
         if weight.shape != stack.shape:
             raise ValueError(
@@ -390,40 +337,9 @@ class SpectralPenalty:
             return weight
         return folded(weight, beside, bounded=self.fold_gradient == "bounded")
 
-    def _follow(self) -> dict[int, Tensor]:
-        """Start the vectors of this process's layers, or renew them where it is their turn. Return
-        the weights that it took, with their graph: some are costly to compute.
-        """
-        triplets, step = self._triplets, self._uses * self.every
-        taken = {}
-        for group in self._groups:
-            started = triplets.has(group[0])
-            if started and not triplets.is_due(group[0], step, since=self.every):
-                continue
-            weights = {index: self._weight(index, self._norms) for index in group}
-            taken |= weights
-            with torch.no_grad():
-                wholes = {index: whole(weight.detach()) for index, weight in weights.items()}
-                if started:
-                    triplets.renew(wholes)
-                else:
-                    triplets.start(wholes)
-        return taken
-
     def _find_norms(self) -> dict[str, Norms]:
         """The norms beside each layer, by the layer's name, where they can be folded in."""
         return adjoining_norms(self.space, self._modules)
-
-
-def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Part consecutive layers: each part has ONE_NODE weights at most, or is one layer."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and sum(sizes[i] for i in (*parts[-1], index)) <= ONE_NODE:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
 
 
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_specreg.encoders.small  # noqa: F401  registers the CIFAR networks
-from hf_specreg.spectral import penalty as penalty_module
-from hf_specreg.spectral import singular, tracking
+from hf_specreg.spectral import followed, singular, tracking
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.tracking import Triplets, renewed_together, stacks
 
@@ -55,10 +54,10 @@ def train(name, uses=6):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers_that_are_renewed_together_are_followed_as_each_alone(name, monkeypatch):
     together, penalty = train(name)
-    assert max(map(len, penalty._triplets.groups)) > 1
+    assert max(map(len, penalty._sum.triplets.groups)) > 1
     monkeypatch.setattr(tracking, "CACHED", 0)
     alone, penalty = train(name)
-    assert max(map(len, penalty._triplets.groups)) == 1
+    assert max(map(len, penalty._sum.triplets.groups)) == 1
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -80,12 +79,12 @@ def test_layers_of_equal_weights_but_another_geometry_are_renewed_apart():
     layers += [nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)]  # the last sees a smaller map
     layers += [nn.Conv2d(8, 8, 3, 1, 1, padding_mode="circular")]
     penalty = SpectralPenalty(nn.Sequential(*layers), head=(), input_size=(8, 12, 12))
-    assert penalty._triplets.groups == [[0, 1], [2], [3], [4], [5]]
+    assert penalty._sum.triplets.groups == [[0, 1], [2], [3], [4], [5]]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_turns_are_as_even_as_groups_can_be(name):
-    triplets = make(network(name))._triplets
+    triplets = make(network(name))._sum.triplets
     costs = [sum(triplets.stacks[i].cost for i in group) for group in triplets.groups]
     loads = [0] * triplets.renew_every
     for group, cost in zip(triplets.groups, costs, strict=True):
@@ -213,8 +212,8 @@ def test_the_memory_that_is_kept_is_the_weights_and_a_vector_on_each_side(name):
     penalty = make(network(name), renew_every=2)
     assert penalty.memory == 0
     penalty.value()
-    weights = sum(stack.shape.numel() for stack in penalty._stacks)
-    shapes = [shape for stack in penalty._stacks for shape in stack.vectors.values()]
+    weights = sum(stack.shape.numel() for stack in penalty._sum.stacks)
+    shapes = [shape for stack in penalty._sum.stacks for shape in stack.vectors.values()]
     assert penalty.memory == 4 * (weights + sum(shape.numel() for shape in shapes))
     for _ in range(2):
         penalty.value()
@@ -224,13 +223,13 @@ def test_the_memory_that_is_kept_is_the_weights_and_a_vector_on_each_side(name):
 
 @pytest.mark.parametrize("most", [1, 60, 2**20])
 def test_nodes_of_the_graph_hold_consecutive_layers_of_so_many_weights(most, monkeypatch):
-    monkeypatch.setattr(penalty_module, "ONE_NODE", most)
+    monkeypatch.setattr(followed, "ONE_NODE", most)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 20), nn.Linear(20, 2))
     model[1].requires_grad_(False)
     penalty = SpectralPenalty(model, head=(), input_size=(4,), strength=1.0, lanczos_steps=20)
     expected = {1: [[0], [1], [2], [3]], 60: [[0, 1], [2], [3]], 2**20: [[0, 1, 2, 3]]}
-    assert penalty._nodes == expected[most]
+    assert penalty._sum.nodes == expected[most]
     first = penalty.value()
     (first + penalty.value()).backward()  # twice in one graph
     for layer in model:
@@ -266,4 +265,4 @@ def test_every_layer_has_its_turn_once_in_a_round(every, monkeypatch):
     assert not renewed  # they have only been started
     for _ in range(5):  # uses, which are 5 * every steps: so many rounds of 5 steps as `every`
         penalty.value()
-    assert {renewed.count(i) for i in range(len(penalty._stacks))} == {every}
+    assert {renewed.count(i) for i in range(len(penalty._sum.stacks))} == {every}

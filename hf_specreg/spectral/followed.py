@@ -1,0 +1,166 @@
+"""The sum of sigma^2 of many layers while they are trained, as each process has its part of it.
+
+Layers are followed by their warm triplets (`tracking.py`), and their terms put into a few nodes of
+the graph (`squares.py`). Where they are shared out, each process follows its own, and the sum is
+that of all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.sharding import local, shares, summed, whole
+from hf_specreg.spectral.squares import Factor, sum_of_squares
+from hf_specreg.spectral.tracking import Stack, Triplets, stacks
+
+# Layers of so many weights share a node of the graph: with more, their gradients would leave the
+# cache before they are added to the loss's. Of CPUs with 32 MiB; not measured on GPUs.
+ONE_NODE = 2**21
+
+
+class FollowedSum:
+    """sum of sigma^2 over linear operators, from warm singular vectors that move on with each use.
+
+    Args:
+        operators: in forward order, the same on all processes.
+        weight: a stack's weight as it acts, with its graph, in full precision.
+        every: optimizer steps from one use to the next.
+        renew_every: steps between two renewals of a layer's vectors.
+        lanczos_steps: of a renewal.
+        shared: share the layers out over the processes of torch.distributed.
+        seed: of the vectors' first draw.
+
+    Attributes:
+        stacks: of the operators, by their layers' weights.
+        triplets: their singular vectors.
+        groups: the stacks of this process that are renewed together, by index.
+        nodes: those whose terms are one node of the graph.
+        uses: how many there were.
+    """
+
+    def __init__(
+        self,
+        operators: Sequence[LinearOperator],
+        weight: Callable[[Stack], Tensor],
+        *,
+        every: int,
+        renew_every: int,
+        lanczos_steps: int,
+        shared: bool,
+        seed: int,
+    ):
+        self.weight = weight
+        self.every = every
+        self.shared = shared
+        self.uses = 0
+        self.stacks = stacks(operators)
+        self.triplets = Triplets(
+            self.stacks, renew_every=renew_every, lanczos_steps=lanczos_steps, seed=seed
+        )
+        self._owners = self._share_out() if shared else [0] * len(self.stacks)
+        rank = dist.get_rank() if shared else 0
+        self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
+        groups = [[i for i in group if i in self._own] for group in self.triplets.groups]
+        self.groups = [group for group in groups if group]
+        self.nodes = _in_parts(self._own, [stack.shape.numel() for stack in self.stacks])
+
+    def _share_out(self) -> list[int]:
+        """The process that works on each stack."""
+        all_at_once = self.every >= self.triplets.renew_every
+        turns = [] if all_at_once else self.triplets.turns
+        costs = [stack.cost for stack in self.stacks]
+        return shares(costs, dist.get_world_size(), rounds=turns)
+
+    def value(self, zero: Tensor) -> Tensor:
+        """Return the sum, 0-d and differentiable; the vectors move on.
+
+        Args:
+            zero: 0, of the sum's type and where it is.
+        """
+        weights = self._follow()
+        squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
+        self.uses += 1
+        return summed(squares) if self.shared else squares
+
+    def _follow(self) -> dict[int, Tensor]:
+        """Start the vectors of this process's layers, or renew them where it is their turn. Return
+        the weights that it took, with their graph: some are costly to compute.
+        """
+        step, taken = self.uses * self.every, {}
+        for group in self.groups:
+            started = self.triplets.has(group[0])
+            if started and not self.triplets.is_due(group[0], step, since=self.every):
+                continue
+            weights = {index: self.weight(self.stacks[index]) for index in group}
+            taken |= weights
+            with torch.no_grad():
+                wholes = {index: whole(weight.detach()) for index, weight in weights.items()}
+                if started:
+                    self.triplets.renew(wholes)
+                else:
+                    self.triplets.start(wholes)
+        return taken
+
+    def _squares(
+        self, indices: Sequence[int], weights: Mapping[int, Tensor], zero: Tensor
+    ) -> Tensor:
+        """The sum of sigma^2 of some layers, of which some weights are there already."""
+        parts, factors = [], []
+        for index in indices:
+            stack = self.stacks[index]
+            part, rows = local(weights[index] if index in weights else self.weight(stack))
+            direction = self.triplets.direction(index, part, rows)
+            parts.append(part)
+            factors.append(Factor(direction, rows, stack.blocks, len(stack.operators)))
+        return sum_of_squares(zero, factors, parts)
+
+    def vectors(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the vectors of all layers, of which there are none before the first use. Where
+        layers are shared out, all processes must call it.
+
+        Args:
+            like: has the type and the device that vectors of other processes are received in.
+        """
+        found = dict(self.triplets.vectors)
+        if self.shared and self.uses:
+            for stack, owner in zip(self.stacks, self._owners, strict=True):
+                for name, shape in stack.vectors.items():
+                    vector = found.get(name, torch.empty(shape))
+                    found[name] = vector.to(like).contiguous()
+                    dist.broadcast(found[name], src=owner)
+        return found
+
+    def load(self, vectors: Mapping[str, Tensor], uses: int, device: torch.device) -> None:
+        """Take over the vectors of all layers, or none.
+
+        Raises:
+            ValueError: they are those of other layers.
+        """
+        expected = {name: shape for stack in self.stacks for name, shape in stack.vectors.items()}
+        unknown = vectors and set(vectors) ^ set(expected)
+        if unknown:
+            raise ValueError(f"the vectors {sorted(unknown)} are in one of state and model only")
+        for name, vector in vectors.items():
+            if vector.shape != expected[name]:
+                raise ValueError(
+                    f"the vector {name!r} is {tuple(vector.shape)}, but here it is "
+                    f"{tuple(expected[name])}"
+                )
+        own = {name for index in self._own for name in self.stacks[index].vectors}
+        kept = {n: torch.empty_like(v, device=device) for n, v in vectors.items() if n in own}
+        self.uses = uses
+        self.triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
+
+
+def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Part consecutive layers: each part has ONE_NODE weights at most, or is one layer."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and sum(sizes[i] for i in (*parts[-1], index)) <= ONE_NODE:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
