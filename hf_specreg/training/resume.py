@@ -20,7 +20,7 @@ MAY_CHANGE = (
     "output_dir",
     "log_every",
     "log_with",
-    "tracker.",
+    "tracker",
     "eval_batch_size",
     "eval_every_epochs",
     "checkpoint.",

@@ -310,6 +310,20 @@ def test_another_run_is_neither_overwritten_nor_continued(tmp_path, copied):
         build(run).run(resume=True)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, copied):
+    """Without the tracker's settings, the interval of evaluation, and what was in effect."""
+    folder = latest(copied)
+    progress = json.loads((folder / "progress.json").read_text())
+    for name in ("tracker", "eval_every_epochs"):
+        del progress["config"][name]
+    del progress["config"]["data"]["configuration"], progress["conditions"]
+    (folder / "progress.json").write_text(json.dumps(progress))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["progress.json"] = checkpoints._fingerprint(folder / "progress.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert build(config(tmp_path)).run(resume=True).step == 12
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_and_says_so(
     tmp_path, capsys
 ):
