@@ -1,4 +1,4 @@
-"""Trains each objective for 20 steps, as one of several processes.
+"""Trains each objective for a few steps, as one of several processes.
 
 The batches are the same for any number of processes, each of which takes its part; the weights that
 result are left in FOLDER.
@@ -22,7 +22,7 @@ from hf_specreg.training.self_supervision import SelfSupervised, SelfSupervisedC
 from hf_specreg.training.transfer import freeze_stages
 
 METHODS = ("supervised", "norm_act", "transfer", "barlow-twins", "simclr", "vicreg", "byol")
-STEPS, BATCH = 20, 16
+STEPS, BATCH = 12, 16  # past the renewal of the vectors
 
 
 def build(method):

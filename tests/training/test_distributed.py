@@ -13,7 +13,7 @@ from tests.training import data_parallel
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The weights of one, two and four processes, after the same 20 batches."""
+    """The weights of one, two and four processes, after the same batches."""
     context, folders = forks(), {}
     for processes in (1, 2, 4):
         folder = folders[processes] = tmp_path_factory.mktemp(f"processes_{processes}")
