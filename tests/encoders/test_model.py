@@ -13,6 +13,7 @@ from PIL import Image
 
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.transforms import evaluation_transform
+from tests.tiny import vit_config
 
 LABELS = ["ant", "bee", "cat", "dog"]
 
@@ -32,14 +33,8 @@ def make_timm(name="vit_tiny_patch16_224", **kwargs):
 
 def make_transformers(**kwargs):
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
+    size = {"image_size": 32, "patch_size": 8, "num_channels": 3}
+    config = vit_config(**size, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
     arguments = {"num_classes": 4, "label_names": LABELS, **kwargs}
     return SpecRegModel.from_transformers(config, **arguments).eval()
 

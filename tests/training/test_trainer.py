@@ -13,7 +13,6 @@ from transformers import (
     ResNetForImageClassification,
     Trainer,
     TrainingArguments,
-    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
@@ -26,6 +25,7 @@ from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.training.trainer import _check_shards
+from tests.tiny import vit_config
 
 
 @functools.cache
@@ -50,19 +50,7 @@ class Digits(Dataset):
 
 def vit():
     torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=10,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return ViTForImageClassification(config)
+    return ViTForImageClassification(vit_config(num_hidden_layers=2, num_labels=10))
 
 
 def resnet():
