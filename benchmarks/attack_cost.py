@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import nn
 
 import hf_specreg.encoders.small  # noqa: F401  registers mlp_2000
+from hf_specreg.robustness.attacks.tangent import TangentAttack
 from hf_specreg.robustness.classifier import Classifier, frozen
-from hf_specreg.robustness.tangent import TangentAttack
 
 
 def networks() -> dict[str, tuple[nn.Module, tuple[int, int, int, int]]]:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_specreg.robustness.attacks.tangent import TangentAttack, _Run, tangent_points
 from hf_specreg.robustness.classifier import Classifier
-from hf_specreg.robustness.tangent import TangentAttack, _Run, tangent_points
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""The attacks by name. A new one is a file with a dataclass of its settings, whose `run` is that of
+`Attack`, and a line of the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from hf_specreg.robustness.attacks.attack import Attack
+from hf_specreg.robustness.attacks.autoattack import AutoAttack
+from hf_specreg.robustness.attacks.foolbox import PGD, CarliniWagner, DeepFool
+from hf_specreg.robustness.attacks.hopskipjump import HopSkipJump
+from hf_specreg.robustness.attacks.tangent import TangentAttack
+
+
+class MissingPackageError(ImportError):
+    """An attack's library is not installed."""
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "tangent": TangentAttack(),
+    "hopskipjump": HopSkipJump(),
+    "deepfool-l2": DeepFool(),
+    "cw-l2": CarliniWagner(),
+    "pgd-l2": PGD(norm="l2"),
+    "pgd-linf": PGD(norm="linf"),
+    "autoattack-l2": AutoAttack(norm="l2"),
+    "autoattack-linf": AutoAttack(norm="linf"),
+}
+
+
+def make_attacks(names: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Attack]:
+    """Return the attacks of these names; a mapping gives settings that differ from the default.
+
+    Raises:
+        ValueError: an unknown name or setting.
+        MissingPackageError: the attack's library is not installed.
+    """
+    wanted = names if isinstance(names, Mapping) else {name: {} for name in names}
+    attacks = {}
+    for name, settings in wanted.items():
+        if name not in ATTACKS:
+            raise ValueError(f"no attack {name!r}; there are {', '.join(ATTACKS)}")
+        known = {field.name for field in fields(ATTACKS[name])} - {"norm"}
+        unknown = set(settings or {}) - known
+        if unknown:
+            raise ValueError(
+                f"{name} has no settings {sorted(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        for key, value in (settings or {}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"{name}: {key} ({value}) must be positive")
+        if ATTACKS[name].package:
+            _require(ATTACKS[name].package, name)
+        attacks[name] = replace(ATTACKS[name], **(settings or {}))
+    return attacks
+
+
+def _require(package: str, attack: str) -> None:
+    try:
+        __import__(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{attack} needs {package}: pip install 'hf-specreg[attacks]'"
+        ) from error
+
+
+def describe(attack: Attack) -> dict[str, Any]:
+    """Return an attack's settings as plain data."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attack).items()}
