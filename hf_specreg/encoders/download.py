@@ -1,32 +1,20 @@
-"""A repository of the Hub as a local folder: whole, unaltered, and in finite time.
+"""A repository of the Hub as a local folder: whole and unaltered.
 
-huggingface_hub's client waits without end for a silent server, and checks the size of what it
-downloads, not the content. Here a request ends after `SILENCE` seconds of silence, a Hub that wants
-to be left alone for longer than `LONGEST_WAIT` is an error, and every file in the cache is compared
-with the hash that the Hub gave for it. Transfers go by HTTP, not by Xet, whose client knows none of
-these limits.
+huggingface_hub's client checks the size of what it downloads, not the content: here every file in
+the cache is compared with the hash that the Hub gave for it.
 """
 
-import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from json import JSONDecodeError
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_session, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import _http
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+from hf_specreg.encoders.connection import HubError, retried, translated
 
 logger = logging.getLogger(__name__)
 
@@ -35,138 +23,59 @@ RUN_FILE = "specreg.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 LOADED_FILES = ["config.json", PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE]
 PICKLES = re.compile(r"\.(bin|pt|pth|pth\.tar|ckpt|pkl|h5|msgpack|npz)$")
-SILENCE = 60.0  # seconds
-LONGEST_WAIT = 300.0  # seconds that the Hub may ask to be left alone; its rate limits' window
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+PATIENCE = 30.0  # seconds from the first try on in which a download is tried again
 
 
-class HubError(OSError):
-    """The Hub, or the way to it, did not do its part; the message says what to do."""
-
-
-def download(name_or_folder: str | Path, *, revision: str | None, token: str | None) -> Path:
+def download(
+    name_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+) -> Path:
     """Return the local folder; or download the few files of a Hub repository that are read.
+
+    Args:
+        name_or_folder: a local folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        token: for private repositories.
+        cache_dir: where downloads are kept; default: huggingface_hub's.
+        local_files_only: take what is in the cache, and ask the Hub nothing.
+        subfolder: of the folder or repository, where the model is.
 
     Raises:
         FileNotFoundError: neither a folder nor a repository, no such revision, or it has no
-            safetensors weights.
+            safetensors weights in one file.
         HubError: the Hub cannot be reached or refuses, the disk is full, or what came is not what
             the Hub says it is.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
+        where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        where["local_files_only"] = local_files_only
         with translated(f"loading {name_or_folder}"):
-            folder = _snapshot(str(name_or_folder), revision, token)
+            folder = _snapshot(str(name_or_folder), subfolder, **where)
+    folder = folder / (subfolder or "")
     if not (folder / WEIGHTS_FILE).is_file():
+        named = f"{name_or_folder}/{subfolder}" if subfolder else name_or_folder
+        offered = [] if local_files_only else _offered(name_or_folder, subfolder, revision, token)
         raise FileNotFoundError(
-            f"{name_or_folder} has no {WEIGHTS_FILE}; only safetensors weights are read"
-            + _pickles(name_or_folder, revision, token)
+            f"{named} has no {WEIGHTS_FILE}; only safetensors weights are read{_instead(offered)}"
         )
     return folder
 
 
-def limit_silence() -> None:
-    """Let huggingface_hub's requests of this process end: see the head of this file.
-
-    Shorter time limits that a request has already are left alone.
-    """
-    make_client = _http._GLOBAL_CLIENT_FACTORY
-    if getattr(make_client, "limits_silence", False):
-        return
-
-    def limited():
-        client = make_client()
-        _limit_client(client)
-        return client
-
-    limited.limits_silence = True
-    _limit_client(get_session())  # set_client_factory would close it under other threads' feet
-    _http._GLOBAL_CLIENT_FACTORY = limited
-
-
-def _limit_client(client) -> None:
-    hooks = client.event_hooks
-    client.event_hooks = {
-        "request": [*hooks.get("request", ()), _limit],
-        "response": [*hooks.get("response", ()), _refuse_to_wait],
-    }
-
-
-def _limit(request) -> None:
-    # Some requests of huggingface_hub say "no limit" themselves, which a client's default is not.
-    limits = {"connect": None, "read": None, "write": None, "pool": None}
-    limits |= request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {k: min(v or SILENCE, SILENCE) for k, v in limits.items()}
-
-
-def _refuse_to_wait(response) -> None:
-    asked = [response.headers.get("Retry-After", "")]
-    asked += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
-    wait = max((float(text) for text in asked if text.isdigit()), default=0.0)
-    if response.status_code in (429, 503) and wait > LONGEST_WAIT:
-        raise HubError(f"the Hub asks to come back in {wait:g} s: try again then")
-
-
-@contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn the many errors of the Hub's client into a few that say what to do."""
-    limit_silence()
-    again = "try again; what was transferred is kept"
-    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-    try:
-        yield
-    except LocalEntryNotFoundError as error:
-        cause = error.__cause__ or error
-        raise HubError(
-            f"{doing}: it is not in the cache, and the Hub cannot be asked "
-            f"({type(cause).__name__}: {first_line(cause)}): try again when it can be reached"
-        ) from error
-    except (FileNotFoundError, HubError):
-        raise
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{doing}: no such revision: {first_line(error)}") from error
-    except GatedRepoError as error:
-        raise HubError(f"{doing}: ask for access on its page first: {first_line(error)}") from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{doing}: neither a local folder nor a repository on the Hub that your token may see "
-            f"(an expired one? `hf auth login`): {first_line(error)}"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        remedy = {401: "log in with `hf auth login`, or renew the token", 403: "ask for access"}
-        raise HubError(
-            f"{doing}: the Hub answers {status} ({first_line(error)}): {remedy.get(status, again)}"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"{doing}: HF_HUB_OFFLINE is set: {first_line(error)}") from error
-    except OSError as error:
-        raise HubError(f"{doing}: {first_line(error)}: {again}") from error
-    except (JSONDecodeError, KeyError) as error:
-        raise HubError(f"{doing}: the Hub's answer cannot be read: {error!r}: {again}") from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise
-        raise HubError(
-            f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
-            f"({type(error).__name__}: {error}): {again}"
-        ) from error
-    finally:
-        constants.HF_HUB_DISABLE_XET = xet
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    text = " ".join(str(error).split())
-    return text[:300] or type(error).__name__
-
-
-def _snapshot(name: str, revision: str | None, token: str | None) -> Path:
+def _snapshot(name: str, subfolder: str | None, **where: Any) -> Path:
     """Download, and once more where a file in the cache is not what its hash says."""
+    files = [f"{subfolder}/{file}" if subfolder else file for file in LOADED_FILES]
     for _attempt in range(2):
-        folder = Path(
-            snapshot_download(name, revision=revision, token=token, allow_patterns=LOADED_FILES)
-        )
-        damaged = [path for path in sorted(folder.iterdir()) if not is_intact(path)]
+        request = partial(snapshot_download, name, allow_patterns=files, **where)
+        folder = Path(retried(request, PATIENCE))
+        paths = [folder / file for file in files if (folder / file).exists()]
+        damaged = [path for path in paths if not is_intact(path)]
         if not damaged:
             return folder
         for path in damaged:
@@ -189,16 +98,11 @@ def is_intact(path: Path) -> bool:
         return True
     blob = _blob(path)
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        found = hashlib.sha256()
-    elif re.fullmatch("[0-9a-f]{40}", blob.name):
-        size = blob.stat().st_size
-        found = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    else:
-        return True
-    with blob.open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest() == blob.name
+        with blob.open("rb") as file:
+            return sha_fileobj(file).hex() == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        return git_hash(blob.read_bytes()) == blob.name
+    return True
 
 
 def _blob(path: Path) -> Path:
@@ -206,17 +110,30 @@ def _blob(path: Path) -> Path:
     return path.parent / os.readlink(path)
 
 
-def _pickles(name_or_folder: str | Path, revision: str | None, token: str | None) -> str:
-    """What to say of a repository that offers pickles instead."""
+def _offered(
+    name_or_folder: str | Path, subfolder: str | None, revision: str | None, token: str | None
+) -> list[str]:
+    """The files of a folder or repository; none where it cannot be asked: it is for a hint only."""
+    prefix = f"{subfolder}/" if subfolder else ""
     try:
         if Path(name_or_folder).is_dir():
-            names = os.listdir(name_or_folder)
-        else:
-            with translated(f"listing {name_or_folder}"):
-                names = HfApi().list_repo_files(str(name_or_folder), revision=revision, token=token)
-    except OSError:  # it would have been a hint only
-        return ""
-    pickles = sorted(name for name in names if PICKLES.search(name))
+            return os.listdir(Path(name_or_folder) / prefix)
+        with translated(f"listing {name_or_folder}"):
+            names = HfApi().list_repo_files(str(name_or_folder), revision=revision, token=token)
+    except OSError:
+        return []
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _instead(offered: list[str]) -> str:
+    """What to say of weights that are there in another form."""
+    shards = sorted(name for name in offered if SHARD.fullmatch(name))
+    if shards:
+        return (
+            f", and from one file: it has them in {len(shards)} ({shards[0]}, ...); load it with "
+            'transformers\' from_pretrained and save it with save_pretrained(max_shard_size="1TB")'
+        )
+    pickles = sorted(name for name in offered if PICKLES.search(name))
     if not pickles:
         return ""
     return (

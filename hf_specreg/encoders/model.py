@@ -245,6 +245,9 @@ class SpecRegModel(nn.Module):
         num_classes: int | None = None,
         revision: str | None = None,
         token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
         label_names: Sequence[str] | None = None,
     ) -> "SpecRegModel":
         """Load a model; only safetensors are read, and nothing is executed.
@@ -255,6 +258,9 @@ class SpecRegModel(nn.Module):
             num_classes: give it a fresh head of that many classes; 0 for none.
             revision: branch, tag or commit on the Hub.
             token: for private repositories.
+            cache_dir: where downloads are kept; default: huggingface_hub's.
+            local_files_only: take what is in the cache, and ask the Hub nothing.
+            subfolder: of the folder or repository, where the model is.
             label_names: of the fresh head's classes.
 
         Raises:
@@ -263,7 +269,14 @@ class SpecRegModel(nn.Module):
                 not that of its weights.
             HubError: the Hub cannot be reached, refuses, or sends something else.
         """
-        folder = download(name_or_folder, revision=revision, token=token)
+        folder = download(
+            name_or_folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
         config = read_json(folder / "config.json")
         check_config(config, name_or_folder)
         metadata = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}

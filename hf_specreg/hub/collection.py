@@ -1,12 +1,14 @@
 """A table of encoders, from the metadata on their cards: a namespace on the Hub, or a folder."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
-from hf_specreg.encoders.download import translated
+from hf_specreg.encoders.connection import retried, translated
+from hf_specreg.encoders.download import PATIENCE
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, card_metadata
 
@@ -41,7 +43,8 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
         )
     else:
         with translated(f"listing {source}"):
-            found = HfApi(token=token).list_models(author=source, filter=TAGS[0], cardData=True)
+            models = partial(HfApi(token=token).list_models, author=source, filter=TAGS[0])
+            found = retried(lambda: list(models(cardData=True)), PATIENCE)
             cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
     return [_row(name, card) for name, card in cards.items()]
 

@@ -93,7 +93,7 @@ class Encoder:
         run: what specreg.json holds, without local paths.
         report: of its robustness, or None.
         baseline: a report of another model on the same images, to compare with, or None.
-        license: SPDX identifier, or None where none is stated.
+        stated_license: SPDX identifier, as given or on its card; None where none is.
         notes: what a person wrote on its card.
     """
 
@@ -102,7 +102,7 @@ class Encoder:
     run: Mapping[str, Any]
     report: RobustnessReport | None
     baseline: RobustnessReport | None
-    license: str | None
+    stated_license: str | None
     notes: str
 
     @classmethod
@@ -120,8 +120,7 @@ class Encoder:
             folder: of a saved model.
             report: default: the folder's robustness.json, where there is one.
             baseline: a report of another model on the same images.
-            license: default: the one on the folder's card, else that of the weights it started
-                from.
+            license: default: the one on the folder's card.
 
         Raises:
             CardError: the report is of other weights, or of no use with the baseline.
@@ -143,10 +142,13 @@ class Encoder:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
         card = folder / CARD_FILE
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
-        stated = card_metadata(text).get("license")
-        stated = stated if isinstance(stated, str) else None
-        license = license or stated or _started_from(model, run)
-        return cls(folder, model, run, report, baseline, license, notes_of(text))
+        stated = license or license_of(text)
+        return cls(folder, model, run, report, baseline, stated, notes_of(text))
+
+    @property
+    def license(self) -> str | None:
+        """The stated one, else that of the weights it started from."""
+        return self.stated_license or _started_from(self.model, self.run)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -192,6 +194,12 @@ def card_metadata(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def license_of(text: str) -> str | None:
+    """Return the license that a card states."""
+    stated = card_metadata(text).get("license")
+    return stated if isinstance(stated, str) else None
 
 
 def notes_of(text: str) -> str:

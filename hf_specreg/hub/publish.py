@@ -3,16 +3,13 @@
 Everything is checked before the first byte is sent. All files go into one commit on top of the
 state that was looked at: a push either completes or leaves the repository as it was. (One that is
 not there is made first, and stays, empty, if the commit then fails.) A request that fails for a
-moment is tried again for `PATIENCE` seconds, beside the few times that the Hub's client tries by
-itself; for a silent server see `hf_specreg.encoders.download`.
+moment is tried again for `PATIENCE` seconds; see `hf_specreg.encoders.connection`.
 """
 
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,24 +18,22 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_specreg.encoders.download import (
-    LOADED_FILES,
-    RUN_FILE,
-    HubError,
-    is_intact,
-    translated,
-)
+from hf_specreg.encoders.blueprint import read_json
+from hf_specreg.encoders.connection import HubError, retried, translated
+from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE, is_intact
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import (
     CARD_FILE,
+    CardError,
     Encoder,
+    license_of,
     notes_of,
     report_files,
 )
@@ -50,7 +45,6 @@ OURS = re.compile(
     r"|plots/(robust_accuracy|distances|sigmas)_(l2|linf)\.png"
 )
 PATIENCE = 300.0  # seconds from the first try on in which a request is tried again
-TRANSIENT = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
@@ -94,11 +88,10 @@ def push(
 
     Args:
         folder: that `SpecRegModel.save_pretrained` wrote.
-        repo_id: "org/name", or "name" in the token's own namespace; made if it is not there,
-            except for a pull request.
+        repo_id: "org/name", or "name" in the token's own namespace; made if it is not there.
         report: of its robustness; default: the folder's robustness.json, where there is one.
         baseline: a report of another model on the same images, for the card.
-        license: SPDX identifier; default: the one on the folder's card.
+        license: SPDX identifier; default: the one on the folder's card, else on the Hub's.
         private: of a repository that is made; one that is there already must be as is said.
         revision: branch, made if it is not there; default: main.
         create_pr: open a pull request instead of committing.
@@ -111,38 +104,25 @@ def push(
         What was done; None on all but the main process of a distributed run, which do nothing.
 
     Raises:
-        PublishError: weights that are not finite, an invalid name, a token that cannot write, notes
-            that differ, a repository that someone else changed meanwhile.
+        PublishError: it is not fit to be published, or must not be; the message says why.
         CardError: an incomplete card, or a report of other weights.
         HubError: the Hub cannot be reached or refuses; the repository is as it was.
     """
     if not _is_main_process():
         return None
     encoder = Encoder.open(folder, report=report, baseline=baseline, license=license)
-    _check_weights(encoder.model, folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} is no name of a repository: {error}") from error
-    extra = eval_results_file(encoder) if eval_results else {}
+    _check(encoder, repo_id)
     api = HfApi(token=token)
     with translated(f"pushing to {repo_id}"):
         repo_id = _writable(api, repo_id, create_pr)
-    card = card_files(encoder, repo_id)
+        head = _head(api, repo_id, private, revision, create_pr)
+        published = _remote_card(api, repo_id, head) if head else ""
+    files = _files(_beside(encoder, published, notes), repo_id, eval_results)
     with translated(f"pushing to {repo_id}"):
-        _retried(lambda: ModelCard(card[CARD_FILE].decode()).validate())
-        parent = _prepare(api, repo_id, private, revision, create_pr)
-        remote = _retried(lambda: _remote_card(api, repo_id, parent))
-    noted = _with_notes(encoder, remote, notes)
-    if noted is not encoder:
-        card = card_files(noted, repo_id)
-    files: dict[str, bytes | Path] = {
-        name: Path(folder) / name
-        for name in LOADED_FILES
-        if name != RUN_FILE and (Path(folder) / name).is_file()
-    }
-    files |= report_files(encoder, repo_id) | card | extra
-    with translated(f"pushing to {repo_id}"):
+        _patiently(lambda: ModelCard(files[CARD_FILE].decode()).validate())
+        parent = head or _create(api, repo_id, private)
+        if not create_pr:
+            _make_branch(api, repo_id, revision)
         return _commit(api, repo_id, files, parent, revision, create_pr, commit_message)
 
 
@@ -163,40 +143,73 @@ def _is_main_process() -> bool:
     return not several or distributed.get_rank() == 0
 
 
-def _with_notes(encoder: Encoder, remote_card: str, choice: str | None) -> Encoder:
-    """The encoder with the notes that are to be on the card."""
-    mine, theirs = encoder.notes, notes_of(remote_card)
+def _patiently(request: Callable[[], T]) -> T:
+    return retried(request, PATIENCE)
+
+
+def _check(encoder: Encoder, repo_id: str) -> None:
+    """Refuse what nobody should load, and a name that the Hub will not have."""
+    for name, tensor in encoder.model.network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise PublishError(
+                f"{encoder.folder}: {name} has values that are NaN or infinite; publish an earlier "
+                "checkpoint (best/, or checkpoints/ of the run)"
+            )
+    stated = read_json(encoder.folder / "config.json").get("label_names") or ()
+    if stated and len(stated) != encoder.model.num_classes:
+        raise PublishError(
+            f"{encoder.folder}/config.json has {len(stated)} label_names for a head of "
+            f"{encoder.model.num_classes} classes: load it with SpecRegModel.from_pretrained("
+            "folder, label_names=[...]), save that, and publish it"
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is no name of a repository: {error}") from error
+
+
+def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
+    """The encoder with the license and the notes of the card on the Hub, where it has none."""
+    mine, theirs = encoder.notes, notes_of(published)
     if choice is None and mine and theirs and mine != theirs:
         raise PublishError(
             f"the notes on the card in {encoder.folder} and on the Hub differ: say which to keep, "
             "--notes folder or --notes hub"
         )
-    if choice == "folder" or mine == theirs or (choice is None and mine):
-        return encoder
-    return replace(encoder, notes=theirs)
+    keep_mine = choice == "folder" or (choice is None and mine)
+    return replace(
+        encoder,
+        stated_license=encoder.stated_license or license_of(published),
+        notes=mine if keep_mine else theirs,
+    )
 
 
-def _check_weights(model: SpecRegModel, folder: str | Path) -> None:
-    for name, tensor in model.network.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise PublishError(
-                f"{folder}: {name} has values that are NaN or infinite; publish an earlier "
-                "checkpoint (best/, or checkpoints/ of the run)"
-            )
+def _files(encoder: Encoder, repo_id: str, eval_results: bool) -> dict[str, bytes | Path]:
+    """What is published, by its path in the repository."""
+    if not encoder.license:
+        raise CardError(
+            f'{repo_id} needs a license: give one, license="apache-2.0" or --license apache-2.0'
+        )
+    names = [name for name in LOADED_FILES if name != RUN_FILE]
+    files: dict[str, bytes | Path] = {
+        name: encoder.folder / name for name in names if (encoder.folder / name).is_file()
+    }
+    files |= report_files(encoder, repo_id) | card_files(encoder, repo_id)
+    return files | (eval_results_file(encoder) if eval_results else {})
 
 
 def _writable(api: HfApi, repo_id: str, create_pr: bool) -> str:
     """Return the full name of the repository; refuse a token that cannot write there."""
-    user = _retried(api.whoami)
+    user = _patiently(api.whoami)
     namespace, _, name = repo_id.rpartition("/")
     namespace = namespace or user["name"]
     full = f"{namespace}/{name}"
-    organisations = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", ())}
+    organisations = {org["name"] for org in user.get("orgs", ())}  # who reads may write in parts
     if create_pr and namespace != user["name"]:
         return full  # whoever can read may propose
-    if organisations.get(namespace) == "read" or namespace not in {user["name"], *organisations}:
+    if namespace not in {user["name"], *organisations}:
         raise PublishError(
-            f"{user['name']} may not write to {full}, as no writing member of {namespace}; push to "
+            f"{user['name']} may not write to {full}, as no member of {namespace}; push to "
             f"{user['name']}/{name}, or open a pull request (create_pr)"
         )
     access = user.get("auth", {}).get("accessToken", {})
@@ -220,36 +233,51 @@ def _scoped(access: dict[str, Any], places: set[str]) -> bool:
     )
 
 
-def _prepare(
+def _head(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
-) -> str:
-    """Make repository and branch if they are not there; return the branch's head.
+) -> str | None:
+    """Return the commit to build on: the branch's, main's for a new one, None if there is none.
 
-    For a pull request nothing is made.
+    For a pull request all must be there.
     """
     try:
-        known = _retried(lambda: api.model_info(repo_id))
+        known = _patiently(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
         if create_pr:
             raise
-        _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    else:
-        if known.id not in (None, repo_id):
-            raise PublishError(f"{repo_id} was moved to {known.id}: push there")
-        if private is not None and bool(known.private) != private:
-            raise PublishError(
-                f"{repo_id} is {'private' if known.private else 'public'} already: change that in "
-                "its settings first, or push to another name"
-            )
-    if revision is not None and not create_pr and not revision.startswith("refs/"):
-        _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    return _retried(lambda: api.model_info(repo_id, revision=revision)).sha
+        return None
+    if known.id not in (None, repo_id):
+        raise PublishError(f"{repo_id} was moved to {known.id}: push there")
+    if private is not None and bool(known.private) != private:
+        raise PublishError(
+            f"{repo_id} is {'private' if known.private else 'public'} already: change that in "
+            "its settings first, or push to another name"
+        )
+    if revision is None:
+        return known.sha
+    try:
+        return _patiently(lambda: api.model_info(repo_id, revision=revision)).sha
+    except RevisionNotFoundError:
+        if create_pr or revision.startswith("refs/"):
+            raise
+        return known.sha
+
+
+def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Make the repository; return its first commit."""
+    _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    return _patiently(lambda: api.model_info(repo_id)).sha
+
+
+def _make_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
+    if revision is not None and not revision.startswith("refs/"):
+        _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
 
 def _remote_card(api: HfApi, repo_id: str, revision: str) -> str:
-    """Return the card that is on the Hub, for the notes on it; empty if there is none."""
+    """Return the card that is on the Hub, for what is kept of it; empty if there is none."""
     try:
-        path = api.hf_hub_download(repo_id, CARD_FILE, revision=revision)
+        path = _patiently(lambda: api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
     except RemoteEntryNotFoundError:
         return ""
     if not is_intact(Path(path)):
@@ -293,13 +321,13 @@ def _commit(
     if create_pr:  # it would be opened twice
         return attempt()
     try:
-        return _retried(attempt)
+        return _patiently(attempt)
     except HfHubHTTPError as error:
         if error.response.status_code != 412:
             raise
         moved = error
-    try:
-        return _retried(attempt)  # our own commit may have landed late: then nothing is left to do
+    try:  # our own commit may have landed late: then nothing is left to do
+        return _patiently(attempt)
     except HfHubHTTPError as error:
         if error.response.status_code != 412:
             raise
@@ -307,33 +335,3 @@ def _commit(
         f"{repo_id} was changed by someone else during the push; it is as they left it: look at "
         "their commit, then push again"
     ) from moved
-
-
-def _retried(request: Callable[[], T]) -> T:
-    """Try again where the Hub or the way to it fails for a moment, for `PATIENCE` seconds."""
-    end, wait = time.monotonic() + PATIENCE, 1.0
-    while True:
-        try:
-            return request()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT or time.monotonic() > end:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            pause = float(asked) if asked.isdigit() else wait
-        except Exception as error:
-            if not _is_of_the_network(error) or time.monotonic() > end:
-                raise
-            pause = wait
-        time.sleep(pause)
-        wait = min(2 * wait, 8)
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """Whether a request got no answer, or one that is none, such as a proxy's page.
-
-    By name: the client's HTTP library is another from version to version.
-    """
-    if isinstance(error, OfflineModeIsEnabled | JSONDecodeError):
-        return isinstance(error, JSONDecodeError)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "LocalEntryNotFoundError"})

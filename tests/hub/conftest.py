@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.utils import close_session
 
 from hf_specreg import SpecRegModel, evaluate_robustness
-from hf_specreg.encoders import download
+from hf_specreg.encoders import connection
 from tests.hub.server import Hub
 
 
@@ -16,7 +16,7 @@ def hub(monkeypatch, tmp_path):
     """A fresh Hub, an empty cache, a token that can write, and little patience."""
     shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    monkeypatch.setattr(download, "SILENCE", 0.5)
+    monkeypatch.setattr(connection, "SILENCE", 0.5)
     close_session()
     patient = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: patient(min(seconds, 0.01)))

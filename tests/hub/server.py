@@ -24,8 +24,11 @@ FAULTS = (
     "503",
     "429",  # with Retry-After
     "429 for long",
+    "400",
     "401",
     "403",
+    "405",
+    "413",
     "drop",  # the connection, before anything is done
     "drop after",  # what was asked is done, the answer is lost
     "stall",  # silence
@@ -102,6 +105,7 @@ class Hub:
         self.injected: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []
         self.moved: dict[str, str] = {}
+        self.resource_group: set[str] = set()  # of readers', where its members may write
         self.land_twice = False  # a commit lands, and the same request comes once more
         self.before_commit: Callable[[], None] = lambda: None
         self.lock = threading.RLock()
@@ -154,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault:
             hub.injected[fault] += 1
         self.fault = fault
-        if fault in ("500", "503", "401", "403"):
+        if fault in ("500", "503", "400", "401", "403", "405", "413"):
             return self.reply({"error": f"injected {fault}"}, status=int(fault))
         if fault in ("429", "429 for long"):
             wait = "1" if fault == "429" else "86400"
@@ -213,6 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         return self.state.tokens.get(token)
 
+    def may_write(self, id):
+        closed = id.startswith("readers/") and id not in self.state.resource_group
+        return self.role == "write" and not closed
+
     def readable(self, id):
         repo = self.state.repos.get(id)
         if repo is None or (repo.private and self.role not in ("read", "write")):
@@ -240,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body):
         asked = json.loads(body)
         id = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        if self.role != "write":
+        if not self.may_write(id):
             return self.refusal(403, "this token cannot write")
         if id in self.state.repos:
             return {"url": f"{self.state.url}/{id}"}, {"status": 409}
@@ -285,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def batch(self, body, id):
-        if self.role != "write":
+        if not self.may_write(id):
             return self.refusal(403, "this token cannot write")
         objects = []
         for asked in json.loads(body)["objects"]:
@@ -304,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.readable(id)
         if repo is None:
             return self.missing()
-        if self.role != "write":
+        if not self.may_write(id):
             return self.refusal(403, "this token cannot write")
         lines = [json.loads(line) for line in body.splitlines()]
         header = lines[0]["value"]
@@ -364,28 +372,23 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.readable(id)
         if repo is None:
             return self.missing()
-        return (
-            [
-                {
-                    "type": "file",
-                    "path": path,
-                    "size": len(content),
-                    "oid": git_oid(content),
-                    **(
-                        {
-                            "lfs": {
-                                "oid": etag(path, content),
-                                "size": len(content),
-                                "pointerSize": 130,
-                            }
-                        }
-                        if is_lfs(path)
-                        else {}
-                    ),
-                }
-                for path, content in repo.find(revision).files.items()
-            ],
-        )
+        commit = repo.find(revision)
+        if commit is None:
+            return self.refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return ([self.described(path, content) for path, content in commit.files.items()],)
+
+    def paths_info(self, body, id, revision):
+        answer = self.tree(body, id, revision)
+        if len(answer) > 1:
+            return answer
+        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        asked = parse_qs(body.decode())["paths"] if form else json.loads(body)["paths"]
+        return ([file for file in answer[0] if file["path"] in asked],)
+
+    def described(self, path, content):
+        lfs = {"oid": etag(path, content), "size": len(content), "pointerSize": 130}
+        file = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
+        return {**file, "lfs": lfs} if is_lfs(path) else file
 
     def resolve(self, body, id, revision, path):
         repo = self.readable(id)
@@ -418,9 +421,10 @@ ROUTES = [
     (("POST",), rf"/api/models/{_ID}/branch/(?P<revision>.+)", "branch"),
     (("POST",), rf"/api/models/{_ID}/preupload/(?P<revision>.+)", "preupload"),
     (("POST",), rf"/api/models/{_ID}/commit/(?P<revision>.+)", "commit"),
-    (("GET",), rf"/api/models/{_ID}/tree/(?P<revision>.+)", "tree"),
-    (("GET",), rf"/api/models/{_ID}/revision/(?P<revision>.+)", "info"),
-    (("GET",), rf"/api/models/{_ID}", "info"),
+    (("POST",), rf"/api/models/{_ID}/paths-info/(?P<revision>.+)", "paths_info"),
+    (("GET", "HEAD"), rf"/api/models/{_ID}/tree/(?P<revision>.+?)/?", "tree"),
+    (("GET", "HEAD"), rf"/api/models/{_ID}/revision/(?P<revision>.+)", "info"),
+    (("GET", "HEAD"), rf"/api/models/{_ID}", "info"),
     (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", "put"),
     (("GET", "HEAD"), rf"/{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),

@@ -15,7 +15,9 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from hf_specreg import SpecRegModel
-from hf_specreg.encoders.download import HubError, is_intact
+from hf_specreg.encoders import download
+from hf_specreg.encoders.connection import HubError
+from hf_specreg.encoders.download import is_intact
 from hf_specreg.hub import publish
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.server import FAULTS
@@ -56,6 +58,7 @@ def bare(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def count_faults(hub, monkeypatch):
     monkeypatch.setattr(publish, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     yield
     INJECTED.update(hub.injected)
 
@@ -158,6 +161,27 @@ def test_a_load_gives_the_right_weights_or_an_error(hub, bare, fault, times, fre
         with torch.no_grad():
             again = SpecRegModel.from_pretrained(REPO).eval()(images)
         torch.testing.assert_close(again, expected)
+
+
+TRANSIENT = ["500", "503", "429", "drop", "truncate", "garbage", "stall"]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_load_survives_one_of_what_passes(hub, bare, fault, fresh_cache, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 20.0)
+    push(bare, REPO, license="mit")
+    images = torch.rand(2, *SIZE)
+    with torch.no_grad():
+        expected = SpecRegModel.from_pretrained(bare).eval()(images)
+    for kind in ("info", "tree", "config", "weights"):
+        fresh_cache()  # of files; the client keeps the tree of a commit that it knows in memory
+        hub.repos[REPO].commit("main", {"kind.txt": f"{fault} {kind}".encode()}, "another commit")
+        hub.requests.clear()
+        inject(hub, fault, LOAD[kind], 1)
+        with torch.no_grad():
+            torch.testing.assert_close(SpecRegModel.from_pretrained(REPO).eval()(images), expected)
+        answered = fault == "garbage" and kind in ("config", "weights")  # it is for JSON answers
+        assert hub.count(*LOAD[kind]) == (1 if answered else 2), kind
 
 
 def test_bytes_that_were_altered_on_the_way_are_never_weights(hub, bare, fresh_cache):

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_specreg import SpecRegModel
-from hf_specreg.encoders.download import HubError
+from hf_specreg.encoders.connection import HubError
 from hf_specreg.hub.encoder import CardError
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.conftest import make_model, report_on
@@ -281,7 +281,7 @@ class TestRefusedBeforeAnythingIsSent:
         config = json.loads((tmp_path / "config.json").read_text())
         config["label_names"] = ["a", "b"]
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="2 label_names for a head of 3 classes"):
+        with pytest.raises(PublishError, match="2 label_names for a head of 3 classes"):
             publish(tmp_path)
 
     def test_an_invalid_name(self, hub, encoder):
@@ -313,18 +313,55 @@ class TestRefusedBeforeAnythingIsSent:
         with pytest.raises(HubError, match=r"401.*hf auth login"):
             publish(encoder, token="hf_old")
 
-    def test_an_organisation_that_one_may_only_read(self, hub, encoder):
-        with pytest.raises(PublishError, match="no writing member of readers"):
-            publish(encoder, "readers/resnet")
-
     def test_a_namespace_of_others(self, hub, encoder):
-        with pytest.raises(PublishError, match="no writing member of stranger"):
+        with pytest.raises(PublishError, match="no member of stranger"):
             publish(encoder, "stranger/resnet")
 
     def test_offline(self, hub, encoder, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
             publish(encoder)
+
+
+def test_a_member_that_reads_an_organisation_is_tried_and_refused_by_the_hub(hub, encoder):
+    with pytest.raises(HubError, match=r"the Hub answers 403 .*ask for access"):
+        publish(encoder, "readers/resnet")
+    assert "readers/resnet" not in hub.repos
+
+
+def test_a_member_that_reads_an_organisation_may_write_to_a_resource_group_of_it(hub, encoder):
+    hub.repos["readers/resnet"] = hub.new_repo("readers/resnet")
+    hub.resource_group.add("readers/resnet")
+    assert publish(encoder, "readers/resnet").changed
+
+
+def test_a_second_push_keeps_the_license_that_is_on_the_hub(hub):
+    model = make_model()
+    with pytest.raises(CardError, match='me/resnet needs a license: give one, license="apache'):
+        model.push_to_hub(REPO)
+    model.push_to_hub(REPO, license="mit")
+    with torch.no_grad():
+        model.network.fc.bias.add_(1)
+    assert model.push_to_hub(REPO).changed
+    assert b"license: mit" in files_of(hub)["README.md"]
+    model.push_to_hub(REPO, license="apache-2.0")
+    assert b"license: apache-2.0" in files_of(hub)["README.md"]
+
+
+@pytest.mark.parametrize("status", ["400", "405", "413"])
+def test_an_answer_that_stays_the_same_is_not_said_to_pass(hub, encoder, status, monkeypatch):
+    monkeypatch.setattr("hf_specreg.encoders.connection.HUB", hub.url)
+    hub.faults = lambda method, path: status if "/preupload/" in path else None
+    with pytest.raises(HubError, match=f"answers {status} .*it will answer the same again"):
+        publish(encoder)
+    assert hub.count("POST", "/preupload/") == 1
+
+
+def test_a_mirror_that_gives_downloads_only_is_named(hub, encoder):
+    """One of olah answers 405 or 404 to what is no download."""
+    hub.faults = lambda method, path: "405" if "whoami" in path else None
+    with pytest.raises(HubError, match=f"HF_ENDPOINT is {hub.url}: a mirror gives downloads"):
+        publish(encoder)
 
 
 def test_private_does_not_go_into_a_public_repository(hub, encoder):

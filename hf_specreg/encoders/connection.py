@@ -1,0 +1,205 @@
+"""The way to the Hub: requests end, are tried again where they fail for a moment, and fail clearly.
+
+huggingface_hub's client waits without end for a silent server. Here a request ends after `SILENCE`
+seconds of silence, and a Hub that wants to be left alone for longer than `LONGEST_WAIT` is an
+error. Transfers go by HTTP, not by Xet, whose client knows none of these limits: it is off for the
+whole process while one of these calls runs.
+
+The client tries downloads of files again by itself, but not the questions that come before them:
+`retried` repeats a whole call, of which what was transferred is kept.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from typing import TypeVar
+
+import tenacity
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import _http
+
+logger = logging.getLogger(__name__)
+
+SILENCE = 60.0  # seconds
+LONGEST_WAIT = 300.0  # seconds that the Hub may ask to be left alone; its rate limits' window
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+HUB = "https://huggingface.co"
+T = TypeVar("T")
+
+
+class HubError(OSError):
+    """The Hub, or the way to it, did not do its part; the message says what to do."""
+
+
+def limit_silence() -> None:
+    """Let huggingface_hub's requests of this process end: see the head of this file.
+
+    Shorter time limits that a request has already are left alone.
+    """
+    make_client = _http._GLOBAL_CLIENT_FACTORY
+    if getattr(make_client, "limits_silence", False):
+        return
+
+    def limited():
+        client = make_client()
+        _limit_client(client)
+        return client
+
+    limited.limits_silence = True
+    _limit_client(get_session())  # set_client_factory would close it under other threads' feet
+    _http._GLOBAL_CLIENT_FACTORY = limited
+
+
+def _limit_client(client) -> None:
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks.get("request", ()), _limit],
+        "response": [*hooks.get("response", ()), _refuse_to_wait],
+    }
+
+
+def _limit(request) -> None:
+    # Some requests of huggingface_hub say "no limit" themselves, which a client's default is not.
+    limits = {"connect": None, "read": None, "write": None, "pool": None}
+    limits |= request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {k: min(v or SILENCE, SILENCE) for k, v in limits.items()}
+
+
+def _refuse_to_wait(response) -> None:
+    asked = [response.headers.get("Retry-After", "")]
+    asked += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    wait = max((float(text) for text in asked if text.isdigit()), default=0.0)
+    if response.status_code in (429, 503) and wait > LONGEST_WAIT:
+        raise HubError(f"the Hub asks to come back in {wait:g} s: try again then")
+
+
+def retried(request: Callable[[], T], patience: float) -> T:
+    """Return what a request gives, made again where the Hub or the way to it fails for a moment.
+
+    Args:
+        request: what may be done twice.
+        patience: seconds from the first try on in which another one begins.
+    """
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_passes),
+        wait=_pause,
+        stop=tenacity.stop_after_delay(patience),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
+    return attempts(request)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a request may succeed next time: no answer, none that can be read, or a busy Hub.
+
+    The network's errors by name: the client's HTTP library is another from version to version.
+    """
+    if isinstance(error, LocalEntryNotFoundError):  # what the client says beside an empty cache
+        return error.__cause__ is not None and _passes(error.__cause__)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRANSIENT
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"TransportError", "ConnectionError", "JSONDecodeError"})
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """How long to wait: what the Hub asks for, else 1, 2, 4, 8, 8 ... seconds."""
+    response = getattr(state.outcome.exception(), "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return float(asked) if asked.isdigit() else tenacity.wait_exponential(max=8)(state)
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn the many errors of the Hub's client into a few that say what to do."""
+    limit_silence()
+    again = "try again; what was transferred is kept"
+    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{doing}: it is not in the cache{_cause(error)}") from error
+    except (FileNotFoundError, HubError):
+        raise
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{doing}: no such revision: {first_line(error)}") from error
+    except GatedRepoError as error:
+        raise HubError(f"{doing}: ask for access on its page first: {first_line(error)}") from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{doing}: neither a local folder nor a repository on the Hub that your token may see "
+            f"(an expired one? `hf auth login`): {first_line(error)}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = again if status in TRANSIENT else _remedy(status)
+        raise HubError(
+            f"{doing}: the Hub answers {status} ({first_line(error)}): {remedy}"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(f"{doing}: HF_HUB_OFFLINE is set: {first_line(error)}") from error
+    except OSError as error:
+        raise HubError(f"{doing}: {first_line(error)}: {again}") from error
+    except (JSONDecodeError, KeyError) as error:
+        raise HubError(
+            f"{doing}: the Hub's answer cannot be read: {error!r}: {_mirror() or again}"
+        ) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            raise
+        raise HubError(
+            f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
+            f"({type(error).__name__}: {error}): {again}"
+        ) from error
+    finally:
+        constants.HF_HUB_DISABLE_XET = xet
+
+
+def _remedy(status: int) -> str:
+    """What to do about an answer that would be the same the next time."""
+    if status == 401:
+        return "log in with `hf auth login`, or renew the token"
+    if status == 403:
+        return "ask for access"
+    return _mirror() or "it will answer the same again: what it names must be changed first"
+
+
+def _mirror() -> str:
+    """What to know where another server than the Hub itself is asked."""
+    if constants.ENDPOINT == HUB:
+        return ""
+    return (
+        f"HF_ENDPOINT is {constants.ENDPOINT}: a mirror gives downloads, and can often neither "
+        "list a namespace nor be pushed to; unset HF_ENDPOINT for that"
+    )
+
+
+def _cause(error: LocalEntryNotFoundError) -> str:
+    """Why the Hub was not asked for what is not in the cache."""
+    cause = error.__cause__
+    if cause is None:
+        return ", and local_files_only or HF_HUB_OFFLINE keeps it from being downloaded"
+    return (
+        f", and the Hub cannot be asked ({type(cause).__name__}: {first_line(cause)}): try again "
+        "when it can be reached"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__
