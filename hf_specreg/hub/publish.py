@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.connection import HubError, retried, translated
+from hf_specreg.encoders.connection import HubError, first_line, retried, translated
 from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE, is_intact
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
@@ -119,7 +120,7 @@ def push(
         published = _remote_card(api, repo_id, head) if head else ""
     files = _files(_beside(encoder, published, notes), repo_id, eval_results)
     with translated(f"pushing to {repo_id}"):
-        _patiently(lambda: ModelCard(files[CARD_FILE].decode()).validate())
+        _patiently(lambda: _check_card(files[CARD_FILE]))
         parent = head or _create(api, repo_id, private)
         if not create_pr:
             _make_branch(api, repo_id, revision)
@@ -166,6 +167,16 @@ def _check(encoder: Encoder, repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no name of a repository: {error}") from error
+
+
+def _check_card(card: bytes) -> None:
+    """Let the Hub say whether it takes the card's front matter."""
+    try:
+        ModelCard(card.decode()).validate()
+    except ValueError as error:  # what the client makes of a 400
+        if isinstance(error, JSONDecodeError):
+            raise
+        raise PublishError(f"the Hub does not take the card: {first_line(error)}") from error
 
 
 def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
