@@ -2,17 +2,27 @@
 
 import difflib
 import re
+import sys
+import traceback
 from argparse import SUPPRESS, Action
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from hf_specreg.spectral.layers import UnsupportedLayerError
+
+PACKAGE = Path(__file__).parent
+REFUSED = (OSError, ValueError, ImportError, UnsupportedLayerError)  # exit code 2
 
 UNKNOWN = (
     r"unrecognized arguments: (?P<key>--\S+)",
     r"Group '(?P<group>.+)' does not accept option '(?P<key>.+)'",
     r"Option '(?P<key>.+)' is not accepted",
 )
+CHOICE = r"invalid choice: '(?P<value>.+)' \(choose from (?P<choices>.+)\)"
 VALUE = r'Parser key "(?P<key>.+?)":.*(?:Got|Given) value: (?P<value>.*)'
 
 QUOTES = str.maketrans("", "", "' ")
@@ -35,7 +45,7 @@ class ShortHelp(DefaultHelpFormatter):
 
     def _get_help_string(self, action: Action) -> str:
         stated = action.default in (None, SUPPRESS, (), {}) or "default" in action.help
-        return action.help if stated else f"{action.help} (default: %(default)s)"
+        return action.help or "" if stated else f"{action.help} (default: %(default)s)"
 
 
 class OneLineParser(ArgumentParser):
@@ -65,6 +75,10 @@ def in_one_line(message: str, keys: Sequence[str]) -> str:
         if found := re.search(pattern, message):
             group = f"{found['group']}." if "group" in found.groupdict() else ""
             return unknown_key(group + found["key"].removeprefix("--").split("=")[0], keys)
+    if found := re.search(CHOICE, message):
+        near = difflib.get_close_matches(found["value"], re.findall(r"[\w-]+", found["choices"]), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        return f"there is no {found['value']!r}: {meant}there are {found['choices']}"
     if found := re.search(VALUE, message, re.DOTALL):
         kinds = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)
         return f"{found['key']} ({found['value']}) must be {' or '.join(map(_plain, kinds))}"
@@ -93,6 +107,32 @@ def with_its_key(error: ValueError, settings: Mapping[str, Any]) -> str:
         if str(error).startswith(f"{name} ({value})"):
             return key.removesuffix(name) + str(error)
     return str(error)
+
+
+@contextmanager
+def errors_in_one_line(*failures: type[Exception]) -> Iterator[None]:
+    """Print an error of this package's without its traceback, and exit: with 2 if what was asked
+    for cannot begin.
+
+    Args:
+        failures: errors of what failed on its way; the exit code is 1.
+    """
+    try:
+        yield
+    except (*REFUSED, *failures) as error:
+        if not _says_all(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, failures) else 2) from error
+
+
+def _says_all(error: Exception) -> bool:
+    """Whether this package itself raised an error, which then says all that there is to know, or
+    the system with a file's name; one from deeper is a surprise, and keeps its traceback.
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    named = isinstance(error, OSError) and error.filename is not None
+    return named or Path(place).is_relative_to(PACKAGE)
 
 
 def _plain(kind: str) -> str:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_specreg import __version__
+from hf_specreg.arguments import OneLineParser, errors_in_one_line
 from hf_specreg.encoders.load import load_model
 from hf_specreg.hub import publish
 from hf_specreg.hub.card import write_card
@@ -17,7 +18,6 @@ from hf_specreg.hub.collection import collect, columns_of, sort_rows
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
-from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 
@@ -30,7 +30,8 @@ def spectrum(
     """Print the top singular value of every linear map up to the features.
 
     Args:
-        model: a local folder, a Hub id, or a timm architecture (then with random weights).
+        model: a local folder, a Hub id (org/name, or org/name@revision), or a timm architecture
+            (then with random weights).
         scope: "features", or "all" with the head.
         input_size: (C, H, W); default: the model's own.
         tolerance: of the relative residual; a value that does not reach it is marked.
@@ -80,7 +81,8 @@ def evaluate(
     `accelerate launch recipes/evaluate.py` with the same arguments.
 
     Args:
-        model: a local folder, a Hub id, or a timm architecture (then with random weights).
+        model: a local folder, a Hub id (org/name, or org/name@revision), or a timm architecture
+            (then with random weights).
         data: "digits", a local folder, or a Hub id.
         split: train, validation or test.
         revision: of the data on the Hub.
@@ -272,20 +274,19 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = ArgumentParser(prog="hf-specreg", description=__doc__)
-    commands = parser.add_subcommands()
+    parser = OneLineParser(prog="hf-specreg", description=__doc__, version=__version__)
+    commands = parser.add_subcommands(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
         summary = command.__doc__.split("\n\n")[0]
-        own = ArgumentParser(description=summary)
+        own = OneLineParser(description=summary)
         if command is compare:
             own.add_argument("reports", nargs="+", help="folders or robustness.json files")
             own.add_function_arguments(compare, skip={"reports"})
         else:
             own.add_function_arguments(command, as_positional=True)
         commands.add_subcommand(name, own, help=summary)
+        own.prog = f"{parser.prog} {name}"
     settings = parser.parse_args(arguments).as_dict()
     name = settings["subcommand"]
-    try:
+    with errors_in_one_line():
         COMMANDS[name](**settings[name])
-    except (OSError, ValueError, ImportError, UnsupportedLayerError) as error:
-        raise SystemExit(f"hf-specreg: {error}") from error

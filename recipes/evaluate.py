@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from jsonargparse import ArgumentParser
 
+from hf_specreg.arguments import OneLineParser, errors_in_one_line
 from hf_specreg.cli import evaluate, evaluate_into
 from hf_specreg.robustness.report import RobustnessReport
 
 
 def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
     """Evaluate as the command line says."""
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_function_arguments(evaluate)
     settings = parser.parse_args(arguments).as_dict()
@@ -28,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
     # The fast wait for the slow, for as long as it takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])
-    return evaluate_into(
-        **{**settings, "device": settings["device"] or str(state.device)},
-        shard=(state.process_index, state.num_processes),
-        barrier=state.wait_for_everyone,
-    )
+    with errors_in_one_line():
+        return evaluate_into(
+            **{**settings, "device": settings["device"] or str(state.device)},
+            shard=(state.process_index, state.num_processes),
+            barrier=state.wait_for_everyone,
+        )
 
 
 if __name__ == "__main__":

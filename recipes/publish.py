@@ -12,9 +12,8 @@ from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from hf_specreg.arguments import OneLineParser
+from hf_specreg.arguments import OneLineParser, errors_in_one_line
 from hf_specreg.cli import push
-from hf_specreg.training.command import errors_in_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

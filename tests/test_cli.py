@@ -1,10 +1,16 @@
 import json
+import re
 
 import pytest
 
+import hf_specreg
 from hf_specreg import SpecRegModel
-from hf_specreg.cli import main
+from hf_specreg.cli import COMMANDS, main
+from hf_specreg.encoders.checksum import weights_sha256
+from hf_specreg.encoders.load import load_model
+from hf_specreg.hub.publish import push
 from recipes import evaluate as recipe
+from tests.hub.conftest import hub  # noqa: F401  fixture
 
 ARGUMENTS = ["digits", "--samples", "12", "--attacks", "{tangent: {iterations: 2}}"]
 
@@ -48,13 +54,47 @@ def test_the_recipe_is_the_same_evaluation(folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "no_such", "digits"], "neither a folder"),
+        (["evaluate", "no_such", "digits"], "'no_such' is neither a folder"),
+        (["spectrum", "resnet18_cifr"], "did you mean resnet18_cifar"),
         (["evaluate", "FOLDER", "digits", "--attacks", "[fgsm]"], "no attack 'fgsm'"),
+        (["evaluate", "FOLDER", *ARGUMENTS, "--output", "FILE/x"], "Not a directory: .*FILE/x"),
         (["compare", "/no/such/report", "/nor/this"], "cannot be read as a report"),
+        (["push", "/no/such", "me/name"], "loading /no/such: neither a local folder"),
+        (["list", "runs/demoo"], "there is no folder runs/demoo"),
+        (["evalute", "a", "digits"], "there is no 'evalute': did you mean evaluate?"),
+        (["evaluate", "a", "digits", "--sampels", "3"], "'sampels': did you mean samples?"),
+        (["evaluate", "a", "digits", "--samples", "x"], r"samples \(x\) must be int or null"),
     ],
 )
-def test_failures_are_one_line(folders, arguments, message, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_that_names_it_and_the_exit_code_2(
+    folders, arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    arguments = [folders[0] if a == "FOLDER" else a for a in arguments]
-    with pytest.raises(SystemExit, match=f"hf-specreg: .*{message}"):
-        main(arguments)
+    (tmp_path / "FILE").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([folders[0] if a == "FOLDER" else a for a in arguments])
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert re.search(f"error: .*{message}", said[-1])
+    assert [line for line in said if "error" in line or "Traceback" in line] == said[-1:]
+
+
+def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
+    for argument in ("--help", "--version"):
+        with pytest.raises(SystemExit) as stopped:
+            main([argument])
+        assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"    {name} " in said for name in COMMANDS)
+    assert said.endswith(f"hf-specreg {hf_specreg.__version__}\n")
+
+
+def test_a_model_of_the_hub_is_loaded_at_the_revision_that_its_name_has(hub, folders):  # noqa: F811
+    push(folders[0], "me/name", license="mit")
+    push(folders[1], "me/name", license="mit")
+    first = hub.repos["me/name"].branches["main"][1].oid
+    latest = weights_sha256(load_model("me/name"))
+    assert weights_sha256(load_model(f"me/name@{first}")) != latest
+    assert latest == weights_sha256(load_model(folders[1]))
+    with pytest.raises(FileNotFoundError, match="no such revision"):
+        load_model("me/name@v9")

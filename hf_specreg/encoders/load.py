@@ -1,5 +1,6 @@
 """A model by its name: a folder, a Hub id, or a timm architecture."""
 
+import difflib
 from pathlib import Path
 
 import timm
@@ -8,11 +9,26 @@ from hf_specreg.encoders.model import SpecRegModel
 
 
 def load_model(name: str) -> SpecRegModel:
-    """Load a local folder, a Hub id ("org/name"), or a timm architecture with random weights."""
-    if not Path(name).is_dir() and "/" not in name:
-        if name not in timm.list_models():
-            raise FileNotFoundError(
-                f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
-            )
-        return SpecRegModel.from_timm(name)
-    return SpecRegModel.from_pretrained(name)
+    """Load a local folder, a Hub id ("org/name", or "org/name@revision" for a branch, tag or
+    commit), or a timm architecture with random weights.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    if Path(name).is_dir():
+        return SpecRegModel.from_pretrained(name)
+    if "/" in name:
+        where, _, revision = name.partition("@")
+        return SpecRegModel.from_pretrained(where, revision=revision or None)
+    if not timm.is_model(name):
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
+            + near_architectures(name)
+        )
+    return SpecRegModel.from_timm(name)
+
+
+def near_architectures(name: str) -> str:
+    """Return what to add to an error: the architectures of timm that may have been meant."""
+    near = difflib.get_close_matches(name, timm.list_models(), 3)
+    return f": did you mean {' or '.join(near)}?" if near else ""

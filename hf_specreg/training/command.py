@@ -1,22 +1,14 @@
 """The command line of a recipe: a configuration from YAML and arguments, and a run of it."""
 
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hf_specreg.arguments import OneLineParser, with_its_key
-from hf_specreg.spectral.layers import UnsupportedLayerError
+from hf_specreg.arguments import OneLineParser, errors_in_one_line, with_its_key
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError, TrainingResult
 from hf_specreg.training.recipe import finish
 
-PACKAGE = Path(__file__).parents[1]
-NO_RUN = (OSError, ValueError, ImportError, UnsupportedLayerError)  # exit code 2
-RUN_FAILED = (CheckpointError, DivergedError)  # exit code 1
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -59,25 +51,5 @@ def run_recipe(
         arguments: of the command line; default: those of this process.
     """
     config, resume = parse(arguments)
-    with errors_in_one_line():
+    with errors_in_one_line(CheckpointError, DivergedError):
         finish(train(config, resume=resume))
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Print an error of this package's without its traceback, and exit."""
-    try:
-        yield
-    except (*NO_RUN, *RUN_FAILED) as error:
-        if not raised_here(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RUN_FAILED) else 2) from error
-
-
-def raised_here(error: Exception) -> bool:
-    """Whether this package itself raised an error, which then says all that there is to know; one
-    from deeper is a surprise, and keeps its traceback.
-    """
-    place = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(place).is_relative_to(PACKAGE)

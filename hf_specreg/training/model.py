@@ -1,6 +1,5 @@
 """The model that a run trains, and its settings."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import timm
 import torch
 from transformers import AutoConfig
 
+from hf_specreg.encoders.load import near_architectures
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
@@ -64,9 +64,7 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
 def _check_is_of_timm(name: str) -> None:
     """Raise ValueError, with near names, for an architecture that timm does not have."""
     if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        meant = f": did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"model.name ({name!r}) is no model of timm{meant}")
+        raise ValueError(f"model.name ({name!r}) is no model of timm{near_architectures(name)}")
 
 
 def build_encoder(

@@ -109,8 +109,3 @@ def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, cap
     features = float(capsys.readouterr().out.rsplit(":", 1)[1])
     assert features == pytest.approx(result["sum_sigma2"], rel=1e-3)
     assert features < total
-
-
-def test_spectrum_of_what_is_no_model_says_what_it_may_be():
-    with pytest.raises(SystemExit, match="neither a folder, a Hub id"):
-        cli(["spectrum", "nonsense"])
