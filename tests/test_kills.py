@@ -1,9 +1,9 @@
 """SIGKILL at random moments: what is resumed ends as if nothing had happened.
 
-Thirty moments in all, drawn by a fixed seed over the second half of the time that the work takes
-uninterrupted (in the first it starts): of a training, of one on two processes, of an evaluation and
-of a push. The processes are forked from a server that has imported everything, so that they start
-at once.
+Ten moments in all, and thirty in the slow suite: of a training, of one on two processes, of an
+evaluation and of a push. A moment is drawn by a fixed seed as so much of the work's own progress
+(checkpoints, chunks, requests): 2.4 is 0.4 of the usual time for one after the second is there. The
+processes are forked from a server that has imported everything, so that they start at once.
 """
 
 import json
@@ -31,10 +31,11 @@ ROOT = Path(__file__).parents[1]
 REPO = "me/resnet"
 TRAINING = [
     *("--config", str(ROOT / "recipes/configs/digits.yaml")),
-    *("--epochs", "2", "--penalty.burn_in_epochs", "0", "--data.train_samples", "512"),
+    *("--epochs", "2", "--penalty.burn_in_epochs", "0", "--data.train_samples", "256"),
     *("--model.args", '{"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}'),
     *("--checkpoint.every_steps", "2", "--log_every", "2"),
 ]
+CHECKPOINTS = 4  # of a whole training
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def evaluate(folder):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 4)).eval()
-    images = torch.rand(60, 1, 8, 8)
+    images = torch.rand(30, 1, 8, 8)
     labels = net(images).argmax(1)
     attacks = {"tangent": {"iterations": 10}, "pgd-l2": {"steps": 20}}
     report = evaluate_robustness(
@@ -71,27 +72,55 @@ def publish(folder):
     push(folder, REPO, license="apache-2.0", token="hf_writer")
 
 
-def run(context, target, *calls, kill_after=None):
-    """Run a function in one process for each tuple of arguments; kill them all after so many
-    seconds. Returns how long it took."""
+def run(context, target, *calls, moment=None, progress=None, pace=None):
+    """Run a function in one process for each tuple of arguments; kill them all at a moment.
+
+    Args:
+        context: of multiprocessing.
+        target: what is run.
+        calls: its arguments, for each process.
+        moment: how much progress there is when they are killed; default: they are not.
+        progress: returns how much there is, in whole numbers.
+        pace: seconds for one more.
+
+    Returns:
+        How many seconds it took.
+    """
     started = time.monotonic()
     processes = [context.Process(target=target, args=arguments) for arguments in calls]
     for process in processes:
         process.start()
-    if kill_after is not None:
-        processes[0].join(kill_after)
+    if moment is not None:
+        while progress() < int(moment) and processes[0].is_alive():
+            time.sleep(0.001)
+        processes[0].join((moment - int(moment)) * pace)
         for process in processes:
             process.kill()
     for process in processes:
         process.join()
-    if kill_after is None:
+    if moment is None:
         assert [process.exitcode for process in processes] == [0] * len(processes)
     return time.monotonic() - started
 
 
-def moments(count, seconds, seed):
+def pace(seconds, work):
+    """How many seconds one piece of the work takes: half of the time goes by until it starts."""
+    return seconds / 2 / work
+
+
+def moments(count, work, seed):
+    """Moments from the first progress to the end of so much work."""
     draw = random.Random(seed)
-    return [draw.uniform(seconds / 2, seconds) for _ in range(count)]
+    return [draw.uniform(1, work) for _ in range(count)]
+
+
+def fast_and_slow(*cases):
+    """Cases of few kills, and of many in the slow suite."""
+    return [
+        pytest.param(*case[:-1], kills, marks=[pytest.mark.slow] * is_slow)
+        for case in cases
+        for is_slow, kills in enumerate(case[-1])
+    ]
 
 
 def ranks(folder, count):
@@ -107,17 +136,23 @@ def ranks(folder, count):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("processes", "kills"), [(1, 11), (2, 4)])
+@pytest.mark.parametrize(("processes", "kills"), fast_and_slow((1, (4, 11)), (2, (2, 4))))
 def test_training(context, tmp_path, processes, kills):
     """Weights, optimizer, penalty and metrics: the same to the last bit."""
     whole = tmp_path / "whole"
     seconds = run(context, train, *ranks(whole, processes))
     expected = load_file(whole / "model/model.safetensors")
-    vectors = "checkpoints/step_00000016/penalty.safetensors"
+    vectors = "checkpoints/step_00000008/penalty.safetensors"
     in_the_middle = 0
-    for number, moment in enumerate(moments(kills, seconds, seed=processes)):
+    for number, moment in enumerate(moments(kills, CHECKPOINTS, seed=processes)):
         folder = tmp_path / str(number)
-        run(context, train, *ranks(folder, processes), kill_after=moment)
+
+        def progress(checkpoints=folder / "checkpoints"):
+            found = all_checkpoints(checkpoints)
+            return int(found[-1].name.removeprefix("step_")) // 2 if found else 0
+
+        to_kill = {"moment": moment, "progress": progress, "pace": pace(seconds, CHECKPOINTS)}
+        run(context, train, *ranks(folder, processes), **to_kill)
         if not (folder / "model").exists():
             in_the_middle += bool(all_checkpoints(folder / "checkpoints"))
             run(context, train, *ranks(folder, processes))
@@ -137,21 +172,27 @@ def _logged(folder):
 
 
 @pytest.mark.timeout(600)
-def test_evaluation(context, tmp_path):
+@pytest.mark.parametrize("kills", fast_and_slow(((2, 9),)))
+def test_evaluation(context, tmp_path, kills):
     """The same report, and the same results of every image."""
     seconds = run(context, evaluate, (tmp_path / "whole",))
     expected = RobustnessReport.load(tmp_path / "whole/robustness.json")
     chunks, in_the_middle = len(list((tmp_path / "whole").glob("chunks/*.npz"))), 0
-    for number, moment in enumerate(moments(9, seconds, seed=3)):
+    for number, moment in enumerate(moments(kills, chunks, seed=3)):
         folder = tmp_path / str(number)
-        run(context, evaluate, (folder,), kill_after=moment)
-        in_the_middle += 0 < len(list(folder.glob("chunks/*.npz"))) < chunks
+
+        def progress(folder=folder):
+            return len(list(folder.glob("chunks/*.npz")))
+
+        to_kill = {"moment": moment, "progress": progress, "pace": pace(seconds, chunks)}
+        run(context, evaluate, (folder,), **to_kill)
+        in_the_middle += 0 < progress() < chunks
         run(context, evaluate, (folder,))
         found = RobustnessReport.load(folder / "robustness.json")
         assert _without_times(found.content) == _without_times(expected.content), moment
         for key, values in expected.images.items():
             assert np.array_equal(values, found.images[key]), (moment, key)
-    assert in_the_middle, f"no kill of 9 within {seconds:.1f} s hit the attacks"
+    assert in_the_middle, f"no kill of {kills} within {seconds:.1f} s hit the attacks"
 
 
 def _without_times(content):
@@ -162,19 +203,22 @@ def _without_times(content):
 
 
 @pytest.mark.timeout(600)
-def test_push(context, hub, encoder):  # noqa: F811
+@pytest.mark.parametrize("kills", fast_and_slow(((2, 6),)))
+def test_push(context, hub, encoder, kills):  # noqa: F811
     """Killed, it leaves the repository as it was or complete; pushed again, the same as at once."""
     seconds = run(context, publish, (encoder,))
+    requests = len(hub.requests)
     history = [commit.files for commit in hub.repos[REPO].branches["main"]]
     assert "model.safetensors" in history[-1]
     in_the_middle = 0
-    for moment in moments(6, seconds, seed=4):
+    for moment in moments(kills, requests, seed=4):
         hub.repos.clear()
         hub.requests.clear()
-        run(context, publish, (encoder,), kill_after=moment)
+        progress = {"progress": lambda: len(hub.requests), "pace": pace(seconds, requests)}
+        run(context, publish, (encoder,), moment=moment, **progress)
         files = hub.repos[REPO].branches["main"][-1].files if REPO in hub.repos else None
         in_the_middle += bool(hub.requests) and files != history[-1]
         assert files in (None, history[0], history[-1]), moment
         run(context, publish, (encoder,))
         assert hub.repos[REPO].branches["main"][-1].files == history[-1], moment
-    assert in_the_middle, f"no kill of 6 within {seconds:.1f} s hit the push"
+    assert in_the_middle, f"no kill of {kills} within {seconds:.1f} s hit the push"
