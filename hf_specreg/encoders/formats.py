@@ -159,24 +159,13 @@ def load_transformers(
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
-        AutoModel,
         AutoModelForImageClassification,
         PretrainedConfig,
     )
 
     if isinstance(name_or_config, PretrainedConfig):
-        config = name_or_config
-        config.architectures = config.architectures or []  # from_config iterates over them
-        config.update(_all_patches(config))
-        if num_classes == 0:
-            config.update(class_entries(0, None))
-            network = _headless_class(config).from_config(config)
-            if find_head(network):  # it has no place for none
-                network = AutoModel.from_config(config)
-            return network, None, {}
-        if num_classes:
-            config.update(class_entries(num_classes, label_names))
-        return AutoModelForImageClassification.from_config(config), label_names, {}
+        network = _create_transformers(name_or_config, num_classes, label_names)
+        return network, label_names if num_classes != 0 else None, {}
 
     where = {"revision": revision, "token": token, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(name_or_config, **where)
@@ -204,6 +193,25 @@ def load_transformers(
             "processing_class"
         ) from error
     return network, label_names, _processor_data(processor)
+
+
+def _create_transformers(
+    config: Any, num_classes: int | None, label_names: Sequence[str] | None
+) -> nn.Module:
+    """A network of a `PretrainedConfig` with random weights."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    config.architectures = config.architectures or []  # from_config iterates over them
+    config.update(_all_patches(config))
+    if num_classes == 0:
+        config.update(class_entries(0, None))
+        network = _headless_class(config).from_config(config)
+        if find_head(network):  # it has no place for none
+            network = AutoModel.from_config(config)
+        return network
+    if num_classes:
+        config.update(class_entries(num_classes, label_names))
+    return AutoModelForImageClassification.from_config(config)
 
 
 def save_transformers(

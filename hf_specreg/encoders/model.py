@@ -277,13 +277,7 @@ class SpecRegModel(nn.Module):
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        config = read_json(folder / "config.json")
-        check_config(config, name_or_folder)
-        metadata = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-        if (folder / PROCESSOR_FILE).is_file():
-            read_json(folder / PROCESSOR_FILE)
-        if (folder / "adapter_config.json").is_file():
-            raise FolderError(f"{folder} holds an adapter: merge it into the model and save that")
+        config, metadata = _read(folder, name_or_folder)
         weights = folder / WEIGHTS_FILE
         with builds(name_or_folder):
             if "architecture" in config:
@@ -329,9 +323,21 @@ class SpecRegModel(nn.Module):
             options: report, baseline, license, private, token, revision, create_pr,
                 commit_message, eval_results; as for `hf_specreg.hub.publish.push`.
         """
+        # A method because users of the Hub's libraries look for one; its work is that of hub/.
         from hf_specreg.hub.publish import push_model
 
         return push_model(self, repo_id, **options)
+
+
+def _read(folder: Path, name: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration of a saved model, checked, and what its specreg.json holds."""
+    config = read_json(folder / "config.json")
+    check_config(config, name)
+    if (folder / "adapter_config.json").is_file():
+        raise FolderError(f"{folder} holds an adapter: merge it into the model and save that")
+    if (folder / PROCESSOR_FILE).is_file():  # transformers reads it later, and checks less
+        read_json(folder / PROCESSOR_FILE)
+    return config, read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
