@@ -3,7 +3,7 @@
 huggingface_hub's client waits without end for a silent server. Here a request ends after `SILENCE`
 seconds of silence, and a Hub that wants to be left alone for longer than `LONGEST_WAIT` is an
 error. Transfers go by HTTP, not by Xet, whose client knows none of these limits: it is off for the
-whole process while one of these calls runs.
+whole process while any of these calls runs.
 
 The client tries downloads of files again by itself, but not the questions that come before them:
 `retried` repeats a whole call, of which what was transferred is kept.
@@ -11,6 +11,7 @@ The client tries downloads of files again by itself, but not the questions that 
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -123,14 +124,36 @@ def _pause(state: tenacity.RetryCallState) -> float:
     return float(asked) if asked.isdigit() else tenacity.wait_exponential(max=8)(state)
 
 
+class _WithoutXet:
+    """Xet is off from the first of several calls, of any thread, to the last one's end."""
+
+    def __init__(self):
+        self.lock, self.calls, self.before = threading.Lock(), 0, False
+
+    def __enter__(self):
+        with self.lock:
+            if not self.calls:
+                self.before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+            self.calls += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.calls -= 1
+            if not self.calls:
+                constants.HF_HUB_DISABLE_XET = self.before
+
+
+_WITHOUT_XET = _WithoutXet()
+
+
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn the many errors of the Hub's client into a few that say what to do."""
     limit_silence()
     again = "try again; what was transferred is kept"
-    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
-        yield
+        with _WITHOUT_XET:
+            yield
     except LocalEntryNotFoundError as error:
         raise HubError(f"{doing}: it is not in the cache{_cause(error)}") from error
     except (FileNotFoundError, HubError):
@@ -165,8 +188,6 @@ def translated(doing: str) -> Iterator[None]:
             f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
             f"({type(error).__name__}: {error}): {again}"
         ) from error
-    finally:
-        constants.HF_HUB_DISABLE_XET = xet
 
 
 def _remedy(status: int) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 
 from hf_specreg import SpecRegModel
 from hf_specreg.encoders import download
-from hf_specreg.encoders.connection import HubError
+from hf_specreg.encoders.connection import HubError, translated
 from hf_specreg.encoders.download import is_intact
 from hf_specreg.hub import publish
 from hf_specreg.hub.publish import PublishError, push
@@ -261,6 +261,17 @@ def test_what_was_uploaded_is_not_uploaded_again(hub, encoder):
     hub.requests.clear()
     push(encoder, REPO, license="mit")
     assert not kept & {path for method, path in hub.requests if method == "PUT"}
+
+
+def test_xet_is_off_until_the_last_of_several_calls_ends(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    first, second = translated("one thing"), translated("another")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_DISABLE_XET
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_DISABLE_XET
 
 
 def test_no_server_at_all(hub, bare):
