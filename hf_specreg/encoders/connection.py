@@ -96,7 +96,7 @@ def retried(request: Callable[[], T], patience: float) -> T:
         retry=tenacity.retry_if_exception(_passes),
         wait=_pause,
         stop=tenacity.stop_after_delay(patience),
-        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        before_sleep=_tell,  # tenacity's own would log the arguments, and so the token
         reraise=True,
     )
     return attempts(request)
@@ -122,6 +122,11 @@ def _pause(state: tenacity.RetryCallState) -> float:
     response = getattr(state.outcome.exception(), "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     return float(asked) if asked.isdigit() else tenacity.wait_exponential(max=8)(state)
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    error, seconds = first_line(state.outcome.exception()), state.next_action.sleep
+    logger.warning("the Hub: %s: trying again in %g s", error, seconds)
 
 
 class _WithoutXet:

@@ -184,6 +184,20 @@ def test_a_load_survives_one_of_what_passes(hub, bare, fault, fresh_cache, monke
         assert hub.count(*LOAD[kind]) == (1 if answered else 2), kind
 
 
+def test_what_is_logged_of_a_retry_names_the_fault_and_not_the_token(
+    hub, bare, fresh_cache, monkeypatch, caplog
+):
+    monkeypatch.setattr(download, "PATIENCE", 20.0)
+    push(bare, REPO, license="mit")
+    fresh_cache()
+    inject(hub, "503", LOAD["info"], 1)
+    SpecRegModel.from_pretrained(REPO, token="hf_writer")
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "503" in said
+    assert "trying again in 1 s" in said
+    assert "hf_writer" not in said
+
+
 def test_bytes_that_were_altered_on_the_way_are_never_weights(hub, bare, fresh_cache):
     push(bare, REPO, license="mit")
     fresh_cache()
