@@ -66,6 +66,15 @@ def test_rows_are_sorted_and_the_empty_ones_come_last():
         sort_rows(rows, "y")
 
 
+@pytest.mark.parametrize("fault", ["500", "503", "429", "drop", "truncate", "garbage"])
+def test_a_list_survives_one_of_what_passes(hub, fault):
+    make_model().push_to_hub("org/name", license="mit")
+    hub.requests.clear()
+    hub.faults = lambda method, path: None if hub.injected else fault
+    assert [row["encoder"] for row in collect("org")] == ["org/name"]
+    assert len(hub.requests) == 2
+
+
 def test_a_hub_that_does_not_answer_is_an_error(hub):
     hub.faults = lambda method, path: "403"
     with pytest.raises(HubError, match="listing org"):
