@@ -1,6 +1,6 @@
 """The hf-specreg command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,11 @@ from hf_specreg.hub import publish
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.collection import collect, columns_of, sort_rows
 from hf_specreg.hub.encoder import Encoder
-from hf_specreg.robustness.evaluate import evaluate_robustness
+from hf_specreg.robustness.attacks import DEFAULT_ATTACKS
+from hf_specreg.robustness.evaluate import Measures, evaluate_robustness
+from hf_specreg.robustness.images import ImageSet
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.work import Processes
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 
@@ -63,7 +66,7 @@ def evaluate(
     split: str = "test",
     revision: str | None = None,
     splits: dict[str, Any] | None = None,
-    attacks: list[str] | dict[str, dict[str, Any] | None] = ["tangent", "pgd-l2"],  # noqa: B006
+    attacks: list[str] | dict[str, dict[str, Any] | None] = list(DEFAULT_ATTACKS),  # noqa: B006
     eps: list[float] | dict[str, list[float]] | None = None,
     samples: int | None = None,
     seed: int = 0,
@@ -102,47 +105,36 @@ def evaluate(
         device: default: a GPU if there is one.
         output: the folder.
     """
-    evaluate_into(
-        output,
-        model=model,
-        data=data,
-        split=split,
-        revision=revision,
-        splits=splits,
-        attacks=attacks,
-        eps=eps,
-        samples=samples,
-        seed=seed,
-        corruptions=corruptions,
-        fold_norm=fold_norm,
-        check_inputs=check_inputs,
-        name=name,
-        batch_size=batch_size,
-        device=device,
-    )
+    evaluate_into(**locals())
 
 
 def evaluate_into(
     output: str | Path,
-    *,
     model: str,
     data: str,
+    *,
+    split: str = "test",
+    revision: str | None = None,
+    splits: Mapping[str, Any] | None = None,
+    corruptions: bool = False,
+    fold_norm: bool = False,
+    check_inputs: bool = True,
     device: str | None = None,
-    shard: tuple[int, int] = (0, 1),
-    barrier: Callable[[], None] = lambda: None,
+    processes: Processes = Processes(),  # noqa: B008  it is frozen
     **settings: Any,
 ) -> RobustnessReport:
     """Evaluate, as one of several processes or alone, and save; see `evaluate`."""
+    options = {**(splits or {}), **({"revision": revision} if revision else {})}
     report = evaluate_robustness(
         model,
-        data,
+        ImageSet(data, split, options),
+        measures=Measures(corruptions=corruptions, fold_norm=fold_norm, pixels=check_inputs),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output=output,
-        shard=shard,
-        barrier=barrier,
+        processes=processes,
         **settings,
     )
-    if shard[0] == 0:
+    if processes.rank == 0:
         report.save(Path(output) / "robustness.json")
         print(report.to_markdown())
         report.to_html(Path(output) / "report.html")

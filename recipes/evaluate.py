@@ -16,6 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from hf_specreg.arguments import OneLineParser, errors_in_one_line
 from hf_specreg.cli import evaluate, evaluate_into
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.work import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
@@ -28,11 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> RobustnessReport:
     # The fast wait for the slow, for as long as it takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     state = Accelerator(kwargs_handlers=[patience])
+    processes = Processes(state.process_index, state.num_processes, state.wait_for_everyone)
     with errors_in_one_line():
         return evaluate_into(
-            **{**settings, "device": settings["device"] or str(state.device)},
-            shard=(state.process_index, state.num_processes),
-            barrier=state.wait_for_everyone,
+            **{**settings, "device": settings["device"] or str(state.device)}, processes=processes
         )
 
 

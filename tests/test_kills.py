@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_specreg import evaluate_robustness
+from hf_specreg import FeatureSpace, evaluate_robustness
 from hf_specreg.hub.publish import push
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.training.checkpoints import all_checkpoints
@@ -60,8 +60,8 @@ def evaluate(folder):
     labels = net(images).argmax(1)
     attacks = {"tangent": {"iterations": 10}, "pgd-l2": {"steps": 20}}
     report = evaluate_robustness(
-        *(net, (images, labels)),
-        **{"attacks": attacks, "head": "3", "progress": False, "batch_size": 6, "output": folder},
+        *(FeatureSpace.of(net, head="3", input_size=images.shape[1:]), (images, labels)),
+        **{"attacks": attacks, "progress": False, "batch_size": 6, "output": folder},
     )
     report.save(folder / "robustness.json")
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from hf_specreg.spectral.resolution import SeenInput
+
 # The steepest slope of each activation.
 SLOPES: dict[type[nn.Module], float] = {
     nn.Identity: 1.0,
@@ -91,7 +93,7 @@ def lipschitz_bound(
         graph = fx.symbolic_trace(network).graph
     except Exception as error:  # tracing runs the model's own code
         raise NoBoundError(f"the network cannot be traced: {error}") from error
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules.values()):
+    if any(_is_hooked(module) for module in modules.values()):
         raise NoBoundError("the network has hooks, which may change what its layers do")
     factors = {"pixels": 1 / pixel_std.min().item()}
     scale, past_head = 1.0, False
@@ -128,6 +130,12 @@ def lipschitz_bound(
     if len(weight) == 1:  # one logit z stands for the two (0, z)
         weight = torch.cat([torch.zeros_like(weight), weight])
     return Bound(math.prod(factors.values()), factors, weight, exact)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, but for the penalty's, which only look."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(isinstance(hook, SeenInput) for hook in hooks)
 
 
 def _factor(name: str, module: nn.Module) -> float:

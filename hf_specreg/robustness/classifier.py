@@ -4,7 +4,7 @@ What goes wrong with other people's models is caught here: normalised or 8-bit p
 logit, NaN, a model left in training mode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from hf_specreg.encoders.modules import evaluating
 
 # Fewer rows take other kernels, whose last bits differ: a decision must not depend on the company.
 MIN_ROWS = 8
+ROUNDED = 1e-3  # of the largest logit: what kernels of a GPU may differ by from call to call
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -33,6 +34,7 @@ class Classifier(nn.Module):
 
     Attributes:
         queries: how many images it was asked for.
+        watch: is told of them after every forward pass, if it is given.
 
     Raises:
         ClassifierError: weights in half precision.
@@ -52,10 +54,11 @@ class Classifier(nn.Module):
                 "steps of an attack, and so makes a model look robust: give model.float()"
             )
         self.queries = 0
+        self.watch: Callable[[int], None] | None = None
+        self._filled_up = True
 
     def forward(self, images: Tensor) -> Tensor:
         """Return finite logits, differentiable in the images."""
-        self.queries += len(images)
         return _finite(self._raw(images))
 
     @torch.no_grad()
@@ -68,14 +71,27 @@ class Classifier(nn.Module):
         """Return finite logits [B, K], which images are classified as their labels [B], and which
         have logits that are not finite [B] (they count as wrong); on the CPU, from one forward.
         """
-        self.queries += len(images)
         raw = self._raw(images).cpu()
         logits, invalid = _finite(raw), ~raw.isfinite().all(1)
         return logits, (logits.argmax(1) == labels) & ~invalid, invalid
 
+    @contextmanager
+    def as_it_comes(self) -> Iterator[None]:
+        """Within, small batches are not filled up: for attacks whose results are judged again, of
+        which filling up can be most of the work.
+        """
+        self._filled_up = False
+        try:
+            yield
+        finally:
+            self._filled_up = True
+
     def _raw(self, images: Tensor) -> Tensor:
         count = len(images)
-        if count < MIN_ROWS:
+        self.queries += count
+        if self.watch is not None:
+            self.watch(self.queries)
+        if self._filled_up and count < MIN_ROWS:
             filler = images.new_zeros(MIN_ROWS - count, *images.shape[1:])
             images = torch.cat([images, filler])
         logits = self.model(images.to(self.device, self.dtype))
@@ -121,6 +137,24 @@ def count_classes(classifier: Classifier, images: Tensor) -> int:
         ) from error
 
 
+@torch.no_grad()
+def check_answers(classifier: Classifier, images: Tensor) -> None:
+    """See that the model gives the same logits twice.
+
+    Raises:
+        ClassifierError: it does not: attacks then stop at images that are only sometimes
+            misclassified, and the model looks robust.
+    """
+    first, second = classifier(images), classifier(images)
+    change = (first - second).abs().max().item()
+    if change > ROUNDED * max(first.abs().max().item(), 1):
+        raise ClassifierError(
+            f"the model gives other logits for the same images a second time (by {change:.2g}): "
+            "its answers are random, so no distance can be measured; switch its noise off, or fix "
+            "its random numbers"
+        )
+
+
 def check_pixels(
     classifier: Classifier, images: Tensor, labels: Tensor, *, batch_size: int = 64
 ) -> None:
@@ -159,7 +193,8 @@ def check_pixels(
             f"the model classifies {accuracy:.0%} of {len(images)} images in [0, 1] right, but "
             f"{found[best]:.0%} with {best}: attacks work on [0, 1] pixels, so put the "
             "normalisation inside the model (SpecRegModel has pixel_mean and pixel_std); if it is "
-            "right as it is, switch this check off with check_inputs=False"
+            "right as it is, switch this check off: measures=Measures(pixels=False), or on the "
+            "command line --check_inputs false"
         )
 
 

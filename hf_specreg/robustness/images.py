@@ -1,39 +1,86 @@
 """Any kind of data set, read as float images in [0, 1] with labels."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from hf_specreg.data.datasets import place
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
-from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.data.unseen import unseen_split
 from hf_specreg.robustness.chunks import EvaluationError
+from hf_specreg.robustness.subject import Subject
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """An image set by its name, or any other with what the report shall say of it.
+
+    Args:
+        source: as the `dataset` of `evaluate_robustness`.
+        split: train, validation or test, of a set given by name.
+        options: of a set given by name, the arguments of `load_splits`, such as revision,
+            validation_fraction or label_column. What is not given is as in the model's training, if
+            its specreg.json says that it was trained on this image set: with another cut, images
+            that it was trained on could be in its test split.
+        about: for the report: "id", "revision", "split".
+    """
+
+    source: Any
+    split: str = "test"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Images:
-    """A `datasets.Dataset`, a torch dataset or a pair of tensors; see `evaluate_robustness`."""
+    """The images of a set, and those of them that are evaluated.
 
-    def __init__(self, dataset: Any, model: nn.Module, input_size: tuple[int, int, int] | None):
-        if isinstance(dataset, datasets.Dataset):
-            missing = {"image", "label"} - set(dataset.column_names)
-            if missing:
-                raise EvaluationError(
-                    f"the data set has columns {dataset.column_names}, but not {sorted(missing)}: "
-                    "rename_columns gives them these names"
-                )
-            size = input_size or find_input_size(model)
-            options = getattr(model, "preprocessing", {})
-            transform = evaluation_transform(size, **options)
-            dataset = LabelledImages(dataset, input_size=size, evaluate=transform)
-        elif isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
-            dataset = TensorDataset(*dataset)
-        self.dataset = dataset
-        if len(dataset):
-            self.size = tuple(self.read(np.arange(1))[0].shape[1:])
+    Args:
+        dataset: as for `evaluate_robustness`.
+        subject: whose size and transform pictures are brought to, and whose training says which
+            images of a named set it has not seen.
+        samples: how many images are evaluated; default: all.
+        seed: that they are drawn by.
+
+    Attributes:
+        rows: those that are evaluated.
+        size: (C, H, W).
+        about: what the report says of them.
+        flags: what must be said of them.
+
+    Raises:
+        EvaluationError: there are no images, or they have other columns.
+        DataError: the image set cannot be loaded, or not split as its options say.
+    """
+
+    def __init__(
+        self, dataset: Any, subject: Subject, *, samples: int | None = None, seed: int = 0
+    ):
+        image_set = dataset if isinstance(dataset, ImageSet) else ImageSet(dataset)
+        dataset, about, self.flags = image_set.source, {}, []
+        if isinstance(dataset, str):
+            found = unseen_split(
+                dataset,
+                split=image_set.split,
+                options=image_set.options,
+                trained=subject.trained_on,
+            )
+            options, self.flags = dict(found.options), found.flags
+            about = {"id": place(dataset), "revision": options.pop("revision", None)}
+            about |= {"split": image_set.split, "splits": options}
+            dataset = found.rows
+        self.dataset = _readable(dataset, subject)
+        if not len(self):
+            raise EvaluationError("the data set has no images")
+        self.about = {**about, **image_set.about, "images": len(self)}
+        self.size = tuple(self.read(np.arange(1))[0].shape[1:])
+        self.rows = draw(len(self), samples, seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,3 +108,28 @@ class Images:
         if images.is_floating_point():
             images = images.float()
         return images.detach().cpu(), labels.cpu().long()
+
+
+def draw(count: int, samples: int | None, seed: int) -> np.ndarray:
+    """Return so many rows of `count`, in order, drawn by a seed; all of them by default."""
+    if samples is None or samples >= count:
+        return np.arange(count)
+    if samples < 1:
+        raise EvaluationError(f"samples ({samples}) must be at least 1")
+    return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+
+
+def _readable(dataset: Any, subject: Subject) -> Any:
+    if isinstance(dataset, datasets.Dataset):
+        missing = {"image", "label"} - set(dataset.column_names)
+        if missing:
+            raise EvaluationError(
+                f"the data set has columns {dataset.column_names}, but not {sorted(missing)}: "
+                "rename_columns gives them these names"
+            )
+        size = subject.input_size
+        transform = evaluation_transform(size, **subject.preprocessing)
+        return LabelledImages(dataset, input_size=size, evaluate=transform)
+    if isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
+        return TensorDataset(*dataset)
+    return dataset

@@ -2,7 +2,9 @@
 
 import hashlib
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,11 +39,23 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that are installed, and the state of this
+    one's code, which a version does not tell while it is worked on.
+    """
+    found = {"python": platform.python_version(), "hf-specreg source": _source()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def _source() -> str:
+    """The first digits of the hash of this package's modules: names and bytes."""
+    root, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]

@@ -1,14 +1,16 @@
 """Several saved classifiers, as before and after fine-tuning, attacked on the same images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from hf_specreg.robustness.evaluate import check_settings, evaluate_robustness
+from hf_specreg.robustness.images import ImageSet
 from hf_specreg.robustness.plots import need_matplotlib
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.work import Processes
 
 
 def check_evaluation(
@@ -32,7 +34,9 @@ def evaluate_side_by_side(
     *,
     samples: int,
     output: Path,
+    about: Mapping[str, Any] | None = None,
     shard: tuple[int, int] = (0, 1),
+    barrier: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> list[RobustnessReport]:
     """Attack the classifiers; leave a report of each, and a page that compares them.
@@ -43,7 +47,9 @@ def evaluate_side_by_side(
         rows: images and labels.
         samples: how many of them at most, drawn by the seed.
         output: folder for report.html.
-        shard: (rank, processes), as for `evaluate_robustness`.
+        about: what the reports say of the images: "id", "revision", "split".
+        shard: (rank, processes), which share the images out.
+        barrier: waits for the other processes.
         settings: of `evaluate_robustness`.
     """
     reports = []
@@ -51,11 +57,11 @@ def evaluate_side_by_side(
         workspace = folder.parent / f"{folder.name}_report"
         report = evaluate_robustness(
             str(folder),
-            rows,
+            ImageSet(rows, about=about or {}),
             name=name,
             samples=min(samples, len(rows)),
             output=workspace,
-            shard=shard,
+            processes=Processes(*shard, barrier),
             **settings,
         )
         reports.append(report)

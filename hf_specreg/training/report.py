@@ -41,7 +41,7 @@ def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
         "eps": config.report.eps,
         "samples": config.report.samples,
         "seed": config.seed,
-        "data": {"id": config.data.source, "revision": config.data.revision, "split": split},
+        "about": {"id": config.data.source, "revision": config.data.revision, "split": split},
         "device": accelerator.device,
         "shard": (accelerator.process_index, accelerator.num_processes),
         "barrier": accelerator.wait_for_everyone,

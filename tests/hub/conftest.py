@@ -8,6 +8,8 @@ from huggingface_hub.utils import close_session
 
 from hf_specreg import SpecRegModel, evaluate_robustness
 from hf_specreg.encoders import connection
+from hf_specreg.robustness.evaluate import Measures
+from hf_specreg.robustness.images import ImageSet
 from tests.hub.server import Hub
 
 
@@ -71,11 +73,12 @@ def report_on(model, name):
     attacks = {"tangent": {"iterations": 2}, "pgd-l2": {"steps": 5}}
     return evaluate_robustness(
         model,
-        (images, labels),
+        ImageSet(
+            (images, labels), about={"id": "org/pictures", "revision": "abc", "split": "test"}
+        ),
         attacks=attacks,
         eps=[0.1, 0.5],
         name=name,
-        data={"id": "org/pictures", "revision": "abc", "split": "test"},
-        masking_check=False,
+        measures=Measures(masking=False),
         progress=False,
     )

@@ -10,6 +10,7 @@ from PIL import Image
 from hf_specreg import RobustnessReport, SpecRegModel, evaluate_robustness
 from hf_specreg.cli import main
 from hf_specreg.hub.publish import push
+from hf_specreg.robustness.evaluate import Measures
 from recipes import publish, transfer
 from tests.hub.conftest import make_model
 
@@ -115,6 +116,6 @@ def same_images(model, report):
         (images, torch.from_numpy(report.images["label"])),
         attacks={"tangent": {"iterations": 2}, "pgd-l2": {"steps": 5}},
         eps=[0.1, 0.5],
-        masking_check=False,
+        measures=Measures(masking=False),
         progress=False,
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_specreg import evaluate_robustness
+from hf_specreg import FeatureSpace, evaluate_robustness
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,11 @@ def reports(trained):
     attacks = {"tangent": {"iterations": 5}, "pgd-l2": {"steps": 5}, "pgd-linf": {"steps": 5}}
     return [
         evaluate_robustness(
-            model, (images, labels), attacks=attacks, head="3", name=name, progress=False
+            FeatureSpace.of(model, head="3", input_size=(1, 8, 8)),
+            (images, labels),
+            attacks=attacks,
+            name=name,
+            progress=False,
         )
         for name, model in (("plain", net), ("weaker", worse))
     ]

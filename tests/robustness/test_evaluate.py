@@ -1,5 +1,7 @@
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -9,23 +11,36 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from hf_specreg import SpecRegModel, evaluate_robustness
+from hf_specreg import FeatureSpace, SpecRegModel, evaluate_robustness
 from hf_specreg.data.datasets import load_splits
+from hf_specreg.data.labels import DataError
 from hf_specreg.encoders.checksum import weights_sha256
+from hf_specreg.robustness import provenance
 from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.classifier import Classifier, ClassifierError
+from hf_specreg.robustness.evaluate import Measures
+from hf_specreg.robustness.images import ImageSet
+from hf_specreg.robustness.work import Processes
+from tests.unchanged import unchanged
 
 QUICK = {"tangent": {"iterations": 4}}
 
 
-def evaluate(net, images, labels, **arguments):
-    arguments = {"attacks": QUICK, "head": "3", "progress": False, **arguments}
+UNCHECKED = Measures(pixels=False)
+
+
+def evaluate(net, images, labels, head="3", **arguments):
+    """Attack a network whose head has this name, if it is there."""
+    if all(name in dict(net.named_modules()) for name in ([head] if head else [])):
+        net = FeatureSpace.of(net, head=head, input_size=images.shape[1:])
+    arguments = {"attacks": QUICK, "progress": False, **arguments}
     return evaluate_robustness(net, (images, labels), **arguments)
 
 
 def without_times(content):
     text = json.loads(json.dumps(content))
     text.pop("wall_seconds")
+    text.pop("stage_seconds")
     for attack in text["attacks"].values():
         attack.pop("wall_seconds")
     return text
@@ -56,11 +71,10 @@ def test_the_numbers_are_those_of_the_per_image_results(trained):
 
 def test_the_model_is_left_as_it_was(trained):
     net, images, labels = trained
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    evaluate(net, images[:20], labels[:20], attacks={"pgd-l2": {"steps": 3}})
+    with unchanged(net, images[:20]):
+        evaluate(net, images[:20], labels[:20], attacks={"pgd-l2": {"steps": 3}})
     assert net.training
-    assert all(p.requires_grad and p.grad is None for p in net.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_report(trained, tmp_path):
@@ -80,17 +94,86 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_report(trained, tmp_path)
 
 
 def test_two_processes_share_the_images_out(trained, tmp_path):
+    net, images, labels = trained
     arguments = {"batch_size": 16, "output": tmp_path}
-    done = []
     with pytest.raises(EvaluationError, match="cannot be read"):  # the other one has not worked
-        evaluate(*trained, shard=(0, 2), **arguments)
+        evaluate(net, images, labels, processes=Processes(0, 2), **arguments)
     first = {p.name for p in (tmp_path / "chunks").glob("*.npz")}
-    second = evaluate(*trained, shard=(1, 2), barrier=lambda: done.append(1), **arguments)
-    both = {p.name for p in (tmp_path / "chunks").glob("*.npz")}
-    assert len(first) == 2 * 4  # of 7 chunks, in two stages
-    assert len(both) == 2 * 7
-    assert done
-    assert without_times(second.content) == without_times(evaluate(*trained, batch_size=16).content)
+    assert len(first) == 4  # of 7 chunks
+    barrier = threading.Barrier(2, timeout=60)
+
+    def work(rank):
+        processes = Processes(rank, 2, barrier.wait)
+        return evaluate(copy.deepcopy(net), images, labels, processes=processes, **arguments)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, range(2)))
+    assert len(list((tmp_path / "chunks").glob("*.npz"))) == 2 * 7
+    expected = without_times(evaluate(*trained, batch_size=16).content)
+    assert [without_times(report.content) for report in found] == [expected] * 2
+
+
+def test_a_rank_beyond_the_processes_is_an_error():
+    with pytest.raises(EvaluationError, match=r"rank \(2\) must be"):
+        Processes(2, 2)
+
+
+def test_chunks_of_an_attack_that_goes_image_by_image_are_small(trained, tmp_path):
+    """So that little is lost when it is stopped, whatever the batch of the others is."""
+    evaluate(*trained, attacks={**QUICK, "pgd-l2": {"steps": 3}}, output=tmp_path, batch_size=50)
+    names = [p.name.partition("-0")[0] for p in (tmp_path / "chunks").glob("*.npz")]
+    assert {n: names.count(n) for n in ("clean", "tangent", "pgd-l2")} == {
+        "clean": 2,
+        "tangent": 7,
+        "pgd-l2": 2,
+    }
+
+
+class Noisy(nn.Module):
+    """Answers of which some change from call to call, as with noise on the input."""
+
+    def __init__(self, net, noise):
+        super().__init__()
+        self.net, self.noise = net, noise
+
+    def forward(self, x):
+        return self.net(x + self.noise * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.01])
+def test_random_answers_are_refused(trained, noise):
+    net, images, labels = trained
+    with pytest.raises(ClassifierError, match="other logits for the same images a second time"):
+        evaluate(Noisy(net, noise), images, labels)
+
+
+def test_what_is_correct_is_judged_once(trained, monkeypatch):
+    """Else an image at the boundary is correct in one stage and at distance 0 in another."""
+    judged, judge = [], Classifier.judge
+
+    def watched(self, images, labels):
+        judged.append(len(images))
+        return judge(self, images, labels)
+
+    monkeypatch.setattr(Classifier, "judge", watched)
+    evaluate(*trained, attacks={**QUICK, "pgd-l2": {"steps": 3}})
+    assert sum(judged) == len(trained[1])
+
+
+def test_chunks_of_another_state_of_the_code_are_not_mixed_in(trained, tmp_path, monkeypatch):
+    net, images, labels = trained
+    first = evaluate(net, images[:10], labels[:10], output=tmp_path)
+    assert len(first.content["versions"]["hf-specreg source"]) == 12
+    monkeypatch.setattr(provenance, "_source", lambda: "0" * 12)
+    with pytest.raises(EvaluationError, match="with other versions"):
+        evaluate(net, images[:10], labels[:10], output=tmp_path)
+
+
+def test_the_time_of_every_stage_is_stated(trained):
+    report = evaluate(*trained, samples=20, attacks={**QUICK, "pgd-l2": {"steps": 3}})
+    seconds = report.content["stage_seconds"]
+    assert list(seconds) == ["clean", "tangent", "pgd-l2", "masking"]
+    assert sum(seconds.values()) == report.content["wall_seconds"]
 
 
 def test_another_evaluations_folder_is_refused(trained, tmp_path):
@@ -153,9 +236,9 @@ def levels():
 def test_a_model_that_expects_other_pixels_is_caught(levels, undo, name):
     with pytest.raises(ClassifierError, match=f"{name}.*put the normalisation inside"):
         evaluate(Brightness(undo), *levels)
-    report = evaluate(Brightness(undo), *levels, samples=20, check_inputs=False)
+    report = evaluate(Brightness(undo), *levels, samples=20, measures=UNCHECKED)
     assert report.content["layers"] == []
-    assert "head '3' is no module" in report.content["lower_bound"]["unavailable"]
+    assert "cannot find the head" in report.content["lower_bound"]["unavailable"]
 
 
 def test_a_model_that_takes_unit_pixels_passes_the_check(levels):
@@ -194,7 +277,7 @@ def test_a_layer_that_cannot_be_analysed_does_not_cost_the_report(trained):
     net, images, labels = trained
     broken = copy.deepcopy(net)
     broken[1].weight.data[0, 0] = torch.nan
-    report = evaluate(broken, images[:10], labels[:10], check_inputs=False)
+    report = evaluate(broken, images[:10], labels[:10], measures=UNCHECKED)
     assert report.content["layers"][0]["sigma"] is None
     assert "did not converge" in report.content["lower_bound"]["unavailable"]
     assert report.content["clean"]["invalid"] == 10
@@ -211,7 +294,7 @@ def test_a_network_with_a_module_called_head_is_no_surprise(trained):
         def forward(self, x):
             return self.head(self.flat(x))
 
-    arguments = {"attacks": QUICK, "progress": False, "check_inputs": False}
+    arguments = {"attacks": QUICK, "progress": False, "measures": UNCHECKED}
     report = evaluate_robustness(Headed(), (images, labels), **arguments)
     assert "pass head=" in report.content["lower_bound"]["unavailable"]
 
@@ -279,7 +362,7 @@ def test_nan_is_counted_as_wrong_and_does_not_spread(trained):
 def test_a_model_that_is_always_wrong_is_reported_not_attacked(trained):
     net, images, _ = trained
     wrong = (net(images).argmax(1) + 1) % 4
-    report = evaluate(net, images, wrong, attacks={**QUICK, "pgd-l2": {}}, check_inputs=False)
+    report = evaluate(net, images, wrong, attacks={**QUICK, "pgd-l2": {}}, measures=UNCHECKED)
     assert report.content["clean"]["accuracy"]["value"] == 0
     assert report.content["attacks"]["tangent"]["distance"]["mean"]["value"] is None
     assert report.content["flags"] == ["no image is classified correctly: nothing was attacked"]
@@ -311,7 +394,7 @@ def test_masked_gradients_are_flagged_and_honest_ones_are_not(trained):
 
 
 def test_accuracy_under_corruptions_is_reported(trained):
-    report = evaluate(*trained, samples=40, corruptions=True)
+    report = evaluate(*trained, samples=40, measures=Measures(corruptions=True))
     found = report.content["corruptions"]
     assert len(found["by_kind"]) == 6
     values = [p["value"] for points in found["by_kind"].values() for p in points]
@@ -325,7 +408,10 @@ def test_an_image_set_with_pictures_is_read_by_the_models_preprocessing():
     rows = {"image": pictures, "label": [0, 1] * 6}
     arguments = {"attacks": {"tangent": {"iterations": 1}}, "progress": False}
     report = evaluate_robustness(
-        model, datasets.Dataset.from_dict(rows), check_inputs=False, fold_norm=True, **arguments
+        model,
+        datasets.Dataset.from_dict(rows),
+        measures=Measures(pixels=False, fold_norm=True),
+        **arguments,
     )
     assert report.content["model"]["input_size"] == [3, 16, 16]
     assert report.content["n"] == 12
@@ -344,9 +430,9 @@ def test_models_and_data_are_found_by_name():
         evaluate_robustness("resnet20_cifar", four_channels, **arguments)
     with pytest.raises(FileNotFoundError, match="neither a folder, a Hub id"):
         evaluate_robustness("no_such_network", "digits", **arguments)
-    with pytest.raises(EvaluationError, match="must be train, validation or test"):
-        evaluate_robustness("resnet20_cifar", "digits", split="dev", **arguments)
-    report = evaluate_robustness("resnet20_cifar", "digits", check_inputs=False, **arguments)
+    with pytest.raises(DataError, match="must be train, validation or test"):
+        evaluate_robustness("resnet20_cifar", ImageSet("digits", "dev"), **arguments)
+    report = evaluate_robustness("resnet20_cifar", "digits", measures=UNCHECKED, **arguments)
     assert report.content["data"]["id"] == "digits"
     assert report.content["data"]["split"] == "test"
     assert report.content["model"]["id"] == "resnet20_cifar"
@@ -391,14 +477,14 @@ def test_a_cut_that_may_not_be_the_models_own_is_said():
     arguments = {"attacks": QUICK, "samples": 5, "progress": False}
     report = evaluate_robustness(model, "digits", **arguments)
     assert any("cut from the training split of digits" in f for f in report.content["flags"])
-    report = evaluate_robustness(model, "digits", splits={"seed": 3}, **arguments)
+    report = evaluate_robustness(model, ImageSet("digits", options={"seed": 3}), **arguments)
     assert any("cut from the training split of digits" in f for f in report.content["flags"])
     chosen = {"validation_fraction": 0.2, "seed": 3}
-    report = evaluate_robustness(model, "digits", splits=chosen, **arguments)
+    report = evaluate_robustness(model, ImageSet("digits", options=chosen), **arguments)
     assert report.content["data"]["splits"] == chosen
     assert not any("cut from" in f for f in report.content["flags"])
-    with pytest.raises(EvaluationError, match=r"splits .*fraction.* must be arguments of load_spl"):
-        evaluate_robustness(model, "digits", splits={"fraction": 0.2}, **arguments)
+    with pytest.raises(DataError, match=r"splits .*fraction.* must be arguments of load_spl"):
+        evaluate_robustness(model, ImageSet("digits", options={"fraction": 0.2}), **arguments)
 
 
 def test_what_is_given_of_the_split_adds_to_what_the_training_says():
@@ -406,14 +492,16 @@ def test_what_is_given_of_the_split_adds_to_what_the_training_says():
     settings = {"source": "digits", "validation_fraction": 0.3, "split_seed": 1}
     model.metadata = {"config": {"data": settings}}
     arguments = {"attacks": QUICK, "samples": 5, "progress": False}
-    report = evaluate_robustness(model, "digits", splits={"label_column": "label"}, **arguments)
+    report = evaluate_robustness(
+        model, ImageSet("digits", options={"label_column": "label"}), **arguments
+    )
     expected = {"label_column": "label", "validation_fraction": 0.3, "seed": 1}
     assert report.content["data"]["splits"] == expected
     assert not any("cut from" in f for f in report.content["flags"])
-    report = evaluate_robustness(model, "digits", splits={"seed": 2}, **arguments)
+    report = evaluate_robustness(model, ImageSet("digits", options={"seed": 2}), **arguments)
     assert any("cut from" in f for f in report.content["flags"])
     model.metadata["config"]["data"]["streaming"] = True
-    with pytest.raises(EvaluationError, match="trained on a stream of digits, which has no test"):
+    with pytest.raises(DataError, match="trained on a stream of digits, which has no test"):
         evaluate_robustness(model, "digits", **arguments)
 
 
@@ -431,7 +519,7 @@ def test_every_image_is_checked_whatever_the_model_takes(trained, spoil, message
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
     spoil(images, labels)
     with pytest.raises(ClassifierError, match=message):
-        evaluate(net, images, labels, check_inputs=False)
+        evaluate(net, images, labels, measures=UNCHECKED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -445,7 +533,7 @@ def test_half_precision_is_refused_of_a_module_and_lifted_of_a_folder(trained, d
     model.to(dtype).save_pretrained(tmp_path)
     half = SpecRegModel.from_pretrained(tmp_path)
     assert next(half.network.parameters()).dtype == dtype
-    options = {"attacks": QUICK, "progress": False, "check_inputs": False}
+    options = {"attacks": QUICK, "progress": False, "measures": UNCHECKED}
     report = evaluate_robustness(str(tmp_path), (images[:10], labels[:10]), **options)
     assert any("attacked in float32" in flag for flag in report.content["flags"])
     assert report.content["model"]["weights_sha256"] == weights_sha256(half)
@@ -461,7 +549,7 @@ def test_the_bound_is_a_certificate_only_of_exact_singular_values(trained):
     convolves = nn.Sequential(
         nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
     )
-    found = evaluate(convolves, images[:40], labels[:40], check_inputs=False)
+    found = evaluate(convolves, images[:40], labels[:40], measures=UNCHECKED)
     assert found.content["lower_bound"]["exact"] is False
 
 
@@ -472,11 +560,11 @@ def test_there_is_no_bound_of_a_network_inside_unknown_arithmetic(trained):
         def __init__(self):
             super().__init__()
             self.network = net
-            self.register_buffer("pixel_mean", torch.zeros(1))
 
         def forward(self, x):
             return self.network(255 * x)
 
-    found = evaluate(Wrapper(), images[:10], labels[:10], check_inputs=False)
-    assert "what Wrapper does around" in found.content["lower_bound"]["unavailable"]
+    arguments = {"head": "network.3", "measures": UNCHECKED}
+    found = evaluate(Wrapper(), images[:10], labels[:10], **arguments)
+    assert "mul is not known" in found.content["lower_bound"]["unavailable"]
     assert found.content["layers"]

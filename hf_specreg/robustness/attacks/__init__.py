@@ -27,6 +27,7 @@ ATTACKS: Mapping[str, Attack] = {
     "autoattack-l2": AutoAttack(norm="l2"),
     "autoattack-linf": AutoAttack(norm="linf"),
 }
+DEFAULT_ATTACKS = ("tangent", "pgd-l2")  # what is asked for where nothing is said
 
 
 def make_attacks(names: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Attack]:

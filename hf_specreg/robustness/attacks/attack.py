@@ -24,12 +24,14 @@ class Attack(Protocol):
         norm: of its distances.
         black_box: it asks for predicted classes only.
         minimum_distance: it looks for the nearest adversarial image; else for one within eps.
+        image_by_image: what it finds for an image does not depend on the others of its batch.
         package: what it needs beside this one; None: nothing.
     """
 
     norm: Norm
     black_box: bool
     minimum_distance: bool
+    image_by_image: bool
     package: str | None
 
     def run(
@@ -71,7 +73,7 @@ def over_grid(
         if not standing.any():
             break
         before = classifier.queries
-        with seeded(seeds, classifier):
+        with seeded(seeds, classifier), classifier.as_it_comes():
             found = at(images[standing], labels[standing], e)
         queries[standing] += (classifier.queries - before) // int(standing.sum())
         result = checked(

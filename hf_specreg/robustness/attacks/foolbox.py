@@ -25,6 +25,7 @@ class DeepFool:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = True
+    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     steps: int = 50
@@ -45,6 +46,7 @@ class CarliniWagner:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = True
+    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     binary_search_steps: int = 9
@@ -76,6 +78,7 @@ class PGD:
 
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = False
+    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     norm: Norm = "l2"
@@ -116,7 +119,7 @@ def _run_minimization(
     images, labels = images.to(classifier.device), labels.to(classifier.device)
     before = classifier.queries
     model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
-    with seeded(seeds, classifier):
+    with seeded(seeds, classifier), classifier.as_it_comes():
         found = attack.run(model, images, foolbox.criteria.Misclassification(labels))
     # Where Carlini and Wagner's finds nothing, foolbox gives a black image back.
     failed = (found == 0).flatten(1).all(1) | (classifier.predict(found.nan_to_num()) == labels)

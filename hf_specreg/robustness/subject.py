@@ -1,0 +1,141 @@
+"""The model that is attacked, and what is checked of it before."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_specreg.encoders.checksum import weights_sha256
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.load import load_model
+from hf_specreg.encoders.modules import unwrap
+from hf_specreg.robustness.classifier import (
+    Classifier,
+    check_answers,
+    check_images,
+    check_pixels,
+    count_classes,
+    frozen,
+)
+
+
+@dataclass
+class Subject:
+    """A model under attack.
+
+    Attributes:
+        model: from images in [0, 1] to logits.
+        space: its feature space, where it was given.
+        classifier: the model as attacks query it.
+        name: for the report.
+        weights: hash of its weights, as it was given.
+        flags: what must be said of it.
+    """
+
+    model: nn.Module
+    space: FeatureSpace | None
+    classifier: Classifier
+    name: str
+    weights: str
+    flags: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | FeatureSpace | str,
+        *,
+        name: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Subject":
+        """Load a model that is named, lift it to float32, and put it on a device.
+
+        Args:
+            model: as for `evaluate_robustness`.
+            name: for the report; default: the model's own, or its class's.
+            device: default: where the model is.
+
+        Raises:
+            ClassifierError: a module's weights are in half precision.
+        """
+        space, flags = None, []
+        if isinstance(model, FeatureSpace):
+            space, model = model, model.model
+        if from_name := isinstance(model, str):
+            if "/" not in model and not Path(model).is_dir():
+                flags.append(f"the weights are random: {model} is the name of an architecture")
+            name, model = name or model, load_model(model)
+        weights = weights_sha256(model)
+        half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+        if from_name and half:
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+            flags.append(f"the weights are {names}: attacked in float32")
+            model = model.float()
+        if device is not None:
+            model = model.to(device)
+        classifier = Classifier(model, device=device)
+        name = name or type(unwrap(model)).__name__
+        return cls(model, space, classifier, name, weights, flags)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) that pictures are brought to."""
+        return self.space.input_size if self.space else find_input_size(self.model)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """Of the transform that brings pictures to this size."""
+        return getattr(self.model, "preprocessing", {})
+
+    @property
+    def trained_on(self) -> Mapping[str, Any]:
+        """How a saved model's training loaded its images; empty where it is not known."""
+        found = getattr(self.model, "metadata", None)
+        for key in ("config", "data"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within, it is in evaluation mode and its parameters need no gradients."""
+        with frozen(self.classifier):
+            yield
+
+    def check(self, images: Tensor, labels: Tensor, *, batch_size: int, pixels: bool) -> int:
+        """See on some images that model and data belong together; return the number of classes.
+
+        Args:
+            images: [N, C, H, W].
+            labels: [N].
+            batch_size: images classified at once.
+            pixels: also see whether it classifies other pixels better.
+
+        Raises:
+            ClassifierError: they do not, or the model gives other answers the second time.
+        """
+        classes = count_classes(self.classifier, images)
+        check_images(images, labels, classes=classes)
+        check_answers(self.classifier, images[:batch_size])
+        if pixels:
+            check_pixels(self.classifier, images, labels, batch_size=batch_size)
+        return classes
+
+    def describe(self, size: tuple[int, int, int], classes: int) -> dict[str, Any]:
+        """Return what the report says of it.
+
+        Args:
+            size: of the images.
+            classes: how many.
+        """
+        return {
+            "id": self.name,
+            "architecture": type(unwrap(self.model)).__name__,
+            "weights_sha256": self.weights,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "input_size": list(size),
+            "classes": classes,
+        }
