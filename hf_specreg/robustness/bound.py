@@ -95,7 +95,22 @@ def lipschitz_bound(
         raise NoBoundError(f"the network cannot be traced: {error}") from error
     if any(_is_hooked(module) for module in modules.values()):
         raise NoBoundError("the network has hooks, which may change what its layers do")
-    factors = {"pixels": 1 / pixel_std.min().item()}
+    factors, scale = _chain(graph, modules, head[0], sigmas)
+    factors = {"pixels": 1 / pixel_std.min().item(), **factors}
+    factors = {name: f for name, f in factors.items() if f != 1}
+    weight = scale * modules[head[0]].weight.detach().cpu()
+    if len(weight) == 1:  # one logit z stands for the two (0, z)
+        weight = torch.cat([torch.zeros_like(weight), weight])
+    return Bound(math.prod(factors.values()), factors, weight, exact)
+
+
+def _chain(
+    graph: fx.Graph, modules: dict[str, nn.Module], head: str, sigmas: dict[str, float]
+) -> tuple[dict[str, float], float]:
+    """The Lipschitz constant of every layer before the head, and what its logits are multiplied
+    by.
+    """
+    factors: dict[str, float] = {}
     scale, past_head = 1.0, False
     for node in graph.nodes:
         if node.op == "placeholder" and list(graph.find_nodes(op="placeholder")).index(node):
@@ -105,12 +120,12 @@ def lipschitz_bound(
             raise NoBoundError(f"{node.name} joins or forks: the network is no chain")
         if node.op == "call_module":
             module = modules[node.target]
-            past_head |= node.target == head[0]
+            past_head |= node.target == head
             if past_head:
-                if node.target != head[0] and not isinstance(module, _KEEPS_LOGITS):
+                if node.target != head and not isinstance(module, _KEEPS_LOGITS):
                     raise NoBoundError(f"{node.target} comes after the head")
             elif node.target in sigmas:
-                if node.target in factors:  # its sigma was measured at the first use's size
+                if node.target in factors:  # its sigma is of one of its uses
                     raise NoBoundError(f"{node.target} is used more than once")
                 factors[node.target] = sigmas[node.target]
             else:
@@ -125,11 +140,7 @@ def lipschitz_bound(
             name = node.target if isinstance(node.target, str) else node.target.__name__
             if name not in _RESHAPES:
                 raise NoBoundError(f"{node.name} is not known")
-    factors = {name: f for name, f in factors.items() if f != 1}
-    weight = scale * modules[head[0]].weight.detach().cpu()
-    if len(weight) == 1:  # one logit z stands for the two (0, z)
-        weight = torch.cat([torch.zeros_like(weight), weight])
-    return Bound(math.prod(factors.values()), factors, weight, exact)
+    return factors, scale
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def strength(settings: Mapping[str, Any]) -> str:
     """Return those of an attack's settings that say how hard it tried, "steps 50, restarts 1"."""
     known = {key: settings[key] for key in STRENGTH if settings.get(key) is not None}
     shown = (
-        f"{key.replace('_', ' ')} {'+'.join(value) if isinstance(value, list) else value}"
+        f"{key.replace('_', ' ')} {'+'.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in known.items()
     )
     return ", ".join(shown) or "standard"

@@ -3,7 +3,8 @@ other places, scaled by a gain, or as another tensor altogether.
 
 Seen by the functions that are called, whatever modules they are in. A function that is not known
 here makes another tensor of what it is given, and so does one of two tensors that both depend on
-the image. Code that torch's functions do not show (TorchScript) makes tensors of unknown origin.
+the image. Code that torch's functions do not show (TorchScript, functions with a backward of their
+own) makes tensors of unknown origin, and then nothing is known of what it used.
 """
 
 import inspect
@@ -118,12 +119,14 @@ class Dataflow(TorchFunctionMode):
 
     Attributes:
         calls: of each layer, in order.
+        is_whole: whether there was no tensor of unknown origin.
     """
 
     def __init__(self, network: nn.Module, layers: Mapping[str, nn.Module]):
         super().__init__()
         self.layers = layers
         self.calls: dict[str, list[Call]] = {name: [] for name in layers}
+        self.is_whole = True
         self._within = 0
         # By id, with the tensor, so that its id stays its own, and with its version.
         self._known: dict[int, tuple[Tensor, int, Flow | Constant]] = {}
@@ -141,6 +144,11 @@ class Dataflow(TorchFunctionMode):
             fed: list[tuple[Flow | None, ...]] = []
             yield module.register_forward_pre_hook(self._enter(fed), with_kwargs=True)
             yield module.register_forward_hook(self._leave(name, fed), prepend=True)
+
+    def start(self, inputs: Any) -> None:
+        """Take the network's inputs as what depends on the image."""
+        for tensor in _tensors(inputs):
+            self._other(tensor, ())
 
     def finish(self, output: Any) -> None:
         """Count what the network returns as used."""
@@ -168,7 +176,8 @@ class Dataflow(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run the function, and note what it made of what it was given."""
         kwargs = kwargs or {}
-        if self._within:
+        is_property = getattr(func, "__name__", "") == "__get__"
+        if self._within or (is_property and _name(func) not in MOVES | {"data"}):
             return func(*args, **kwargs)
         origins = {id(t): self._origin(t) for t in _tensors((args, kwargs))}
         output = func(*args, **kwargs)
@@ -262,6 +271,7 @@ class Dataflow(TorchFunctionMode):
 
     def _origin(self, tensor: Tensor) -> Flow | Constant:
         if not self._is_known(tensor):
+            self.is_whole &= id(tensor) in self._known  # if only changed in place meanwhile
             self._other(tensor, ())
         return self._known[id(tensor)][2]
 
@@ -319,12 +329,10 @@ def _normalized(func, source: Flow, made: Tensor, args, kwargs, origins) -> Flow
 
 
 def _drops(images: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-    """Whether it is a dropout that is on."""
     return training
 
 
 def _fills(images: Tensor, pad, mode: str = "constant", value: float | None = None) -> bool:
-    """Whether padding is with another number than 0."""
     return bool(value)
 
 

@@ -69,7 +69,8 @@ class Norms:
 def adjoining_norms(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> dict[str, Norms]:
     """Return the gains beside each operator that has one, by the operator's name.
 
-    Found by one evaluation of a black image, or of the example inputs.
+    Found by one evaluation of a black image, or of the example inputs. There are none where the
+    network runs code that cannot be followed, which may use any output.
 
     Args:
         space: whose network is run.
@@ -99,7 +100,7 @@ def warn_of_unfolded(layers: Sequence[str], folded: Collection[str]) -> None:
         f"fold_norm folds norms into {len(folded)} of {len(layers)} layers; the others are "
         f"penalised as they are: {', '.join(others[:NAMED])}{more}. No norm or gain stands beside "
         "them alone, or it depends on the image (group norm, layer norm after the layer, the norm "
-        "of a sum)",
+        "of a sum), or the network runs code that cannot be followed (TorchScript)",
         stacklevel=3,
     )
 
@@ -119,9 +120,10 @@ def _calls(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> dict[str, li
         stack.enter_context(_no_shortcuts())
         for hook in dataflow.hooks():
             stack.callback(hook.remove)
+        dataflow.start(inputs)
         stack.enter_context(dataflow)
         dataflow.finish(call(network, inputs))
-    return dataflow.calls
+    return dataflow.calls if dataflow.is_whole else {name: [] for name in layers}
 
 
 @contextlib.contextmanager

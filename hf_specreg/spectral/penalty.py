@@ -201,7 +201,7 @@ class SpectralPenalty:
         )
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
-        self._norms = self._find_norms() if self.fold_norm else {}
+        self._norms = adjoining_norms(self.space, self._modules) if self.fold_norm else {}
         self._sum = FollowedSum(
             self.layers,
             lambda stack: self._weight(stack, self._norms),
@@ -262,7 +262,7 @@ class SpectralPenalty:
             tolerance: of the relative residual.
             fold_norm: only the layers that have a norm beside them, with it folded in.
         """
-        norms = self._find_norms() if fold_norm else self._norms
+        norms = adjoining_norms(self.space, self._modules) if fold_norm else self._norms
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
         no_autocast = torch.autocast(self._device.type, enabled=False)
@@ -336,10 +336,6 @@ class SpectralPenalty:
         if beside is None:
             return weight
         return folded(weight, beside, bounded=self.fold_gradient == "bounded")
-
-    def _find_norms(self) -> dict[str, Norms]:
-        """The norms beside each layer, by the layer's name, where they can be folded in."""
-        return adjoining_norms(self.space, self._modules)
 
 
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:

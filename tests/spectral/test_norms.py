@@ -113,6 +113,28 @@ def test_moved_entries_are_followed(forward):
     assert gains(Net(forward, **parts)) == AFTER
 
 
+@torch.jit.script
+def scripted(x):
+    return x.sigmoid()
+
+
+class OwnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("opaque", [scripted, OwnBackward.apply], ids=["script", "function"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_nothing_is_folded_where_code_may_use_an_output_unseen(opaque):
+    parts = {"conv": convolution(), "norm": nn.BatchNorm2d(4)}
+    assert gains(Net(lambda m, x: m.norm(y := m.conv(x)) * opaque(y), **parts)) == {}
+
+
 class HandMade(nn.Module):
     """A root mean square norm that none of torch's classes is."""
 
