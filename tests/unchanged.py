@@ -1,6 +1,7 @@
 """The law that to look at a model leaves it as it is."""
 
 import contextlib
+import copy
 
 import torch
 
@@ -15,7 +16,7 @@ def unchanged(model, images):
             *model.named_buffers(remove_duplicate=False),
         ]
         modules = [
-            (name, module.training, sorted(vars(module)))
+            (name, {key: kept(value) for key, value in vars(module).items()})
             for name, module in model.named_modules(remove_duplicate=False)
         ]
         hooks = [
@@ -26,9 +27,15 @@ def unchanged(model, images):
         ]
         return [(n, id(t), t.device, t.requires_grad) for n, t in tensors], modules, hooks
 
+    def kept(value):
+        if isinstance(value, dict | list | set):
+            return id(value), len(value), [id(item) for item in value]
+        return value if isinstance(value, bool | int | float | str) else id(value)
+
     def output():
-        with torch.no_grad():
-            found = model(images)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = copy.deepcopy(model)(images)  # so that what a model keeps of it is not there
         return found if isinstance(found, torch.Tensor) else found[0]
 
     before, answer = state(), output()

@@ -82,10 +82,15 @@ def unseen_split(
     chosen = not known and {"validation_fraction", "seed"} <= set(given)
     if split in found.cut and not (cut_as_trained or chosen):
         flags.append(
-            f"the {split} split was cut from the training split of {source}: a model that was "
-            "trained on another cut has seen some of its images"
+            f"the {split} split was cut from the training split of {_shown(source)}: a model that "
+            "was trained on another cut has seen some of its images"
         )
     return Unseen(getattr(found, split), options, flags)
+
+
+def _shown(source: str) -> str:
+    """The name of an image set; of a folder its last part, since a report may be published."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def _same_source(trained: Any, source: str) -> bool:

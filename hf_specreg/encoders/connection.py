@@ -208,8 +208,9 @@ def _mirror() -> str:
     """What to know where another server than the Hub itself is asked."""
     if constants.ENDPOINT == HUB:
         return ""
+    shown = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)  # without a password
     return (
-        f"HF_ENDPOINT is {constants.ENDPOINT}: a mirror gives downloads, and can often neither "
+        f"HF_ENDPOINT is {shown}: a mirror gives downloads, and can often neither "
         "list a namespace nor be pushed to; unset HF_ENDPOINT for that"
     )
 

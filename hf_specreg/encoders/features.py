@@ -75,8 +75,13 @@ class FeatureSpace:
             given = {name: value for name, value in given.items() if value is not None}
             if "head" in given:
                 given["head"] = check_head(model.network, head)
-            if "input_size" in given:
-                given["input_size"] = tuple(input_size)
+            if model.example_inputs is not None and input_size and example_inputs is None:
+                raise ValueError(
+                    f"this feature space was measured on example inputs: for images of "
+                    f"{tuple(input_size)} pass example_inputs of that size as well"
+                )
+            if input_size or example_inputs is not None:
+                given["input_size"] = tuple(input_size or _size_of(example_inputs))
             return replace(model, **given) if given else model
         network = unwrap(model)
         head = check_head(network, head)

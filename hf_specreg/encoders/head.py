@@ -76,7 +76,8 @@ def check_head(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str,
 
 @contextlib.contextmanager
 def fed_to(head: Sequence[str], network: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect, while the network runs, the tensors that its head is fed, in order and each once.
+    """Collect, while the network runs, what its head is fed, in order and each tensor once; as it
+    is then, whatever the head does in place.
 
     Args:
         head: dotted names of the head's modules.
@@ -89,14 +90,16 @@ def fed_to(head: Sequence[str], network: nn.Module) -> Iterator[list[Tensor]]:
         RuntimeError: at the end, if a module of the head was not called.
     """
     fed: list[Tensor] = []
+    seen: list[Tensor] = []
     called: set[nn.Module] = set()
 
     def look(module, args, kwargs):
         called.add(module)
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                if not any(leaf is other for other in fed):
-                    fed.append(leaf)
+                if not any(leaf is other for other in seen):
+                    seen.append(leaf)
+                    fed.append(leaf.clone())
 
     modules = [network.get_submodule(name) for name in head]
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,9 @@
-"""Modules as users have them: what wraps a network, and the mode that each module is in."""
+"""Modules as users have them: what wraps a network, and how it is looked at and left as it was."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -28,9 +29,9 @@ def wrapped(model: nn.Module) -> nn.Module | None:
 
     A class of this package says by `wraps` which of its attributes is the network.
     """
-    wraps = getattr(model, "wraps", None)
-    if wraps and type(model).__module__.startswith("hf_specreg."):
-        return getattr(model, wraps)
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("hf_specreg.") and "wraps" in vars(kind):
+            return getattr(model, vars(kind)["wraps"])
     return _trained(model)
 
 
@@ -56,3 +57,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo afterwards what running the model does to it: attributes that are set or kept in its
+    modules (also in dictionaries and lists of theirs), new buffers, and buffers' values.
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    containers = {
+        id(value): (value, value.copy())
+        for own in attributes
+        for value in own.values()
+        if isinstance(value, dict | list | set)
+    }
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(own)
+        for value, before in containers.values():
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)

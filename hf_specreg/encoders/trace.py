@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_specreg.encoders.head import fed_to, headless_output
-from hf_specreg.encoders.modules import evaluating
+from hf_specreg.encoders.modules import evaluating, left_as_it_was
 
 LINEAR_FUNCTIONS = frozenset(
     {
@@ -128,6 +128,7 @@ class _Trace(nn.Module):
         self.recorder.watch(tensors)
         held = {f"network.{name}": tensor for name, tensor in tensors.items()}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(left_as_it_was(self.network))
             stack.enter_context(evaluating(self.network))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -334,7 +335,6 @@ def _one_pass() -> Iterator[None]:
 class _AsItIs:
     @staticmethod
     def apply(function, preserve_rng_state, *args):
-        """Run the function."""
         return function(*args)
 
 

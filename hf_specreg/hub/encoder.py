@@ -244,6 +244,10 @@ def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
     ):
         if key in holder:
             holder[key] = public_name(holder[key])
+    arguments = config.get("model", {}).get("args") or {}
+    for key, value in arguments.items():
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            arguments[key] = public_name(value)
     if "output_dir" in config:  # never a Hub id
         config["output_dir"] = Path(config["output_dir"].replace("\\", "/")).name
     if "before" in run:

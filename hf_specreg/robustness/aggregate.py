@@ -102,7 +102,7 @@ def _distances(distances: np.ndarray, seed: int) -> dict[str, Any]:
     return {
         "n": len(distances),
         "not_found": int(len(distances) - len(found)),
-        "mean": mean(found.astype(float), seed=seed),
+        "mean": mean(found.astype(float), seed=seed, within=(0, np.inf)),
         "median": quantile(distances, 0.5, seed=seed),
         "quartile_1": quantile(distances, 0.25, seed=seed),
         "quartile_3": quantile(distances, 0.75, seed=seed),
@@ -123,7 +123,7 @@ def _lower_bound(clean: Mapping[str, np.ndarray], bound: Bound | str, seed: int)
         "factors": bound.factors,
         "exact": bound.exact,
         "n": len(certified),
-        "mean": mean(certified, seed=seed),
+        "mean": mean(certified, seed=seed, within=(0, np.inf)),
         "median": quantile(certified, 0.5, seed=seed),
     }
 
@@ -133,7 +133,7 @@ def _corruptions(results: Results, seed: int) -> dict[str, Any] | None:
         return None
     hits = results["corruptions"]["hits"]
     return {
-        "mean": mean(hits.mean((1, 2)), seed=seed),
+        "mean": mean(hits.mean((1, 2)), seed=seed, within=(0, 1)),
         "by_kind": {
             kind: [{"severity": s, **proportion(hits[:, i, j])} for j, s in enumerate(SEVERITIES)]
             for i, kind in enumerate(CORRUPTIONS)

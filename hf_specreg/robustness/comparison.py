@@ -16,6 +16,7 @@ from hf_specreg.robustness.page import write_page
 from hf_specreg.robustness.schema import Report, ReportError
 from hf_specreg.robustness.statistics import (
     NOTHING,
+    Estimate,
     mean,
     paired_difference,
     proportion,
@@ -126,7 +127,7 @@ class Comparison:
                 "model": name,
                 "n": self.paired,
                 "found": int(np.isfinite(own).sum()),
-                "mean": mean(own, seed=seed) if np.isfinite(own).all() else NOTHING,
+                "mean": _mean(own, seed),
                 "median": quantile(own, 0.5, seed=seed),
                 **dict.fromkeys(("difference", "farther", "nearer")),
             }
@@ -285,3 +286,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
         f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
         for i, name in enumerate(names)
     ]
+
+
+def _mean(distances: np.ndarray, seed: int) -> Estimate:
+    """The mean distance, where something was found for every image."""
+    if not np.isfinite(distances).all():
+        return NOTHING
+    return mean(distances, seed=seed, within=(0, np.inf))

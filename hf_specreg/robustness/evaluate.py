@@ -132,6 +132,10 @@ class Plan:
         """Check what is asked for, before anything is loaded."""
         if batch_size < 1:
             raise EvaluationError(f"batch_size ({batch_size}) must be at least 1")
+        if not attacks or seed < 0:
+            raise EvaluationError(
+                f"there must be attacks ({attacks!r}), and a seed ({seed}) of at least 0"
+            )
         chosen = make_attacks(attacks)
         white_box = any(not attack.black_box for attack in chosen.values())
         masking = white_box if measures.masking is None else measures.masking
@@ -222,6 +226,8 @@ def eps_grid(eps: Grid | None, attacks: Mapping[str, Attack]) -> dict[str, list[
         if set(eps) - set(NORMS):
             raise EvaluationError(f"eps has norms {sorted(eps)}; known are {', '.join(NORMS)}")
         grid = {**DEFAULT_EPS, **eps}
+    elif isinstance(eps, int | float | str):
+        raise EvaluationError(f"eps ({eps!r}) must be a list of numbers")
     elif len(norms) > 1:
         raise EvaluationError(
             "the attacks are of several norms, so eps must be {'l2': [...], 'linf': [...]}"

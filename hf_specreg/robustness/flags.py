@@ -35,6 +35,14 @@ def flags(results: Results, attacks: Mapping[str, "Attack"], grid: Grid) -> list
         said.append(f"{invalid} images have logits that are NaN or infinite; counted as wrong")
     if not clean["correct"].any():
         return [*said, "no image is classified correctly: nothing was attacked"]
+    touched = np.zeros_like(clean["correct"])
+    for name in attacks:
+        touched |= clean["correct"] & (results[name]["distances"] == 0)
+    if touched.any():
+        said.append(
+            f"{int(touched.sum())} images are classified correctly once and not when an attack "
+            "begins, at distance 0: the model's answers may be random, or lie on the boundary"
+        )
     said += _of_attacks(results, attacks)
     for norm in NORMS:
         said += _between_boxes(results, attacks, norm, grid[norm])

@@ -92,17 +92,22 @@ def make_stages(
 def clean(classifier: Classifier, chunk: Chunk) -> Arrays:
     """Classify the images: the one judgement of what is correct, for all that comes after."""
     logits, correct, invalid = classifier.judge(chunk.images, chunk.labels)
-    digests = [
-        hashlib.sha256(image.numpy().tobytes() + bytes(str(int(label)), "ascii")).digest()
-        for image, label in zip(chunk.images, chunk.labels, strict=True)
-    ]
     return {
         "logits": logits.numpy(),
         "labels": chunk.labels.numpy(),
         "correct": correct.numpy(),
         "invalid": invalid.numpy(),
-        "digest": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1),
+        "digest": digests(chunk.images, chunk.labels),
     }
+
+
+def digests(images: Tensor, labels: Tensor) -> np.ndarray:
+    """Return the hash of each image with its label, uint8 [B, 32]."""
+    found = [
+        hashlib.sha256(image.numpy().tobytes() + bytes(str(int(label)), "ascii")).digest()
+        for image, label in zip(images, labels, strict=True)
+    ]
+    return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), -1)
 
 
 def _attacked(

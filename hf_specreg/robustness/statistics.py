@@ -84,8 +84,16 @@ def _wilson(hits: int, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def mean(values: np.ndarray, *, seed: int) -> Estimate:
-    """Return the mean of finite values [n], with its studentised interval; none for n < 10."""
+def mean(
+    values: np.ndarray, *, seed: int, within: tuple[float, float] = (-np.inf, np.inf)
+) -> Estimate:
+    """Return the mean of finite values [n], with its studentised interval; none for n < 10.
+
+    Args:
+        values: the values.
+        seed: of the resamples.
+        within: what a mean can be, which the interval is cut to.
+    """
     if not len(values):
         return dict(NOTHING)
     value, spread = values.mean(), values.std()
@@ -97,7 +105,8 @@ def mean(values: np.ndarray, *, seed: int) -> Estimate:
         middle = own.mean(1)
         found.append(middle / np.maximum(own.std(1), _LEAST_SPREAD * spread or 1.0))
     high, low = np.quantile(np.concatenate(found), TAILS)
-    return {"value": float(value), "ci": [float(value - end * spread) for end in (low, high)]}
+    ends = np.clip([value - end * spread for end in (low, high)], *within)
+    return {"value": float(value), "ci": [float(end) for end in ends]}
 
 
 def quantile(values: np.ndarray, q: float, *, seed: int) -> Estimate:

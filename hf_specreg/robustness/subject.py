@@ -119,7 +119,7 @@ class Subject:
         """
         classes = count_classes(self.classifier, images)
         check_images(images, labels, classes=classes)
-        check_answers(self.classifier, images[:batch_size])
+        check_answers(self.classifier, images, batch_size=batch_size)
         if pixels:
             check_pixels(self.classifier, images, labels, batch_size=batch_size)
         return classes

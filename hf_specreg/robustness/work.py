@@ -27,7 +27,7 @@ from hf_specreg.data.transforms import derived_seed
 from hf_specreg.robustness.chunks import EvaluationError, chunk_path, gather, write
 from hf_specreg.robustness.classifier import Classifier, check_images
 from hf_specreg.robustness.images import Images
-from hf_specreg.robustness.stages import Chunk, Stage, clean
+from hf_specreg.robustness.stages import Chunk, Stage, clean, digests
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,16 @@ class Work:
         first = Stage(lambda chunk: clean(self.classifier, chunk), batch_size)
         with self._shown() as show:
             results = {"clean": self._stage("clean", first, None, show)}
-            correct = torch.from_numpy(results["clean"]["correct"])
             for name, stage in stages.items():
-                results[name] = self._stage(name, stage, correct, show)
+                results[name] = self._stage(name, stage, results["clean"], show)
         return results
 
     def _stage(
-        self, name: str, stage: Stage, correct: torch.Tensor | None, show: Progress
+        self, name: str, stage: Stage, known: Mapping[str, np.ndarray] | None, show: Progress
     ) -> dict[str, np.ndarray]:
-        """Do this process's chunks of a stage; return all processes'."""
+        """Do this process's chunks of a stage, after the clean images are known; return all
+        processes'.
+        """
         starts = range(0, len(self.images.rows), stage.size)
         mine = starts[self.processes.rank :: self.processes.count]
         total = sum(len(self.images.rows[start : start + stage.size]) for start in mine)
@@ -99,7 +100,7 @@ class Work:
         for start in mine:
             path, places = chunk_path(self.folder, name, start), self._places(start, stage.size)
             if not path.exists():
-                chunk = self._read(places, correct)
+                chunk = self._read(places, known)
                 begun = time.perf_counter()
                 arrays = stage.run(chunk)
                 write(path, {**arrays, "seconds": np.array(time.perf_counter() - begun)})
@@ -111,13 +112,19 @@ class Work:
     def _places(self, start: int, size: int) -> np.ndarray:
         return np.arange(start, min(start + size, len(self.images.rows)))
 
-    def _read(self, places: np.ndarray, correct: torch.Tensor | None) -> Chunk:
+    def _read(self, places: np.ndarray, known: Mapping[str, np.ndarray] | None) -> Chunk:
         rows = self.images.rows[places]
         images, labels = self.images.read(rows)
         check_images(images, labels, classes=self.classes)
         seeds = [derived_seed(self.seed, int(row)) for row in rows]
-        known = None if correct is None else correct[torch.from_numpy(places)]
-        return Chunk(images, labels, seeds, places, known)
+        if known is None:
+            return Chunk(images, labels, seeds, places)
+        if not np.array_equal(digests(images, labels), known["digest"][places]):
+            raise EvaluationError(
+                f"the images of rows {rows[0]} to {rows[-1]} are others than when the evaluation "
+                f"began: take another output folder, or delete {self.folder}"
+            )
+        return Chunk(images, labels, seeds, places, torch.from_numpy(known["correct"][places]))
 
     @contextmanager
     def _shown(self) -> Iterator[Progress]:

@@ -10,6 +10,7 @@ own) makes tensors of unknown origin, and then nothing is known of what it used.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_specreg.spectral.sharding import whole
 
-# By name, since each has several forms: torch.mul, x.mul, x.mul_, x * y.
 PRODUCTS = frozenset({"mul", "multiply", "__rmul__", "mul_", "__imul__"})
 QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__itruediv__"})
 # Keep every entry where it is, or add to it what does not depend on the image.
@@ -135,7 +135,7 @@ class Dataflow(TorchFunctionMode):
             for name, tensor in own:
                 if tensor is not None:
                     dotted = f"{prefix}.{name}" if prefix else name
-                    self._know(tensor, Constant(_attribute(module, name), (dotted,)))
+                    self._know(tensor, Constant(partial(_attribute, module, name), (dotted,)))
         self._owners = {id(m._parameters.get("weight")): name for name, m in layers.items()}
 
     def hooks(self) -> Iterator:
@@ -214,7 +214,8 @@ class Dataflow(TorchFunctionMode):
         if func in NORMS and first:
             return _normalized(func, source, made, args, kwargs, origins)
         dropped = func is F.dropout and _drops(*args, **kwargs)
-        if (name in IN_PLACE or func is F.dropout) and (first or "add" in name) and not dropped:
+        summed = name in IN_PLACE and (first or ("add" in name and "alpha" not in kwargs))
+        if (summed or (func is F.dropout and first)) and not dropped:
             return _moved(source, made, lambda t: t.expand(made.shape))
         if name in MOVES and first and not (name == "pad" and _fills(*args, **kwargs)):
             again = Tensor.reshape if name == "view" else func  # whatever the strides
@@ -319,7 +320,8 @@ def _normalized(func, source: Flow, made: Tensor, args, kwargs, origins) -> Flow
     variance = origins.get(id(given.get("running_var")))
     inverse = None
     if isinstance(variance, Constant) and not given.get("training", given.get("use_input_stats")):
-        inverse = Constant(lambda: (variance.value() + given["eps"]).rsqrt(), variance.names)
+        eps = given["eps"]  # alone: what is kept must not hold the norm's input
+        inverse = Constant(lambda: (variance.value() + eps).rsqrt(), variance.names)
     else:
         source = Flow(source.shape, source.device)
     if weight is None and inverse is None:
@@ -336,8 +338,8 @@ def _fills(images: Tensor, pad, mode: str = "constant", value: float | None = No
     return bool(value)
 
 
-def _attribute(module: nn.Module, name: str) -> Callable[[], Tensor]:
-    return lambda: whole(getattr(module, name))
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    return whole(getattr(module, name))
 
 
 def _tensors(arguments: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -41,7 +42,7 @@ POSITIONS = r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query"
 GAINS = r"gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
 NO_LINEAR_MAP = re.compile(f"{POSITIONS}|{GAINS}")
 # What it is called when products of attention take it, looked up or after a norm.
-OF_ATTENTION = re.compile(POSITIONS)
+OF_ATTENTION = re.compile(rf"^(?!.*(?:weight|kernel|matrix|proj)).*(?:{POSITIONS})")
 
 
 class UnsupportedLayerError(TypeError):
@@ -78,6 +79,9 @@ def linear_operators(
             known here.
     """
     kind = type(module)
+    known = _forward_is(module, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if known and "weight" in used_derived:  # a multiple of it, say, handed to a function
+        raise unsupported(name, module, "weight")
     if isinstance(module, nn.MultiheadAttention):
         return _attention_operators(name, module, split_qkv)
     if is_adapted(module):
@@ -141,6 +145,8 @@ def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Ten
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == attribute:
             return lambda: hook.compute_weight(module)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            return lambda: hook.apply_mask(module)
         if isinstance(hook, SpectralNorm) and hook.name == attribute:
             return lambda: hook.compute_weight(module, do_power_iteration=False)
     return lambda: getattr(module, attribute)

@@ -40,6 +40,13 @@ def linear_maps(
     """
     space = FeatureSpace.of(model, head=head, input_size=input_size)
     found = space.layers if up_to_head else space.layers_with_head
+    modules = dict(space.network.named_modules(remove_duplicate=False))
+    for layer in found:
+        if modules.get(layer.name) is not layer.module:
+            raise ValueError(
+                f"layer {layer.name!r} was replaced after the feature space was found: make it "
+                "anew, by FeatureSpace.of, after adapters, parametrizations and new layers"
+            )
     owners = operators_of(found, skip=skip, split_qkv=split_qkv)
     if not owners:
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.modules import evaluating
+from hf_specreg.encoders.modules import evaluating, left_as_it_was
 from hf_specreg.encoders.trace import call
 from hf_specreg.spectral.dataflow import Call, Dataflow, Flow, Gain
 
@@ -113,6 +113,7 @@ def _calls(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> dict[str, li
         inputs = torch.zeros(1, *space.input_size, dtype=first.dtype, device=first.device)
     devices = [first.device] if first.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(left_as_it_was(network))
         stack.enter_context(evaluating(network))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
@@ -221,8 +222,9 @@ def _before(fed: Flow, dim: int, taken: Collection[int]) -> Iterator[Scale]:
                 labels = step.move(labels)
             rows = labels.movedim(dim, -1).flatten(0, -2)
             index = rows.amax(0)
-            if ((rows == index) | (rows == 0)).all():
-                yield _scale(fed.gain, index.long().clamp(min=1) - 1)
+            if not ((rows == index) | (rows == 0)).all():
+                return
+            yield _scale(fed.gain, index.long().clamp(min=1) - 1)
         path.append(fed)
         fed = fed.source
 

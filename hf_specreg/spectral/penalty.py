@@ -102,8 +102,7 @@ class SpectralPenalty:
         ValueError: the head or the input size is not known, a name is wrong, no layer is left, or
             the weights are sharded already.
         RuntimeError: the model cannot be run at this size, or its head is not called.
-        UnsupportedLayerError: a layer has weights that cannot be treated; its name can be passed in
-            `skip`.
+        UnsupportedLayerError: a layer's weights cannot be treated; pass its name in `skip`.
     """
 
     def __init__(
@@ -211,7 +210,9 @@ class SpectralPenalty:
             shared=self.shared,
             seed=self.seed,
         )
-        self._placed = Placed(self._network, self._modules.values())
+        gains = {n.rpartition(".")[0] for norms in self._norms.values() for n in norms.names}
+        beside = [self._network.get_submodule(name) for name in gains]
+        self._placed = Placed(self._network, [*self._modules.values(), *beside])
         self._seen.expect(owners)
 
     @torch.compiler.disable  # the count of steps must not be compiled in
@@ -262,7 +263,9 @@ class SpectralPenalty:
             tolerance: of the relative residual.
             fold_norm: only the layers that have a norm beside them, with it folded in.
         """
-        norms = adjoining_norms(self.space, self._modules) if fold_norm else self._norms
+        norms = self._norms
+        if fold_norm and not self.fold_norm:
+            norms = adjoining_norms(self.space, self._modules)
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
         no_autocast = torch.autocast(self._device.type, enabled=False)

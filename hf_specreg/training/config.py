@@ -111,8 +111,12 @@ class RunConfig:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries, for JSON and trackers."""
-        return asdict(self)
+        """Return nested dictionaries, for JSON and trackers; without what trackers are started
+        with, which may hold keys that are nobody else's.
+        """
+        settings = asdict(self)
+        del settings["tracker"]
+        return settings
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:
     """Return the settings that differ from those of a saved run, but for those that may."""
     now = json.loads(json.dumps(config.as_dict()))
     found = differences(before, now)
-    return [difference for difference in found if not difference.startswith(MAY_CHANGE)]
+    free = MAY_CHANGE
+    if now.get("transfer", {}).get("head") == "probe":  # the probe's weights are where it begins
+        free = tuple(name for name in MAY_CHANGE if name != "probe.")
+    return [difference for difference in found if not difference.startswith(free)]
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

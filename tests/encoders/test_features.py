@@ -1,5 +1,7 @@
 """FeatureSpace: features as the libraries document them, and a model that is left as it is."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.head import find_head, headless_output
+from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from tests.architectures import TINY, random_images, timm_model, transformers_model
 from tests.unchanged import unchanged
@@ -89,3 +92,86 @@ def test_a_model_in_which_a_module_has_two_names_is_left_as_it_is(
         space = FeatureSpace.of(model, head="fc", input_size=(3, 8, 8))
         names = [layer.name for layer in SpectralPenalty(space).layers]
     assert names == ["stem", "tied", "proj"]
+
+
+class Keeps(nn.Module):
+    """What it computes is kept: in an attribute, a dictionary, a buffer of its own, a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 2)
+        self.grid, self.cache, self.count = None, {}, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.grid is None:
+            self.grid = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(3, 1, 1, device=x.device))
+        self.count += 1
+        self.seen += 1
+        self.norm.train(self.training)
+        self.cache["last"] = y = self.norm(self.conv(x + self.grid)) * self.late
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fold_norm", [False, True])
+def test_what_a_model_keeps_of_its_runs_is_not_of_the_search(training, fold_norm):
+    model = Keeps().train(training)
+    images = torch.rand(2, 3, 8, 8)
+    with unchanged(model, images):
+        penalty = SpectralPenalty(model, head="fc", input_size=(3, 8, 8), fold_norm=fold_norm)
+        penalty.top_singular_values(fold_norm=True)
+    model(images)
+    copy.deepcopy(model.state_dict())
+
+
+def test_a_pruned_layer_is_measured_as_it_acts():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 2))
+    nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+    penalty = SpectralPenalty(model, head="2", input_size=(3, 2, 2), strength=1.0)
+    expected = torch.linalg.matrix_norm(model[1].weight_orig * model[1].weight_mask, ord=2)
+    assert penalty.sigmas()["1"] == pytest.approx(expected.item(), rel=1e-3)
+    for _ in range(2):
+        penalty().backward()
+    with torch.no_grad():
+        model[1].weight_orig *= 10
+    assert penalty.sigmas()["1"] == pytest.approx(10 * expected.item(), rel=1e-3)
+
+
+def test_features_are_what_the_head_was_fed_whatever_it_does_in_place():
+    head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), head)
+    images = torch.rand(4, 3, 2, 2)
+    space = FeatureSpace.of(model, head="2", input_size=(3, 2, 2))
+    assert torch.equal(space.features(images), model[1](images.flatten(1)))
+
+
+def test_a_subclass_of_a_model_of_this_package_is_unwrapped_too():
+    class Mine(SpecRegModel):
+        pass
+
+    model = Mine.from_timm("test_resnet", num_classes=2)
+    assert FeatureSpace.of(model).network is model.network
+
+
+def test_a_feature_space_that_is_out_of_date_is_an_error():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 2))
+    space = FeatureSpace.of(model, head="2", input_size=(3, 2, 2))
+    assert len(space.layers) == 1
+    model[1] = nn.Linear(12, 6)
+    with pytest.raises(ValueError, match="layer '1' was replaced after the feature space"):
+        SpectralPenalty(space)
+
+
+def test_another_size_than_that_of_example_inputs_is_an_error():
+    layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    model = nn.Sequential(*layers)
+    space = FeatureSpace.of(model, head="3", example_inputs=torch.rand(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="pass example_inputs of that size"):
+        SpectralPenalty(space).set_input_size((3, 16, 16))
+    larger = FeatureSpace.of(space, example_inputs=torch.rand(2, 3, 16, 16))
+    assert larger.input_size == larger.layers[0].input_shape == (3, 16, 16)

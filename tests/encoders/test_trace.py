@@ -69,7 +69,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-@pytest.mark.parametrize("name", ["w", "kernel", "scale_w"])
+@pytest.mark.parametrize("name", ["w", "scale_w", "query_weight"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_raw_matrix_is_an_error_however_it_is_multiplied(use, name, nested):
     model, head = Raw(use, name), "fc"

@@ -18,8 +18,8 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.robustness import provenance
 from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.classifier import Classifier, ClassifierError
-from hf_specreg.robustness.evaluate import Measures
-from hf_specreg.robustness.images import ImageSet
+from hf_specreg.robustness.evaluate import CHECK_IMAGES, Measures
+from hf_specreg.robustness.images import ImageSet, draw
 from hf_specreg.robustness.work import Processes
 from tests.unchanged import unchanged
 
@@ -141,10 +141,48 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.01])
-def test_random_answers_are_refused(trained, noise):
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-3, 0), (1, 1e3)])
+def test_random_answers_are_refused_at_any_scale_of_the_logits(trained, noise, scale, offset):
     net, images, labels = trained
+    noisy = Noisy(nn.Sequential(net, Affine(scale, offset)), noise)
     with pytest.raises(ClassifierError, match="other logits for the same images a second time"):
-        evaluate(Noisy(net, noise), images, labels)
+        evaluate(noisy, images, labels)
+
+
+class Affine(nn.Module):
+    def __init__(self, scale, offset):
+        super().__init__()
+        self.scale, self.offset = scale, offset
+
+    def forward(self, logits):
+        return self.scale * logits + self.offset
+
+
+def test_images_that_change_under_an_evaluation_are_noticed(trained, tmp_path):
+    net, images, labels = trained
+    images, labels = images.repeat(4, 1, 1, 1)[:300], labels.repeat(4)[:300]
+    arguments = {"output": tmp_path, "attacks": {"tangent": {"iterations": 1}}}
+    evaluate(net, images, labels, **arguments)
+    for chunk in (tmp_path / "chunks").glob("tangent-*.npz"):
+        chunk.unlink()
+    looked_at = draw(300, CHECK_IMAGES, 0)
+    changed = images.clone()
+    changed[np.setdiff1d(np.arange(300), looked_at)] *= 0.9  # none that is looked at first
+    with pytest.raises(EvaluationError, match="are others than when the evaluation began"):
+        evaluate(net, changed, labels, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eps": 0.5}, "must be a list"),
+        ({"attacks": []}, "must be attacks"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_that_are_none_are_errors_that_name_them(trained, wrong, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(*trained, **wrong)
 
 
 def test_what_is_correct_is_judged_once(trained, monkeypatch):

@@ -2,6 +2,9 @@
 ones.
 """
 
+import gc
+import weakref
+
 import pytest
 import timm
 import torch
@@ -102,9 +105,7 @@ def test_of_two_norms_after_a_map_none_is_its_own_but_one_behind_the_other_are()
         lambda m, x: m.norm(m.conv(x).view(-1, 4, 2, 32)[..., ::2]),
         lambda m, x: m.norm(F.pad(m.conv(x), (1, 1)).contiguous()).relu(),
         lambda m, x: m.norm(F.dropout(m.conv(x) + 1, 0.5, m.training)),
-        lambda m, x: (
-            m.norm(torch.stack(m.conv(x).unbind(2)[::1], 2)) if m.training else m.norm(m.conv(x))
-        ),
+        lambda m, x: m.norm(m.conv(x)),
     ],
     ids="roll view pad dropout plain".split(),
 )
@@ -133,6 +134,34 @@ class OwnBackward(torch.autograd.Function):
 def test_nothing_is_folded_where_code_may_use_an_output_unseen(opaque):
     parts = {"conv": convolution(), "norm": nn.BatchNorm2d(4)}
     assert gains(Net(lambda m, x: m.norm(y := m.conv(x)) * opaque(y), **parts)) == {}
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda m, x: m.fc(m.norm(x) * m.token), {}),  # a gain of the positions stands between
+        (lambda m, x: m.scale(torch.add(x.mean(), m.fc(x), alpha=5)), {}),
+    ],
+    ids="positions alpha".split(),
+)
+def test_what_is_no_gain_of_the_channels_stands_between(forward, found):
+    parts = {"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4), "scale": Scaled(4)}
+    network = Net(forward, **parts)
+    network.token = nn.Parameter(torch.ones(3, 1))
+    assert gains(network, size=(3, 4)) == found
+
+
+def test_nothing_is_held_of_the_images_that_norms_were_found_by():
+    images = []
+    network = Net(lambda m, x: m.norm(m.conv(x)), conv=convolution(), norm=nn.BatchNorm2d(4))
+    hook = network.norm.register_forward_pre_hook(
+        lambda _, args: images.append(weakref.ref(args[0]))
+    )
+    penalty = SpectralPenalty(network, head="head", input_size=(3, 8, 8), fold_norm=True)
+    hook.remove()
+    gc.collect()
+    assert penalty.folded
+    assert all(image() is None for image in images)
 
 
 class HandMade(nn.Module):

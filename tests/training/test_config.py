@@ -1,5 +1,7 @@
 """The run configuration: every setting has a range, and what does not fit is named."""
 
+import json
+
 import pytest
 
 from hf_specreg.data.datasets import DataConfig
@@ -9,11 +11,13 @@ from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training.config import RunConfig
+from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
 from hf_specreg.training.report import ReportConfig
 from hf_specreg.training.resume import differences
 from hf_specreg.training.self_supervision import SelfSupervisedConfig
+from hf_specreg.training.state import recorded_settings
 from hf_specreg.training.transfer import TransferConfig
 
 
@@ -68,3 +72,11 @@ def test_differences_name_the_key_and_both_values():
 def test_every_setting_has_a_range(kind, name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
         kind(**{name: value})
+
+
+def test_what_trackers_are_started_with_is_not_recorded():
+    """It may hold an API key, and what is recorded is published."""
+    tracker = TrackerConfig(init_kwargs={"comet_ml": {"api_key": "secret"}})
+    config = RunConfig(log_with=("comet_ml",), tracker=tracker)
+    assert "secret" not in json.dumps(config.as_dict())
+    assert "secret" not in json.dumps(recorded_settings(config))

@@ -311,12 +311,11 @@ def test_another_run_is_neither_overwritten_nor_continued(tmp_path, copied):
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, copied):
-    """Without the tracker's settings, the interval of evaluation, and what was in effect."""
+    """Without the interval of evaluation, a configuration, and what was in effect."""
     folder = latest(copied)
     progress = json.loads((folder / "progress.json").read_text())
-    for name in ("tracker", "eval_every_epochs"):
-        del progress["config"][name]
-    del progress["config"]["data"]["configuration"], progress["conditions"]
+    del progress["config"]["eval_every_epochs"], progress["config"]["data"]["configuration"]
+    del progress["config"]["penalty"]["fold_gradient"], progress["conditions"]
     (folder / "progress.json").write_text(json.dumps(progress))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["progress.json"] = checkpoints._fingerprint(folder / "progress.json")

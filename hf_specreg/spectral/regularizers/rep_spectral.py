@@ -26,6 +26,7 @@ class PenaltyConfig(RegularizerConfig):
             and cost more.
         split_qkv: penalise stacked q, k and v each.
         fold_norm: penalise maps with the norms beside them folded in; see `SpectralPenalty`.
+        fold_gradient: under fold_norm, "exact" or "bounded"; see `SpectralPenalty`.
         skip: dotted names of modules to leave out.
     """
 
@@ -35,6 +36,7 @@ class PenaltyConfig(RegularizerConfig):
     lanczos_steps: int = 8
     split_qkv: bool = True
     fold_norm: bool = False
+    fold_gradient: Literal["bounded", "exact"] = "bounded"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self):
