@@ -1,10 +1,9 @@
-"""What becomes of a network's tensors in one forward pass: whose entries each one holds, moved to
-other places, scaled by a gain, or as another tensor altogether.
+"""What becomes of a network's tensors in one forward pass: whose entries each holds, moved, scaled
+by a gain, or as another tensor.
 
-Seen by the functions that are called, whatever modules they are in. A function that is not known
-here makes another tensor of what it is given, and so does one of two tensors that both depend on
-the image. Code that torch's functions do not show (TorchScript, functions with a backward of their
-own) makes tensors of unknown origin, and then nothing is known of what it used.
+Seen by the functions that are called. One that is not known here makes another tensor of what it is
+given, and so does one of two tensors that both depend on the image. Code that torch's functions do
+not show (TorchScript, functions with a backward of their own) makes tensors of unknown origin.
 """
 
 import inspect

@@ -80,13 +80,24 @@ def check_agreement(checkpoint: Path | None, accelerator: Accelerator) -> None:
 
 
 def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:
-    """Return the settings that differ from those of a saved run, but for those that may."""
-    now = json.loads(json.dumps(config.as_dict()))
-    found = differences(before, now)
+    """Return the settings that differ from those of a saved run, but for those that may. What a
+    setting does that did not exist then is its default.
+    """
+    now, default = (json.loads(json.dumps(c.as_dict())) for c in (config, type(config)()))
+    found = differences(_filled(before, default), now)
     free = MAY_CHANGE
     if now.get("transfer", {}).get("head") == "probe":  # the probe's weights are where it begins
         free = tuple(name for name in MAY_CHANGE if name != "probe.")
     return [difference for difference in found if not difference.startswith(free)]
+
+
+def _filled(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Settings, and the defaults of those that are missing."""
+    filled = {**default, **settings}
+    for key in default.keys() & settings.keys():
+        if isinstance(default[key], dict) and isinstance(settings[key], dict):
+            filled[key] = _filled(settings[key], default[key])
+    return filled
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
