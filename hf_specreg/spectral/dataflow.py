@@ -100,9 +100,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer: the tensors that it was fed, None for one that does not depend on the
-    image, and what it gave.
-    """
+    """One use of a layer: what it was fed, None for what depends on no image, and what it gave."""
 
     inputs: tuple[Flow | None, ...]
     output: Flow
