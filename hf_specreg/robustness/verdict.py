@@ -110,9 +110,15 @@ def summary(content: Mapping[str, Any]) -> str:
     clean = content["clean"]
     said = [f"{clean['correct']} of {content['n']} images are classified correctly."]
     for found in content.get("nearest", ()):
-        said.append(
-            f"In {norm_name(found['norm'])} the nearest adversarial images that "
-            f"{listed(found['attacks'])} found are at a median distance of "
-            f"{number(found['median'])}."
-        )
+        norm, attacks = norm_name(found["norm"]), listed(found["attacks"])
+        if found["n"] and found["median"]["value"] is None:
+            said.append(
+                f"In {norm} {attacks} found no adversarial image for {found['not_found']} of "
+                f"{found['n']} images."
+            )
+        elif found["n"]:
+            said.append(
+                f"In {norm} the nearest adversarial images that {attacks} found are at a median "
+                f"distance of {number(found['median'])}."
+            )
     return " ".join(said)

@@ -163,6 +163,8 @@ class SpecRegTrainer(Trainer):
             }
             config = {"penalty": settings, "seed": self.args.seed}
             metadata = {"config": config, "step": self.state.global_step}
+            if ours and self._trained.metadata:
+                metadata["before"] = self._trained.metadata
             write_json(folder / RUN_FILE, metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -66,6 +66,8 @@ def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_rea
     model = timm_model(name)
     space = FeatureSpace.of(model, input_size=image_size(name, model))
     images = random_images(model, space.input_size)
+    with unchanged(model, images):
+        names = penalised(model, input_size=space.input_size)
     head = space.head
     assert head
     features = space.features(images)
@@ -75,8 +77,6 @@ def test_timm_features_are_the_classifiers_input_and_the_penalty_covers_what_rea
         scale = model.num_features**0.5 if name == "mlp_2000" else 1
         assert torch.equal(heads[0](features) / scale, model(images))
     reaching = weights_that_reach(model, features)
-    with unchanged(model, images):
-        names = penalised(model, input_size=space.input_size)
     assert names == reaching
     assert not [n for n in reaching if n.startswith(head)]
 
@@ -87,13 +87,13 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
 ):
     model = transformers_model(name)
     images = random_images(model)
+    with unchanged(model, images):
+        names = penalised(model)
     head = find_head(model)
     assert head
     features = FeatureSpace.of(model).features(images)
     if len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear):
         assert torch.equal(model.get_submodule(head[0])(features), model(images).logits)
     reaching = weights_that_reach(model, features)
-    with unchanged(model, images):
-        names = penalised(model)
     assert names == reaching
     assert not [n for n in reaching if n.startswith(head)]

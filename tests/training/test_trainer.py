@@ -291,8 +291,9 @@ def of_transformers():
 @pytest.mark.parametrize("make", [of_timm, of_transformers])
 def test_a_spec_reg_model_is_trained_saved_and_resumed(tmp_path, make):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
-    before = make()
-    trainer = trained(tmp_path / "run", make(), **settings)
+    before, model = make(), make()
+    model.metadata = {"config": {"data": {"source": "digits"}}}
+    trainer = trained(tmp_path / "run", model, **settings)
     assert trainer.penalty.input_size == (1, 8, 8)
     assert trainer.state.log_history[0]["penalty"] > 0
     predicted = trainer.predict(Digits(8))
@@ -303,6 +304,7 @@ def test_a_spec_reg_model_is_trained_saved_and_resumed(tmp_path, make):
     torch.testing.assert_close(saved(images), expected, rtol=1e-5, atol=1e-5)
     assert saved.label_names == before.label_names
     assert saved.metadata["config"]["penalty"]["strength"] == 0.05
+    assert saved.metadata["before"] == model.metadata
     again = SpecRegTrainer(
         make(),
         arguments(tmp_path / "run", **settings),
