@@ -1,8 +1,9 @@
 """From a picture as it is stored to [0, 1] pixels as a model takes them: channels, evaluation,
 augmentation.
 
-Pixels leave here in [0, 1]: normalisation is the model's. What is random depends on (seed, epoch,
-index) alone, so that a resumed run, or one with other workers or ranks, sees the same images.
+Pixels leave here in [0, 1]: normalisation is the model's. All that is random but the noise depends
+on (seed, epoch, index) alone, so that a resumed run, or one with other workers or ranks, sees the
+same images.
 """
 
 import random
@@ -16,6 +17,8 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+
+from hf_specreg.ranges import require
 
 VIEWS = ("simclr", "byol", "vicreg")
 
@@ -32,6 +35,8 @@ class AugmentConfig:
         mixup: alpha of timm's mixup; 0: off.
         cutmix: alpha of timm's cutmix; 0: off.
         label_smoothing: part of each label that is shared out over all classes, in [0, 1).
+        noise: standard deviation of Gaussian noise on every pixel, in [0, 1] pixels, after the
+            variation and before mixup; see `add_noise`; 0: off.
     """
 
     kind: Literal["none", "crop_flip", "timm", "simclr", "byol", "vicreg"] = "none"
@@ -39,6 +44,10 @@ class AugmentConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        require(self, "not negative", "noise")
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -174,6 +183,23 @@ def crop_and_flip(images: Tensor, draws: Tensor, *, padding: int = 4) -> Tensor:
     which = torch.arange(len(images))[:, None, None]
     moved = padded[which, :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def add_noise(images: Tensor, std: float) -> Tensor:
+    """Return images with Gaussian noise on every pixel, from torch's global random numbers.
+
+    They are not clipped, so that they leave [0, 1]: the noise keeps its mean and variance near
+    black and white too, as the theory has it.
+
+    Args:
+        images: [..., C, H, W] in [0, 1].
+        std: in [0, 1] pixels; 0 draws nothing.
+
+    Source: Bishop, "Training with Noise is Equivalent to Tikhonov Regularization", Neural
+    Computation 7, 1995; for images Rusak et al., "A Simple Way to Make Neural Networks Robust
+    Against Diverse Image Corruptions", ECCV 2020.
+    """
+    return images + std * torch.randn_like(images) if std else images
 
 
 def derived_seed(*key: int) -> int:

@@ -1,8 +1,8 @@
 """The one training loop: epochs, steps, evaluation and logging, on accelerate; resumed exactly.
 
 What is random is a function of the seed and the place: the data's order and augmentation of
-(seed, epoch, index), mixup and dropout of (seed, epoch, batch, process). Weights, optimizer and the
-penalty's vectors are in the checkpoint. So a run that is resumed gives the weights of the
+(seed, epoch, index), noise, mixup and dropout of (seed, epoch, batch, process). Weights, optimizer
+and the penalty's vectors are in the checkpoint. So a run that is resumed gives the weights of the
 uninterrupted one, on the CPU bit for bit.
 """
 
@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hf_specreg.data.transforms import derived_seed
+from hf_specreg.data.transforms import add_noise, derived_seed
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.regularizers import build_regularizers
@@ -186,7 +186,7 @@ class TrainingLoop:
 
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
         set_seed(derived_seed(self.config.seed, epoch, batch, self.accelerator.process_index))
-        images = images.float() / 255
+        images = add_noise(images.float() / 255, self.config.augment.noise)
         with self.accelerator.autocast():
             loss = self.objective(images, labels)
         penalty = loss.new_zeros(())

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_specreg.data.datasets import DataConfig
+from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
@@ -67,6 +68,7 @@ def test_differences_name_the_key_and_both_values():
         (TransferConfig, "frozen_stages", -1),
         (TransferConfig, "lora_rank", 0),
         (ReportConfig, "samples", -1),
+        (AugmentConfig, "noise", -0.1),
     ],
 )
 def test_every_setting_has_a_range(kind, name, value):

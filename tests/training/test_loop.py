@@ -41,7 +41,7 @@ def config(tmp_path, **kwargs):
         "accumulation": 2,
         "log_every": 3,
         "data": DataConfig(train_samples=600),
-        "augment": AugmentConfig(kind="crop_flip", mixup=0.2, label_smoothing=0.1),
+        "augment": AugmentConfig(kind="crop_flip", mixup=0.2, label_smoothing=0.1, noise=0.05),
         "model": ModelConfig(
             name="resnet20_cifar",
             input_size=(1, 8, 8),
@@ -111,7 +111,7 @@ def whole(tmp_path_factory):
 def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(
     tmp_path, whole, call
 ):
-    """With augmentation, mixup, dropout, momentum, averaging, accumulation and a cadence."""
+    """With augmentation, noise, mixup, dropout, momentum, averaging, accumulation and a cadence."""
     expected = weights(whole / "model")
     broken = config(tmp_path / "broken")
     with pytest.raises(Interrupted):
