@@ -1,0 +1,1 @@
+"""Methods compared over strengths and seeds, at equal accuracy."""
