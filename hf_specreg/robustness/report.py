@@ -5,8 +5,6 @@ beside it the per-image results, from which reports are compared image by image.
 """
 
 import io
-import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +14,9 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 
 from hf_specreg.robustness.comparison import Comparison
+from hf_specreg.robustness.documents import to_json, write_whole
 from hf_specreg.robustness.page import write_page
-from hf_specreg.robustness.schema import ReportError, check_images, checked
+from hf_specreg.robustness.schema import FORMAT, ReportError, check_images, checked
 from hf_specreg.robustness.text import (
     INTERVALS,
     attack_name,
@@ -30,7 +29,7 @@ from hf_specreg.robustness.text import (
     table,
 )
 
-LARGEST_JSON, LARGEST_ARRAYS = 32 * 2**20, 4 * 2**30  # bytes
+LARGEST_ARRAYS = 4 * 2**30  # bytes
 UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, MemoryError, RuntimeError),
     *(BadZipFile, zlib.error),
@@ -80,10 +79,8 @@ class RobustnessReport:
             raise ReportError(f"a report is saved as NAME.json, not {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".npz").unlink(missing_ok=True)  # never beside numbers of another run
-        for name, content in reversed(self.to_bytes().items()):
-            partial = path.with_suffix(Path(name).suffix + ".partial")
-            partial.write_bytes(content)
-            os.replace(partial, partial.with_suffix(""))
+        contents = reversed(self.to_bytes().items())
+        write_whole({path.with_suffix(Path(name).suffix): content for name, content in contents})
 
     def to_bytes(self, *, twins: bool = True) -> dict[str, bytes]:
         """Return robustness.json and, where there are per-image results, robustness.npz.
@@ -91,8 +88,7 @@ class RobustnessReport:
         Args:
             twins: with the few images that are kept before and after an attack.
         """
-        text = json.dumps(self.content, indent=2, allow_nan=False) + "\n"
-        contents = {"robustness.json": text.encode()}
+        contents = {"robustness.json": to_json(self.content)}
         if self.images:
             arrays = {f"images/{k}": v for k, v in self.images.items()}
             arrays |= {f"twins/{k}": v for k, v in self.twins.items() if twins}
@@ -111,14 +107,7 @@ class RobustnessReport:
         path = Path(path)
         if path.is_dir():
             path = path / "robustness.json"
-        try:
-            if path.stat().st_size > LARGEST_JSON:
-                raise ValueError(f"it has more than {LARGEST_JSON >> 20} MiB")
-            content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ReportError(f"{path} cannot be read as a report: {error}") from error
-        if not isinstance(content, dict):
-            raise ReportError(f"{path} is no report")
+        content = FORMAT.read(path)
         arrays: dict[str, np.ndarray] = {}
         beside = path.with_suffix(".npz")
         if beside.exists():

@@ -4,21 +4,28 @@ Version 2 adds the nearest adversarial images of all attacks together, and inter
 are studentised. Reports of version 1 are read as well.
 """
 
-import json
 from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
 from typing import Any, Protocol
 
-import jsonschema
 import numpy as np
 
+from hf_specreg.robustness.documents import Format
+
 SCHEMA_VERSION = 2
-READABLE = (1, 2)
 
 
 class ReportError(ValueError):
     """A report that cannot be read, or reports that cannot be compared."""
+
+
+FORMAT = Format(
+    name="report",
+    package="hf_specreg.robustness",
+    schema="report.schema.json",
+    versions=(1, SCHEMA_VERSION),
+    largest=32 * 2**20,
+    error=ReportError,
+)
 
 
 class Report(Protocol):
@@ -39,23 +46,7 @@ def checked(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ReportError: it is not in the format, or in one of another version.
     """
-    try:
-        content = json.loads(json.dumps(content, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ReportError(f"the report is not valid JSON: {error}") from error
-    found = content.get("schema")
-    if found not in READABLE:
-        raise ReportError(
-            f"this report has format {str(found)[:20]}, this version of hf_specreg reads "
-            f"{' and '.join(map(str, READABLE))}"
-        )
-    try:
-        problem = next(_validator().iter_errors(content), None)
-    except RecursionError as error:
-        raise ReportError("the report is nested too deeply") from error
-    if problem is not None:
-        where = "/".join(map(str, problem.absolute_path)) or "the report"
-        raise ReportError(f"{where}: {problem.message[:200]}")
+    content = FORMAT.checked(content)
     for nearest in content.get("nearest", ()):
         if unknown := set(nearest["attacks"]) - set(content["attacks"]):
             raise ReportError(
@@ -78,9 +69,3 @@ def check_images(images: Mapping[str, np.ndarray], content: Mapping[str, Any]) -
                 f"per-image results of {len(found)} images are not those of a report on "
                 f"{content['n']}"
             )
-
-
-@cache
-def _validator() -> jsonschema.Draft202012Validator:
-    schema = files("hf_specreg.robustness").joinpath("report.schema.json").read_text()
-    return jsonschema.Draft202012Validator(json.loads(schema))
