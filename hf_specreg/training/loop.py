@@ -195,7 +195,7 @@ class TrainingLoop:
             with self.steps.penalty_time():
                 penalty = self.penalty()
             self.steps.count_backward(penalty, loss)
-        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, loss)
+        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, labels, loss)
         # accelerate divides what it is given by the micro-batches; what is of the weights enters
         # once a step, whole.
         whole = [terms[r.name] for r in self.regularizers if r.of_weights]
@@ -226,12 +226,13 @@ class TrainingLoop:
             "clipped_to": clipped_to.nan_to_num(0, 0, 0),
         }
 
-    def _regularizers(self, images: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    def _regularizers(self, images: Tensor, labels: Tensor, loss: Tensor) -> dict[str, Tensor]:
         """The regularizers beside the spectral penalty, by name; 0 where not due."""
         features, sync = self.plain.features, self.accelerator.sync_gradients
+        step = self.state.step
         return {
-            r.name: r(images, features)
-            if r.due(self.state.step) and (sync or not r.of_weights)
+            r.name: r(images, labels, features, step=step)
+            if r.due(step) and (sync or not r.of_weights)
             else loss.new_zeros(())
             for r in self.regularizers
         }

@@ -91,5 +91,6 @@ class Supervised(Objective):
         if self.mixup is None:
             logits = self.encoder(images)
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        images, targets = self.mixup(images, labels)
+        # It mixes in place, and the regularizers' images are those of the labels.
+        images, targets = self.mixup(images.clone(), labels)
         return F.cross_entropy(self.encoder(images), targets)

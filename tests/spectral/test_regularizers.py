@@ -211,7 +211,7 @@ def test_each_name_gives_its_function_times_its_strength_with_a_gradient(name):
     settings, function = CASES[name]
     encoder = tiny()
     (regularizer,) = built(encoder, **{name: settings})
-    value = regularizer(images(), [encoder.features(images())])
+    value = regularizer(images(), None, [encoder.features(images())])
     torch.testing.assert_close(value, 2 * function(encoder), rtol=1e-3, atol=1e-5)
     value.backward()
     assert encoder.network.hidden.weight.grad.norm() > 0
@@ -222,18 +222,18 @@ def test_l2_sp_is_alpha_half_the_distance_and_a_part_of_it_for_the_head():
     (regularizer,) = built(encoder, l2_sp=L2SPConfig(0.5, head=0.1))
     head = encoder.network.head
     norm = sum(p.square().sum() for p in head.parameters())
-    torch.testing.assert_close(regularizer(images(), []), 0.5 * 0.1 / 2 * norm)
+    torch.testing.assert_close(regularizer(images(), None, []), 0.5 * 0.1 / 2 * norm)
     with torch.no_grad():
         encoder.network.hidden.weight.add_(0.1)
     moved = 0.01 * encoder.network.hidden.weight.numel()
-    torch.testing.assert_close(regularizer(images(), []), 0.25 * (moved + 0.1 * norm))
+    torch.testing.assert_close(regularizer(images(), None, []), 0.25 * (moved + 0.1 * norm))
 
 
 def test_bss_is_the_mean_over_the_views():
     (regularizer,) = built(tiny(), bss=BSSConfig(1.0))
     a, b = torch.randn(2, 6, 4)
     expected = sum(batch_spectral_shrinkage(f) for f in (a, b)) / 2
-    torch.testing.assert_close(regularizer(images(), [a, b]), expected)
+    torch.testing.assert_close(regularizer(images(), None, [a, b]), expected)
 
 
 def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_put_back():
@@ -241,8 +241,8 @@ def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_pu
     encoder.network.bn1.eval()
     (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0, projections=None))
     statistics = {n: b.clone() for n, b in encoder.named_buffers()}
-    whole = regularizer(images(4), [])
-    parts = [regularizer(part, []) for part in images(4).split(1)]
+    whole = regularizer(images(4), None, [])
+    parts = [regularizer(part, None, []) for part in images(4).split(1)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
     assert encoder.training
     assert encoder.network.stages.training
@@ -253,7 +253,7 @@ def test_images_are_by_themselves_where_there_is_batch_norm_and_the_modes_are_pu
 def test_attention_can_be_derived_twice():
     encoder = tiny("vit_tiny_patch16_224")
     (regularizer,) = built(encoder, jacobian=JacobianConfig(1.0))
-    regularizer(images(), []).backward()
+    regularizer(images(), None, []).backward()
     assert encoder.network.blocks[0].attn.qkv.weight.grad.norm() > 0
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.training.distributed import synchronize_batch_norms
 from hf_specreg.training.objectives import Supervised
@@ -48,10 +49,11 @@ def train(method, rank, processes):
     if processes > 1:
         synchronize_batch_norms(objective)
     penalty = SpectralPenalty(objective.encoder, strength=0.01, shared=True)
-    start = L2SPConfig(strength=0.05 if method == "transfer" else 0.0)
-    regularizers = build_regularizers(
-        objective.encoder, RegularizersConfig(l2_sp=start), steps_per_epoch=STEPS, epochs=1
-    )
+    settings = {
+        "supervised": RegularizersConfig(input_gradient=InputGradientConfig(strength=0.5)),
+        "transfer": RegularizersConfig(l2_sp=L2SPConfig(strength=0.05)),
+    }.get(method, RegularizersConfig())
+    regularizers = build_regularizers(objective.encoder, settings, steps_per_epoch=STEPS, epochs=1)
     model = DistributedDataParallel(objective) if processes > 1 else objective
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
     draws = torch.Generator().manual_seed(1)
@@ -61,8 +63,9 @@ def train(method, rank, processes):
         labels = torch.randint(10, (BATCH,), generator=draws)
         part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         optimizer.zero_grad()
-        loss = model(images[part], labels[part]) + penalty()
-        (loss + sum(r(images[part], objective.features) for r in regularizers)).backward()
+        images, labels = images[part], labels[part]
+        loss = model(images, labels) + penalty()
+        (loss + sum(r(images, labels, objective.features) for r in regularizers)).backward()
         optimizer.step()
         objective.after_step((step + 1) / STEPS)
     vectors = {f"vector.{n}": v.contiguous() for n, v in penalty.state_dict()["vectors"].items()}

@@ -8,10 +8,11 @@ from hf_specreg.data.datasets import DataConfig
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
-from hf_specreg.training.config import RunConfig
+from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
 from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
@@ -44,6 +45,12 @@ def test_values_out_of_range_are_named():
         RunConfig(data=DataConfig(streaming=True))
 
 
+def test_what_needs_labels_is_refused_where_there_are_none():
+    regularizers = RegularizersConfig(input_gradient=InputGradientConfig(0.1))
+    with pytest.raises(ValueError, match=r"\['input_gradient'\] need labels: set their strength"):
+        SelfSupervisedRunConfig(regularizers=regularizers)
+
+
 def test_differences_name_the_key_and_both_values():
     a, b = RunConfig().as_dict(), RunConfig(penalty=PenaltyConfig(strength=0.5)).as_dict()
     assert differences(a, b) == ["penalty.strength: 0.01 and 0.5"]
@@ -55,6 +62,9 @@ def test_differences_name_the_key_and_both_values():
     [
         (JacobianConfig, "projections", 0),
         (JacobianConfig, "images", 0),
+        (InputGradientConfig, "step", 0.0),
+        (InputGradientConfig, "images", 0),
+        (InputGradientConfig, "ramp_epochs", -1.0),
         (L2SPConfig, "head", -1.0),
         (BSSConfig, "k", 0),
         (PenaltyConfig, "lanczos_steps", 1),

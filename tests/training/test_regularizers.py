@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_specreg import SpecRegModel, SpectralPenalty
-from hf_specreg.data.datasets import DataConfig
+from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.spectral.regularizers import RegularizersConfig, orthogonality
 from hf_specreg.spectral.regularizers.cross_lipschitz import CrossLipschitzConfig
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig, jacobian_norm
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig
@@ -23,6 +24,7 @@ from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
 from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
 from hf_specreg.training.config import RunConfig
+from hf_specreg.training.images import build_images
 from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.optimizer import OptimizerConfig
 from recipes.supervised import train
@@ -50,6 +52,7 @@ SUM = RegularizersConfig(
     jacobian=JacobianConfig(0.1, projections=None),
     volume_element=VolumeElementConfig(0.01),
     cross_lipschitz=CrossLipschitzConfig(0.1),
+    input_gradient=InputGradientConfig(0.1),
     l2_sp=L2SPConfig(0.1),
 )
 
@@ -61,7 +64,7 @@ def test_a_run_sums_them_logs_each_and_accumulation_does_not_change_the_weights(
         results.append(train(run(folder, accumulation, regularizers=SUM)))
     lines = [json.loads(x) for x in (tmp_path / "1/metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
-    for name in ("jacobian", "cross_lipschitz", "l2_sp", "penalty"):
+    for name in ("jacobian", "cross_lipschitz", "input_gradient", "l2_sp", "penalty"):
         assert logged[-1][name] > 0, name
     one, four = (load_file(r.model_folder / "model.safetensors") for r in results)
     for name in one:
@@ -89,6 +92,39 @@ def test_a_strong_regularizer_gets_smaller_in_a_run(tmp_path):
             else:
                 values.append((trained.network.hidden.weight - start).norm())
         assert values[1] < 0.7 * values[0], name
+
+
+def test_the_strength_rises_in_a_run_and_the_terms_labels_are_those_of_its_images(
+    tmp_path, monkeypatch
+):
+    """Also under mixup, whose labels are of no one image."""
+    seen = []
+
+    def term(self, space):
+        def compute(images, labels, features):
+            seen.extend(zip((images * 255).round().byte(), labels.tolist(), strict=True))
+            return images.new_ones(())
+
+        return compute
+
+    monkeypatch.setattr(InputGradientConfig, "term", term)
+    settings = InputGradientConfig(1.0, burn_in_steps=1, ramp_epochs=0.5)
+    config = run(
+        tmp_path,
+        regularizers=RegularizersConfig(input_gradient=settings),
+        augment=AugmentConfig(mixup=1.0),
+    )
+    train(config)
+    splits = build_splits(config.data)
+    pictures = build_images(splits, tiny(num_classes=10), config)["train_images"]
+    pairs = {
+        (p.numpy().tobytes(), int(label)) for p, label in map(pictures.__getitem__, range(256))
+    }
+    assert len(seen) == 3 * 64
+    assert {(p.numpy().tobytes(), label) for p, label in seen} <= pairs
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["input_gradient"] for line in lines if "input_gradient" in line]
+    assert found == [0, 0, 0.5, 1]
 
 
 def test_the_penaltys_share_of_the_time_is_not_that_of_the_others(tmp_path, monkeypatch):

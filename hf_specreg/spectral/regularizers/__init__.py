@@ -9,6 +9,7 @@ Of the map at the data (J is the Jacobian of a function of one image, such as it
     metric_eigenvalue   mean lambda_max(J^T J)                  arXiv:2405.17181, sec. 4
     cross_lipschitz     mean over l, m ||grad f_l - grad f_m||^2    Hein, Andriushchenko 2017
     volume_element      mean 1/2 log det of the metric          Zavatone-Veth et al. 2023
+    input_gradient      mean ||grad_x loss||, of image and label    Drucker, LeCun 1992
 
 Of the weights or the features:
 
@@ -27,6 +28,7 @@ from torch import nn
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.regularizers.bss import BSSConfig
 from hf_specreg.spectral.regularizers.cross_lipschitz import CrossLipschitzConfig
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.metric_eigenvalue import MetricEigenvalueConfig
@@ -47,6 +49,7 @@ class RegularizersConfig:
         metric_eigenvalue: top eigenvalue of the feature metric.
         cross_lipschitz: differences of the logits' gradients.
         volume_element: 1/2 log det of the feature metric.
+        input_gradient: norm of the loss's gradient by the image.
         l2_sp: distance from the weights that training began with.
         bss: small singular values of a batch's features.
         orthogonality: ||W W^T - I||.
@@ -58,6 +61,7 @@ class RegularizersConfig:
     metric_eigenvalue: MetricEigenvalueConfig = field(default_factory=MetricEigenvalueConfig)
     cross_lipschitz: CrossLipschitzConfig = field(default_factory=CrossLipschitzConfig)
     volume_element: VolumeElementConfig = field(default_factory=VolumeElementConfig)
+    input_gradient: InputGradientConfig = field(default_factory=InputGradientConfig)
     l2_sp: L2SPConfig = field(default_factory=L2SPConfig)
     bss: BSSConfig = field(default_factory=BSSConfig)
     orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)
@@ -90,10 +94,15 @@ def build_regularizers(
         epochs: of the whole training.
 
     Raises:
-        ValueError: one is of the logits, and the model has no head.
+        ValueError: one is of the logits or the labels, and the model has no head.
     """
     space = FeatureSpace.of(model)
     for name, settings in config.terms().items():
+        if settings.of_labels and not space.head:
+            raise ValueError(
+                f"regularizers.{name} is of the labels, and this encoder has no head to tell them: "
+                f"set regularizers.{name}.strength to 0"
+            )
         if getattr(settings, "of", None) == "logits" and not space.head:
             raise ValueError(
                 f"regularizers.{name} is of the logits, and this encoder has no head: set "
@@ -107,6 +116,7 @@ def build_regularizers(
             settings.burn_in(steps_per_epoch, epochs),
             settings.of_weights,
             settings.term(space),
+            settings.ramp(steps_per_epoch),
         )
         for name, settings in config.terms().items()
     ]

@@ -50,7 +50,7 @@ class BSSConfig(RegularizerConfig):
     def term(self, _: FeatureSpace) -> Compute:
         """Return the mean over the features that the training itself computed: no second pass."""
 
-        def compute(_: Tensor, features: Sequence[Tensor]) -> Tensor:
+        def compute(images: Tensor, labels: Tensor | None, features: Sequence[Tensor]) -> Tensor:
             return torch.stack([batch_spectral_shrinkage(f, k=self.k) for f in features]).mean()
 
         return compute

@@ -4,12 +4,13 @@ Functions of images must treat each image by itself: put batch norms in evaluati
 statistics join the derivative.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_specreg.encoders.features import FeatureSpace
@@ -44,12 +45,18 @@ class DerivativeConfig(RegularizerConfig):
         """Return what computes it from a batch, with the network in evaluation mode."""
         function = space.features if self.of == "features" else space.logits
 
-        def compute(images: Tensor, _: Sequence[Tensor]) -> Tensor:
-            # Only the plain form of attention can be derived twice.
-            with evaluating(space.model), sdpa_kernel(SDPBackend.MATH):
+        def compute(images: Tensor, labels: Tensor | None, features: Sequence[Tensor]) -> Tensor:
+            with derivable_twice(space.model):
                 return self.penalty(function, images[: self.images])
 
         return compute
+
+
+@contextmanager
+def derivable_twice(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, with attention in the one form that is derived twice."""
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def tracked(function: Function, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_specreg.ranges import require
 
-Compute = Callable[[Tensor, Sequence[Tensor]], Tensor]  # images, features -> 0-d
+# images, labels, features -> 0-d
+Compute = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
 
 
@@ -30,6 +31,7 @@ class RegularizerConfig:
 
     Attributes:
         of_weights: it is of the weights; else of the data.
+        of_labels: it is of the data and their labels.
     """
 
     strength: float = 0.0
@@ -39,6 +41,7 @@ class RegularizerConfig:
     burn_in_fraction: float | None = None
 
     of_weights: ClassVar[bool] = False
+    of_labels: ClassVar[bool] = False
 
     def __post_init__(self):
         given = [name for name in BURN_INS if getattr(self, name) is not None]
@@ -56,6 +59,10 @@ class RegularizerConfig:
             return round(self.burn_in_fraction * steps_per_epoch * epochs)
         return self.burn_in_steps or 0
 
+    def ramp(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps after the burn-in in which the strength rises from 0."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Regularizer:
@@ -68,6 +75,7 @@ class Regularizer:
         burn_in: optimizer steps without it at first.
         of_weights: it counts once an optimizer step; else it is of a micro-batch.
         compute: the term itself.
+        ramp: optimizer steps after the burn-in in which the strength rises linearly from 0.
     """
 
     name: str
@@ -76,16 +84,32 @@ class Regularizer:
     burn_in: int
     of_weights: bool
     compute: Compute
+    ramp: int = 0
 
     def due(self, step: int) -> bool:
         """Whether it enters the optimizer step after `step` others."""
         return step >= self.burn_in and (step - self.burn_in) % self.every == 0
 
-    def __call__(self, images: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def strength_at(self, step: int) -> float:
+        """Return the strength in the optimizer step after `step` others."""
+        risen = (step - self.burn_in) / self.ramp if self.ramp else 1
+        return self.strength * min(max(risen, 0), 1)
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        features: Sequence[Tensor],
+        *,
+        step: int | None = None,
+    ) -> Tensor:
         """Return strength * the term, 0-d and differentiable.
 
         Args:
-            images: [B, C, H, W] in [0, 1].
+            images: [B, C, H, W] in [0, 1], but for noise on them.
+            labels: [B], the classes of these images; None where no term is of them.
             features: [B, D] each, that the loss was computed from, with their graph.
+            step: optimizer steps before this one; default: the ramp is over.
         """
-        return self.strength * self.compute(images, features)
+        strength = self.strength if step is None else self.strength_at(step)
+        return strength * self.compute(images, labels, features)
