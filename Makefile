@@ -32,6 +32,7 @@ bench: $(VENV)/ready
 	$(PYTHON) benchmarks/recipe_cost.py
 	$(PYTHON) benchmarks/tracking.py
 	$(PYTHON) benchmarks/attack_cost.py
+	$(PYTHON) benchmarks/coverage.py
 
 clean:
 	rm -rf $(VENV)

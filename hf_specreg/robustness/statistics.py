@@ -44,11 +44,13 @@ def proportion(hits: np.ndarray) -> Estimate:
     return {"value": float(hits.mean()), "ci": [float(low), float(high)]}
 
 
-def binomial_interval(hits: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the exact interval of `hits` of `n`, elementwise."""
+def binomial_interval(hits: np.ndarray, n: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the exact interval of `hits` of `n`, elementwise; both may be fractions,
+    as effective sample sizes are.
+    """
     tail = (1 - LEVEL) / 2
-    low = np.where(hits > 0, beta.ppf(tail, np.maximum(hits, 1), n - hits + 1), 0.0)
-    high = np.where(hits < n, beta.ppf(1 - tail, hits + 1, np.maximum(n - hits, 1)), 1.0)
+    low = np.where(hits > 0, beta.ppf(tail, np.where(hits > 0, hits, 1), n - hits + 1), 0.0)
+    high = np.where(hits < n, beta.ppf(1 - tail, hits + 1, np.where(hits < n, n - hits, 1)), 1.0)
     return low, high
 
 
