@@ -19,9 +19,12 @@ def percent(estimate: Estimate) -> str:
 
 
 def points(difference: Estimate) -> str:
-    """Return a difference of two proportions with its interval."""
+    """Return a difference of two proportions with its interval, where it has one."""
+    if difference["value"] is None:
+        return "none"
     low, high = difference["ci"]
-    return f"{100 * difference['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    value = f"{100 * difference['value']:+.1f} points"
+    return value if low is None else f"{value} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def with_difference(estimate: Mapping[str, Any]) -> str:

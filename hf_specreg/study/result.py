@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_specreg.robustness.documents import Format, to_json, write_whole
+from hf_specreg.study.text import to_markdown
 
 COLUMNS = {  # of images.parquet, with the kinds of their values
     "method": "UO",
@@ -75,6 +76,7 @@ class Study:
         files = {"cells.parquet": _parquet(pa.Table.from_pydict(_cells(self.content["cells"])))}
         if self.images:
             files["images.parquet"] = _parquet(self._table())
+        files["study.md"] = to_markdown(self.content).encode()
         files["study.json"] = to_json(self.content)
         write_whole({folder / name: content for name, content in files.items()})
         for name in {"images.parquet"} - files.keys():

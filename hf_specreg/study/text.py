@@ -1,0 +1,295 @@
+"""A study in words and tables: the same in Markdown and on the page."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hf_specreg.robustness.statistics import Estimate
+from hf_specreg.robustness.text import (
+    attack_name,
+    listed,
+    norm_name,
+    number,
+    percent,
+    points,
+    table,
+)
+from hf_specreg.study.verdict import not_chosen, side, verdicts
+
+SIGNS = {1: "+", -1: "-", 0: "0"}
+
+
+class Section(NamedTuple):
+    """A heading, what to know of the table, its header and rows; a table may be empty."""
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def to_markdown(content: Mapping[str, Any]) -> str:
+    """Return all of a study's numbers as Markdown."""
+    lines = [f"# {content['name']}", "", content["description"], ""]
+    lines += [f"- {said}" for said in verdicts(content)]
+    lines += ["", caution(content), ""]
+    if content["flags"]:
+        lines += ["## Before you believe the numbers", ""]
+        lines += [f"- {flag}" for flag in content["flags"]] + [""]
+    lines += ["## How it was made", "", "```", content["command"], "```", ""]
+    lines += [f"- {name}: {said}" for name, said in facts(content)] + [""]
+    for section in sections(content):
+        lines += [f"## {section.title}", ""]
+        lines += [section.note, ""] if section.note else []
+        lines += [table(section.header, section.rows), ""] if section.rows else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def caution(content: Mapping[str, Any]) -> str:
+    """Return what the sentences and intervals stand for."""
+    over = "seeds and images" if len(content["seeds"]) > 1 else "images of one training alone"
+    return (
+        f"In brackets: 95 % intervals, over {over}. {content['comparisons']} paired comparisons "
+        "are stated; each holds at 95 % by itself. Harder is said only where the interval of the "
+        "ratio lies above 1 against the plain network and against the plain network stopped at "
+        "the accuracy of the method."
+    )
+
+
+def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return of what and how it was measured, by name."""
+    data, attacked = content["data"], content["attacked"]
+    counts = (f"{data[k]:,} {k}" for k in ("train", "validation", "test"))
+    eps = (
+        f"{norm_name(norm)} {', '.join(f'{e:g}' for e in radii)}"
+        for norm, radii in content["eps"].items()
+    )
+    found = [
+        ("data", f"{data['id']}: {', '.join(counts)} images, the same in all cells"),
+        ("seeds", ", ".join(map(str, content["seeds"]))),
+        ("recipe", content["recipe"]),
+        (
+            "attacks of every cell",
+            f"{attacks(content, 'cells')}, on {attacked['validation']:,} validation and "
+            f"{attacked['test']:,} test images",
+        ),
+        ("eps, in [0, 1] pixels", "; ".join(eps)),
+        ("out of distribution", content["ood"] or "not measured"),
+        (
+            "choice",
+            "of each method the strength with the largest mean distance among those that lose at "
+            f"most {100 * content['accuracy_margin']:g} points, on validation images",
+        ),
+        ("device", content["device"]),
+        ("versions", ", ".join(f"{k} {v}" for k, v in content["versions"].items())),
+    ]
+    if content["attacks"]["final"]:
+        final = f"{attacks(content, 'final')}, on {attacked['final']:,} test images"
+        found.insert(4, ("final attacks", final))
+    return found
+
+
+def attacks(content: Mapping[str, Any], part: str) -> str:
+    """Return the attacks of the cells or the final ones, each with its strength."""
+    settings = content["attacks"][part]
+    return listed([attack_name(name, {"settings": s}) for name, s in settings.items()])
+
+
+def sections(content: Mapping[str, Any]) -> list[Section]:
+    """Return all tables, in the order in which they are read."""
+    made = [
+        _distances(content, "table", "cells", "At equal accuracy"),
+        _robust_accuracy(content),
+        _measures(content),
+    ]
+    if content["final"]:
+        made.append(
+            _distances(content, "final", "final", "At equal accuracy, by the final attacks")
+        )
+    made += [_frontier(content), _choices(content), _missing(content), _methods(content)]
+    return [section for section in made if section.rows]
+
+
+def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) -> Section:
+    plain = content["plain"]
+    images = content["attacked"]["test" if faced == "cells" else "final"]
+    note = (
+        f"Mean L2 distance in [0, 1] pixels to the nearest adversarial image that "
+        f"{attacks(content, faced)} found, over those of {images:,} test images that are "
+        f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
+        f"that both classify correctly. Seeds: + farther, - nearer. Stopped: against {plain} "
+        f"stopped at the accuracy of the method."
+    )
+    header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
+    header += ["ratio", "seeds", "stopped", "images"]
+    rows = [
+        [
+            row["method"],
+            strength(row),
+            percent(row["accuracy"]),
+            maybe(points, row["accuracy_difference"]),
+            number(row["distance"]),
+            ratio(row["ratio"]),
+            signs(row["signs"]),
+            _control(row["control"]),
+            "" if row["paired_images"] is None else f"{row['paired_images']:.0f}",
+        ]
+        for row in content[part]
+    ]
+    return Section(title, note, header, rows)
+
+
+def _robust_accuracy(content: Mapping[str, Any]) -> Section:
+    columns = [(norm, eps) for norm, radii in content["eps"].items() for eps in radii]
+    note = (
+        "Of the attacked test images: classified correctly, and nothing found within eps. The mean "
+        "is over the eps. Half the budget: the mean distance that the attacks had found by then, "
+        "which is no longer falling where they have converged."
+    )
+    header = ["method", *(f"{norm_name(norm)} {eps:g}" for norm, eps in columns), "mean"]
+    header += ["mean distance at half the budget", "in full"]
+    rows = []
+    for row in content["table"]:
+        found = {(p["norm"], p["eps"]): percent(p) for p in row["robust_accuracy"]}
+        rows.append(
+            [
+                row["method"],
+                *(found.get(column, "") for column in columns),
+                maybe(percent, row["mean_robust_accuracy"]),
+                maybe("{:.3f}".format, row["distance_half_budget"]),
+                number(row["distance"]).split(" (")[0],
+            ]
+        )
+    return Section("Robust accuracy", note, header, rows)
+
+
+def _measures(content: Mapping[str, Any]) -> Section:
+    scores = dict.fromkeys(s for row in content["table"] for s in row["ood_auroc"] or ())
+    note = (
+        "ECE: expected calibration error, before and after a temperature that is fitted on the "
+        "validation images. "
+        + (f"AUROC: how well {content['ood']} is told from the test images. " if scores else "")
+        + "Step: seconds of a training step over the plain network's, and the least and most of "
+        "the rounds."
+    )
+    header = ["method", "ECE", "after temperature"]
+    header += [f"AUROC, {score.replace('_', ' ')}" for score in scores]
+    header += ["step", "sum of sigma^2"]
+    rows = [
+        [
+            row["method"],
+            maybe(percent, row["calibration"].get("ece")),
+            maybe(percent, row["calibrated"].get("ece")),
+            *(maybe(number, (row["ood_auroc"] or {}).get(score)) for score in scores),
+            step_time(row["step_time"]),
+            compact(row["sum_sigma2"]),
+        ]
+        for row in content["table"]
+    ]
+    return Section("Calibration, out of distribution, cost", note, header, rows)
+
+
+def _frontier(content: Mapping[str, Any]) -> Section:
+    chosen = {e["method"]: e["strength"] for e in content["chosen"]}
+    rows = [
+        [
+            p["method"],
+            strength(p) + (" (chosen)" if chosen_is(chosen, p) else ""),
+            f"{p['seeds']}" + (f", {p['diverged']} diverged" if p["diverged"] else ""),
+            *(
+                shown(p[part][key])
+                for part in ("validation", "test")
+                for key, shown in (("accuracy", percent), ("distance", number))
+            ),
+        ]
+        for p in content["frontier"]
+    ]
+    header = ["method", "strength", "seeds", "validation accuracy", "validation distance"]
+    header += ["test accuracy", "test distance"]
+    return Section("Every strength", "", header, rows)
+
+
+def chosen_is(chosen: Mapping[str, float | None], point: Mapping[str, Any]) -> bool:
+    """Return whether a point of the frontier is the one that was chosen of its method."""
+    method, at = point["method"], point["strength"]
+    return at is not None and chosen.get(method) == at
+
+
+def _choices(content: Mapping[str, Any]) -> Section:
+    rows = [[e["method"], strength(e) or "none", _in_cell(e["reason"])] for e in content["chosen"]]
+    missing = listed([e["method"] for e in not_chosen(content)])
+    note = f"Not chosen, hence in no table at equal accuracy: {missing}." if missing else ""
+    return Section("What was chosen, and why", note, ["method", "strength", "reason"], rows)
+
+
+def _missing(content: Mapping[str, Any]) -> Section:
+    rows = [
+        [c["method"], strength(c), str(c["seed"]), c["status"], _in_cell(c["reason"] or "")]
+        for c in content["cells"]
+        if c["status"] != "done"
+    ]
+    note = "Diverged cells count as tried: they stand in no mean."
+    header = ["method", "strength", "seed", "cell", "reason"]
+    return Section("What diverged or is missing", note, header, rows)
+
+
+def _methods(content: Mapping[str, Any]) -> Section:
+    rows = [
+        [
+            name,
+            method["key"] or "",
+            ", ".join(f"{s:g}" for s in method["strengths"] if s is not None),
+            _in_cell(", ".join(f"{key} {value}" for key, value in method["settings"].items())),
+        ]
+        for name, method in content["methods"].items()
+    ]
+    header = ["method", "its strength is", "strengths tried", "also set"]
+    return Section("Methods", "All settings are in study.json.", header, rows)
+
+
+def _in_cell(text: str) -> str:
+    """Text that somebody wrote, such that it leaves the table one."""
+    return " ".join(text.split()).replace("|", "/")
+
+
+def strength(entry: Mapping[str, Any]) -> str:
+    """Return a strength; nothing for the plain network."""
+    return maybe("{:g}".format, entry["strength"])
+
+
+def maybe(shown: Callable[[Any], str], value: Any) -> str:
+    """Return a value as it is shown, or nothing where there is none."""
+    return "" if value is None else shown(value)
+
+
+def ratio(estimate: Estimate | None) -> str:
+    """Return a ratio of distances with its interval, and what it shows where it excludes 1."""
+    said = {1: ", farther", -1: ", nearer", 0: ""}[side(estimate)]
+    return "" if estimate is None else f"{number(estimate)}{said}"
+
+
+def compact(estimate: Estimate) -> str:
+    """Return a number of any size with its interval."""
+    value, (low, high) = maybe("{:.4g}".format, estimate["value"]), estimate["ci"]
+    return value if low is None else f"{value} ({low:.4g} to {high:.4g})"
+
+
+def signs(found: Sequence[int] | None) -> str:
+    """Return a sign a seed, "++-"."""
+    return "".join(SIGNS[sign] for sign in found or ())
+
+
+def step_time(time: Mapping[str, Any] | None) -> str:
+    """Return a step's time over the plain network's, with the range of the rounds."""
+    if time is None:
+        return ""
+    rounds = time["rounds"] or [time["ratio"]]
+    return f"{time['ratio']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+
+
+def _control(control: Mapping[str, Any] | None) -> str:
+    if control is None:
+        return ""
+    at = f"{percent(control['accuracy']).split(' (')[0]}"
+    epochs = "" if control["strength"] is None else f"{control['strength']:g} epochs, "
+    said = f"{ratio(control['ratio']) or 'none'} {signs(control['signs'])}; {epochs}{at}"
+    return said if control["matched"] else f"{said}: not its accuracy"

@@ -1,0 +1,128 @@
+"""Whether a method makes networks harder to attack at equal accuracy, in words.
+
+Harder only where the interval of the mean distance's ratio lies above 1 twice: against the plain
+network, and against the plain network stopped earlier, at the accuracy of the method. A network
+that has learnt less is often harder to attack, so that the first alone shows nothing of the method.
+Easier where either interval lies below 1. All else is no difference that was shown.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_specreg.robustness.statistics import Estimate
+from hf_specreg.robustness.text import listed, number, points
+
+HARDER, EASIER, NEITHER, UNKNOWN = "harder", "easier", "no difference", "cannot be said"
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Return what a row of the table shows: HARDER, EASIER, NEITHER, or UNKNOWN for no ratio.
+
+    A control whose accuracy is not that of the method is none.
+    """
+    if row["ratio"] is None or row["ratio"]["value"] is None:
+        return UNKNOWN
+    sides = [side(row["ratio"]), side(_control_ratio(row))]
+    if sides == [1, 1]:
+        return HARDER
+    return EASIER if -1 in sides else NEITHER
+
+
+def verdicts(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence a method of a study, in the order of its table, then those not chosen."""
+    control = content["stopped"]
+    said = [verdict(row, content) for row in content["table"][1:] if row["method"] != control]
+    return said + [
+        f"{entry['method']} is not compared at equal accuracy: {entry['reason']}."
+        for entry in not_chosen(content)
+    ]
+
+
+def not_chosen(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the entries of methods of which no strength was chosen."""
+    plain = content["plain"]
+    return [e for e in content["chosen"] if e["strength"] is None and e["method"] != plain]
+
+
+def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Return what a row of a study's table shows, in a sentence."""
+    name, shown = at_strength(row), outcome(row)
+    if shown == UNKNOWN:
+        return (
+            f"Whether {name} is harder to attack than the plain network cannot be said: there is "
+            "no mean distance over images that both classify correctly."
+        )
+    if shown == HARDER:
+        said = f"{name} is harder to attack than the plain network at equal accuracy"
+    elif shown == EASIER:
+        worse = [
+            network
+            for network, ratio in (
+                ("the plain network", row["ratio"]),
+                ("the plain network stopped at its accuracy", _control_ratio(row)),
+            )
+            if side(ratio) < 0
+        ]
+        said = f"{name} is easier to attack than {listed(worse)}"
+    else:
+        said = f"No difference between {name} and the plain network is shown at equal accuracy"
+    parts = [
+        "the mean distance of its nearest adversarial images is "
+        f"{_times(row['ratio'], 'the plain network')}",
+        _against_control(row),
+    ]
+    if row["accuracy_difference"] is not None:
+        parts.append(_accuracy(row["accuracy_difference"], content["accuracy_margin"]))
+    parts.append(_seeds(row))
+    return f"{said}: {'; '.join(parts)}."
+
+
+def at_strength(entry: Mapping[str, Any]) -> str:
+    """Return a method with its strength, "jacobian at 0.01"."""
+    strength = entry["strength"]
+    return entry["method"] if strength is None else f"{entry['method']} at {strength:g}"
+
+
+def _control_ratio(row: Mapping[str, Any]) -> Estimate | None:
+    control = row["control"]
+    return control["ratio"] if control and control["matched"] else None
+
+
+def side(ratio: Estimate | None) -> int:
+    """Return 1 where the interval lies above 1, -1 below, 0 where it holds 1 or there is none."""
+    if ratio is None or None in ratio["ci"]:
+        return 0
+    low, high = ratio["ci"]
+    return int(low > 1) - int(high < 1)
+
+
+def _times(ratio: Estimate, network: str) -> str:
+    shown = {1: "farther", -1: "nearer", 0: "no difference shown"}[side(ratio)]
+    return f"{number(ratio)} times that of {network} ({shown})"
+
+
+def _against_control(row: Mapping[str, Any]) -> str:
+    control = row["control"]
+    if control is None or control["ratio"] is None or control["ratio"]["value"] is None:
+        return "it is not compared with the plain network stopped at its accuracy"
+    epochs = "" if control["strength"] is None else f" after {control['strength']:g} epochs"
+    if not control["matched"]:
+        return (
+            f"the plain network stopped{epochs}, the nearest to its accuracy, is not at it, and "
+            "decides nothing"
+        )
+    return _times(control["ratio"], f"the plain network stopped{epochs}")
+
+
+def _accuracy(difference: Estimate, margin: float) -> str:
+    said = f"accuracy {points(difference)}"
+    if difference["value"] is not None and difference["value"] < -margin:
+        said += f", more than the {100 * margin:g} points that were allowed on validation images"
+    return said
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    if row["seeds"] == 1:
+        return "one seed, so nothing is known of the spread between trainings"
+    signs = row["signs"] or []
+    return f"farther with {signs.count(1)} and nearer with {signs.count(-1)} of {len(signs)} seeds"

@@ -1,0 +1,165 @@
+import copy
+import re
+
+import pytest
+
+from hf_specreg.robustness.text import number, percent
+from hf_specreg.study.text import sections, to_markdown
+from hf_specreg.study.verdict import EASIER, HARDER, NEITHER, UNKNOWN, outcome, verdict, verdicts
+
+ABOVE, AROUND, BELOW = (
+    {"value": 1.2, "ci": [1.1, 1.3]},
+    {"value": 1.02, "ci": [0.95, 1.1]},
+    {"value": 0.8, "ci": [0.7, 0.9]},
+)
+AT_ONE = {"value": 1.1, "ci": [1.0, 1.2]}
+ALONE = {"value": 1.2, "ci": [None, None]}
+NOTHING = {"value": None, "ci": [None, None]}
+
+
+def row_of(content, method="jacobian"):
+    return copy.deepcopy(next(row for row in content["table"] if row["method"] == method))
+
+
+@pytest.mark.parametrize(
+    ("plain", "control", "matched", "shown"),
+    [
+        (ABOVE, ABOVE, True, HARDER),
+        (ABOVE, AROUND, True, NEITHER),
+        (ABOVE, AT_ONE, True, NEITHER),
+        (AROUND, ABOVE, True, NEITHER),
+        (AROUND, AROUND, True, NEITHER),
+        (ABOVE, ABOVE, False, NEITHER),
+        (ABOVE, None, True, NEITHER),
+        (ABOVE, NOTHING, True, NEITHER),
+        (ALONE, ALONE, True, NEITHER),
+        (BELOW, ABOVE, True, EASIER),
+        (ABOVE, BELOW, True, EASIER),
+        (ABOVE, BELOW, False, NEITHER),
+        (AROUND, BELOW, True, EASIER),
+        (BELOW, BELOW, True, EASIER),
+        (BELOW, None, True, EASIER),
+        (NOTHING, ABOVE, True, UNKNOWN),
+        (None, ABOVE, True, UNKNOWN),
+    ],
+)
+def test_harder_needs_both_intervals_above_one(content, plain, control, matched, shown):
+    row = row_of(content)
+    row["ratio"] = plain
+    row["control"] |= {"ratio": control, "matched": matched}
+    assert outcome(row) == shown
+    said = verdict(row, content)
+    assert ("is harder to attack than the plain network at equal accuracy" in said) == (
+        shown == HARDER
+    )
+    assert ("is easier to attack than" in said) == (shown == EASIER)
+    assert ("No difference between jacobian at 0.01" in said) == (shown == NEITHER)
+    assert ("cannot be said" in said) == (shown == UNKNOWN)
+
+
+def test_a_method_is_easier_than_what_its_interval_says(content):
+    row = row_of(content)
+    row["ratio"], row["control"]["ratio"] = ABOVE, BELOW
+    assert "easier to attack than the plain network stopped at its accuracy:" in verdict(
+        row, content
+    )
+    row["ratio"] = BELOW
+    assert "than the plain network and the plain network stopped at its acc" in verdict(
+        row, content
+    )
+    row["control"] = None
+    said = verdict(row, content)
+    assert "easier to attack than the plain network: the mean" in said
+    assert "0.800 (0.700 to 0.900) times that of the plain network (nearer)" in said
+    assert "not compared with the plain network stopped at its accuracy" in said
+
+
+def test_the_sentence_says_what_else_weakens_it(content):
+    row = row_of(content)
+    row["seeds"] = 1
+    row["accuracy_difference"] = {"value": -0.02, "ci": [-0.03, -0.01]}
+    row["control"]["matched"] = False
+    said = verdict(row, content)
+    assert "one seed, so nothing is known of the spread between trainings" in said
+    assert "-2.0 points (-3.0 to -1.0), more than the 0.5 points that were allowed" in said
+    assert "the nearest to its accuracy, is not at it, and decides nothing" in said
+
+
+def test_every_method_gets_one_sentence(content):
+    said = verdicts(content)
+    names = [name for name in content["methods"] if name not in ("none", "stopped earlier")]
+    assert len(said) == len(names)
+    assert "cross-Lipschitz is not compared at equal accuracy: no strength loses" in said[-1]
+    for sentence in said:
+        assert sentence.endswith(".")
+
+
+def test_the_numbers_of_the_tables_are_those_of_the_content(content):
+    text = to_markdown(content)
+    for part in ("table", "final"):
+        for row in content[part]:
+            for shown in (percent(row["accuracy"]), number(row["distance"])):
+                assert f"| {shown} |" in text
+            if row["ratio"]:
+                assert number(row["ratio"]) in text
+                assert f"| {''.join('-0+'[sign + 1] for sign in row['signs'])} |" in text
+                assert number(row["control"]["ratio"]) in text
+            for point in row["robust_accuracy"]:
+                assert f"| {percent(point)} |" in text
+            assert percent(row["calibration"]["ece"]) in text
+            assert percent(row["calibrated"]["ece"]) in text
+            for score in (row["ood_auroc"] or {}).values():
+                assert number(score) in text
+    for point in content["frontier"]:
+        shown = f"| {percent(point['test']['accuracy'])} | {number(point['test']['distance'])} |"
+        assert shown in text
+    assert text.count(" (chosen) |") == sum(e["strength"] is not None for e in content["chosen"])
+
+
+def test_what_was_tried_and_what_failed_is_told(content):
+    text = to_markdown(content)
+    for said in (
+        content["command"],
+        "fmn-l2 (steps 100, restarts 1) and tangent (iterations 40), on 200 test images",
+        "20,000 train, 1,200 validation, 10,000 test images",
+        "- seeds: 0, 1, 2",
+        "16 paired comparisons are stated; each holds at 95 % by itself",
+        "| ll-spectral | 1 | 0 | diverged | the loss was NaN at step 120 |",
+        "| jacobian | 1 | 2 | missing |  |",
+        "| cross-Lipschitz | none | no strength loses at most 0.5 points: the least loses 4.9 |",
+        "| ll-spectral | 1 | 0, 3 diverged | none | none | none | none |",
+        f"- {content['flags'][0]}",
+    ):
+        assert said in text, said
+
+
+def test_every_row_is_as_long_as_its_header(content):
+    content["table"][1]["control"] = content["table"][1]["step_time"] = None
+    content["chosen"][1]["reason"] = "a | b"
+    next(c for c in content["cells"] if c["status"] == "diverged")["reason"] = "one\ntwo | three"
+    content["table"][2] |= {"ratio": None, "signs": None, "ood_auroc": None}
+    for section in sections(content):
+        for row in section.rows:
+            assert len(row) == len(section.header)
+            assert all(isinstance(cell, str) for cell in row)
+            assert not any(re.search("[|\n]", cell) for cell in row)
+
+
+def test_nearer_is_written_beside_a_ratio_that_excludes_one(content):
+    content["table"][1]["ratio"] = BELOW
+    assert "| 0.800 (0.700 to 0.900), nearer |" in to_markdown(content)
+    content["table"][1]["ratio"] = AROUND
+    assert "| 1.020 (0.950 to 1.100) |" in to_markdown(content)
+
+
+def test_a_study_of_one_seed_says_that_it_is(content):
+    content["seeds"] = [0]
+    assert "95 % intervals, over images of one training alone." in to_markdown(content)
+
+
+def test_a_study_of_nothing_yet_is_still_told(content):
+    for part in ("cells", "frontier", "chosen", "table", "final"):
+        content[part] = []
+    text = to_markdown(content)
+    assert "## Methods" in text
+    assert "## At equal accuracy" not in text
