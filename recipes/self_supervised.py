@@ -45,7 +45,7 @@ def train(config: SelfSupervisedRunConfig, *, resume: bool = False) -> TrainingR
     encoder = build_encoder(config.model, (), config.regularizers)
     check_probe(build_model(config.model, splits.label_names), feature_width(encoder))
     set_seed(config.seed)  # that model drew random numbers
-    objective = SelfSupervised(encoder, config.ssl)
+    objective = SelfSupervised(encoder, config.ssl, adversarial=config.adversarial)
     images = build_images(splits, encoder, config)
     bank = plain_training_images(splits, encoder, config, config.ssl.bank)
     voting = {"neighbours": config.ssl.neighbours, "batch_size": config.eval_batch_size}

@@ -27,7 +27,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
     """Build what the configuration names, and train."""
     accelerator, splits = begin(config, resume=resume)
     model = build_encoder(config.model, splits.label_names, config.regularizers)
-    objective = Supervised(model, augment=config.augment)
+    objective = Supervised(model, augment=config.augment, adversarial=config.adversarial)
     images = build_images(splits, model, config)
     metadata = run_metadata(splits, images)
     loop = TrainingLoop(

@@ -56,9 +56,13 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
         copy_head(SpecRegModel.from_pretrained(before), encoder)
     set_seed(config.seed)  # the probe drew random numbers
     prepare_transfer(encoder, config.transfer)
-    kept = config.transfer.keep_batch_norm
     loop = TrainingLoop(
-        Supervised(encoder, augment=config.augment, keep_batch_norm=kept),
+        Supervised(
+            encoder,
+            augment=config.augment,
+            adversarial=config.adversarial,
+            keep_batch_norm=config.transfer.keep_batch_norm,
+        ),
         **images,
         config=config,
         accelerator=accelerator,

@@ -175,6 +175,10 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
             rows.append((name, f"strength {settings['strength']:g}, {_when(settings)}"))
         elif settings is True:
             rows.append((name, "yes"))
+    adversarial = encoder.config.get("adversarial", {})
+    if adversarial.get("method", "none") != "none":
+        ball = f"{norm_name(adversarial['norm'])} eps {adversarial['eps']:g}"
+        rows.append(("adversarial training", f"{adversarial['method']}, {ball}"))
     share = encoder.run.get("penalty_share")
     if encoder.penalty and share is not None:
         rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))

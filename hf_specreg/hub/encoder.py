@@ -65,6 +65,15 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                         "properties": _REGULARIZER,
                     },
                 },
+                "adversarial": {
+                    **_OBJECT,
+                    "required": ["method", "norm", "eps"],
+                    "properties": {
+                        "method": {"enum": ["none", "fgsm", "pgd", "trades"]},
+                        "norm": {"enum": ["l2", "linf"]},
+                        "eps": {"type": "number", "minimum": 0, "maximum": 1e15},
+                    },
+                },
                 "ssl": {**_OBJECT, "properties": {"method": _TEXT}},
                 "transfer": {
                     **_OBJECT,

@@ -14,6 +14,7 @@ from hf_specreg.ranges import require
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.term import BURN_INS
+from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
 from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.model import ModelConfig
@@ -51,6 +52,7 @@ class RunConfig:
         model: the encoder.
         penalty: the spectral penalty.
         regularizers: what it is compared with, or summed with.
+        adversarial: adversarial training.
         optimizer: the optimizer and its schedule.
         checkpoint: what is kept.
     """
@@ -74,6 +76,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -150,6 +153,7 @@ class SelfSupervisedRunConfig(RunConfig):
             raise ValueError("mixup, cutmix and label_smoothing need labels: set them to 0")
         if named := [name for name, r in self.regularizers.terms().items() if r.of_labels]:
             raise ValueError(f"regularizers {named} need labels: set their strength to 0")
+        self.adversarial.check_needs_no_head()
         if self.data.streaming:
             raise ValueError("the probes read the training images again: data.streaming must be no")
         if all(getattr(self.penalty, name) is None for name in BURN_INS):

@@ -43,11 +43,22 @@ def features_of(
         accelerator: of the run; its processes share the images out.
         batch_size: images a process and batch.
     """
-    loader = prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler
+    loader = evaluation_loader(images, accelerator, batch_size=batch_size)
+    return collect_features(encoder, loader, accelerator)
+
+
+def evaluation_loader(images: Dataset, accelerator: Accelerator, *, batch_size: int) -> DataLoader:
+    """Return a loader of a set, in its order, shared out over the processes.
+
+    Args:
+        images: of (uint8 image [C, H, W], label).
+        accelerator: of the run.
+        batch_size: images a process and batch.
+    """
+    return prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler
         DataLoader(images, batch_size, collate_fn=collate),
         accelerator.device,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         put_on_device=True,
     )
-    return collect_features(encoder, loader, accelerator)

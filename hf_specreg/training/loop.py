@@ -6,7 +6,6 @@ and the penalty's vectors are in the checkpoint. So a run that is resumed gives 
 uninterrupted one, on the CPU bit for bit.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_specreg.data.transforms import add_noise, derived_seed
@@ -24,12 +23,14 @@ from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.regularizers import build_regularizers
 from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
 from hf_specreg.training.accelerator import build_accelerator
+from hf_specreg.training.adversarial import OverfittingCheck
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
 from hf_specreg.training.images import build_loaders
 from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal, ending_workers
 from hf_specreg.training.metrics import (
     DivergedError,
+    Score,
     StepLog,
     TrainingResult,
     classification_scores,
@@ -41,8 +42,6 @@ from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
 from hf_specreg.training.resume import check_agreement, starting_point
 from hf_specreg.training.state import RunState, recorded_settings
-
-Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
 
 class TrainingLoop:
@@ -73,7 +72,8 @@ class TrainingLoop:
         metadata: dict[str, Any] | None = None,
     ):
         self.config = config
-        self.score = score
+        one_step = config.adversarial.method == "fgsm" and objective.encoder.head
+        self.score = OverfittingCheck(score, config.adversarial) if one_step else score
         self.output = Path(config.output_dir)
         self.accelerator = accelerator or build_accelerator(config)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
+
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite."""

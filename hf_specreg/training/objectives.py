@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.training.adversarial import AdversarialConfig, adversarial_loss
 
 
 class Objective(nn.Module):
@@ -56,13 +57,20 @@ class Supervised(Objective):
     Args:
         encoder: with a head.
         augment: mixup, cutmix and label_smoothing are read.
+        adversarial: of adversarial images, or not; see `hf_specreg.training.adversarial`.
         keep_batch_norm: see `Objective`.
     """
 
     def __init__(
-        self, encoder: SpecRegModel, *, augment: AugmentConfig, keep_batch_norm: bool = False
+        self,
+        encoder: SpecRegModel,
+        *,
+        augment: AugmentConfig,
+        adversarial: AdversarialConfig | None = None,
+        keep_batch_norm: bool = False,
     ):
         super().__init__(encoder, keep_batch_norm=keep_batch_norm)
+        self.adversarial = adversarial or AdversarialConfig()
         self.label_smoothing = augment.label_smoothing
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -88,9 +96,13 @@ class Supervised(Objective):
             labels: [B].
         """
         self.features.clear()
-        if self.mixup is None:
-            logits = self.encoder(images)
-            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # It mixes in place, and the regularizers' images are those of the labels.
-        images, targets = self.mixup(images.clone(), labels)
-        return F.cross_entropy(self.encoder(images), targets)
+        smoothing = self.label_smoothing
+        if self.mixup is not None:  # it smooths too; in place, and the regularizers' are unmixed
+            (images, labels), smoothing = self.mixup(images.clone(), labels), 0.0
+
+        def criterion(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+        if self.adversarial.method == "none":
+            return criterion(self.encoder(images))
+        return adversarial_loss(self.encoder, criterion, images, self.adversarial)

@@ -8,6 +8,10 @@
 Losses and projection heads are lightly's (extra `ssl`). They are computed in float32 also under
 mixed precision. Losses that compare images with each other see the embeddings of all processes;
 with accumulation, those of a micro-batch.
+
+With an adversary (ACL's simplest form, Jiang et al. 2020: one adversarial view and one that is not)
+the first view is moved to where the loss of both is large, by fgsm or pgd, and the loss of the
+moved view and the other is trained. BYOL's teacher is held fixed meanwhile.
 """
 
 import copy
@@ -24,6 +28,7 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.ranges import require
 from hf_specreg.spectral.precision import full_precision
+from hf_specreg.training.adversarial import AdversarialConfig, crafting, perturbed
 from hf_specreg.training.distributed import gathered
 from hf_specreg.training.objectives import Objective
 
@@ -65,17 +70,26 @@ class SelfSupervised(Objective):
     Args:
         encoder: without a head; the projector on it is thrown away after the training.
         config: the method and its settings.
+        adversarial: whether and how the first view is made adversarial.
 
     Raises:
-        ValueError: the encoder has a head.
+        ValueError: the encoder has a head, or the adversarial method needs one.
         ImportError: lightly is not installed.
 
     Source: Zbontar et al. 2021 (Barlow Twins), Chen et al. 2020 (SimCLR), Bardes et al. 2022
-    (VICReg), Grill et al. 2020 (BYOL).
+    (VICReg), Grill et al. 2020 (BYOL), Jiang et al. 2020 (adversarial contrastive learning).
     """
 
-    def __init__(self, encoder: SpecRegModel, config: SelfSupervisedConfig):
+    def __init__(
+        self,
+        encoder: SpecRegModel,
+        config: SelfSupervisedConfig,
+        *,
+        adversarial: AdversarialConfig | None = None,
+    ):
         super().__init__(encoder)
+        self.adversarial = adversarial or AdversarialConfig()
+        self.adversarial.check_needs_no_head()
         if encoder.head:
             raise ValueError("self-supervision trains an encoder without a head: num_classes=0")
         self.config = config
@@ -106,17 +120,24 @@ class SelfSupervised(Objective):
             images: [B, 2, C, H, W], two views.
             labels: [B]; not read.
         """
-        views = images.unbind(1)
+        first, second = images.unbind(1)
+        if self.adversarial.method != "none":
+            with crafting(self, self.adversarial):
+                first = perturbed(lambda x: self._loss(x, second), first, self.adversarial)
+        return self._loss(first, second)
+
+    def _loss(self, *views: Tensor) -> Tensor:
         self.features = [self.encoder(view) for view in views]
         embeddings = [self.projector(features) for features in self.features]
-        with torch.autocast(images.device.type, enabled=False):
+        device = views[0].device.type
+        with torch.autocast(device, enabled=False):
             if self.teacher is None:
                 return self.criterion(*(gathered(full_precision(z)) for z in embeddings))
         encoder, projector = self.teacher
         with torch.no_grad():
             targets = [projector(encoder(view)) for view in reversed(views)]
         predictions = [self.predictor(z) for z in embeddings]
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             terms = [
                 1 + self.criterion(full_precision(p), full_precision(z))
                 for p, z in zip(predictions, targets, strict=True)

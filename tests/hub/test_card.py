@@ -281,6 +281,7 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
                 "jacobian": off,
                 "spectral_norm": True,
             },
+            "adversarial": {"method": "fgsm", "norm": "linf", "eps": 0.125},
             "ssl": {"method": "simclr"},
             "transfer": {"train": "lora"},
         },
@@ -296,6 +297,7 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
         "| trained | low-rank updates (LoRA) and the head |",
         "| l2_sp | strength 0.5, at every step from step 7 on |",
         "| spectral_norm | yes |",
+        "| adversarial training | fgsm, Linf eps 0.125 |",
         "| test accuracy of nearest neighbours | 50.00 % (n = 10) |",
         "| test accuracy of a logistic regression on the features | 75.00 % |",
     ):

@@ -1,0 +1,275 @@
+"""Adversarial training: the loss of images that were moved, by eps at most, to where it is large.
+
+    fgsm    x' = P(x0 + a d(grad L(x0))), x0 uniform in the eps ball      Wong, Rice, Kolter 2020
+    pgd     that step k times                                             Madry et al. 2018
+    trades  L(x) + beta KL(p(x) || p(x')), x' by k steps on the KL,       Zhang et al. 2019
+            x0 = x + 0.001 N(0, 1)
+
+d(g) is sign(g) in Linf and g / ||g||_2 in L2; P projects onto the eps ball around the image, then
+onto the box of its pixels. fgsm and pgd are crafted against the very loss that is trained: with
+mixup against mixed images and their mixed labels, with label smoothing against smoothed ones.
+
+While images are crafted dropout and its like are off, batch norms are in the mode `batch_norm`, and
+neither statistics nor gradients of the model change. The pass that is trained is as without an
+adversary: batch norms take the statistics of its batch, of the adversarial images with fgsm and
+pgd. trades makes two passes, of the images and of the adversarial ones, each with its own.
+
+Crafting derives by the images alone, which fires none of DistributedDataParallel's hooks. It is in
+float32 under fp16, in which the gradient would underflow, and with trades, whose start bfloat16
+would round away; else in the precision of the pass.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from hf_specreg.encoders.modules import evaluating
+from hf_specreg.ranges import require
+from hf_specreg.spectral.precision import full_precision
+from hf_specreg.training.features import evaluation_loader
+from hf_specreg.training.metrics import Score
+
+logger = logging.getLogger(__name__)
+TRADES_START = 1e-3  # deviation of the noise that it starts from, in [0, 1] pixels
+CHECKED = 300  # validation images, at most
+PGD_STEPS = 10
+DROP = 0.2  # by which accuracy falls under PGD where Wong et al. stop the training
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Adversarial training, in the place of the plain loss or summed with every penalty.
+
+    Args:
+        method: "none"; "fgsm", one step from a random start (Wong et al. 2020); "pgd", several
+            (Madry et al. 2018); or "trades" (Zhang et al. 2019), for classifiers.
+        norm: of eps, "l2" or "linf".
+        eps: how far an image is moved at most, in [0, 1] pixel units.
+        steps: of pgd and trades; default: 10.
+        step_size: in [0, 1] pixel units; default: 1.25 eps with fgsm, else 2.5 eps / steps.
+        beta: weight of trades' KL divergence.
+        batch_norm: mode of the batch norms while images are crafted: "eval", their running
+            statistics, or "train", those of the batch. Neither updates them.
+    """
+
+    method: Literal["none", "fgsm", "pgd", "trades"] = "none"
+    norm: Literal["l2", "linf"] = "l2"
+    eps: float = 0.5
+    steps: int | None = None
+    step_size: float | None = None
+    beta: float = 6.0
+    batch_norm: Literal["eval", "train"] = "eval"
+
+    def __post_init__(self):
+        require(self, "positive", "eps", "step_size")
+        require(self, "at least 1", "steps")
+        require(self, "not negative", "beta")
+        if self.norm == "linf":
+            require(self, "in [0, 1]", "eps")
+        if self.method == "fgsm" and self.steps not in (None, 1):
+            raise ValueError(f"steps ({self.steps}) of fgsm are 1: for more set method to pgd")
+
+    @property
+    def schedule(self) -> tuple[int, float]:
+        """How many steps, and the size of each."""
+        if self.method == "fgsm":
+            return 1, self.step_size or 1.25 * self.eps
+        steps = self.steps or PGD_STEPS
+        return steps, self.step_size or 2.5 * self.eps / steps
+
+    def check_needs_no_head(self) -> None:
+        """Raise ValueError if the method is of logits."""
+        if self.method == "trades":
+            raise ValueError(
+                "adversarial.method 'trades' compares logits, which an encoder without a head does "
+                "not give: set it to fgsm or pgd"
+            )
+
+
+def adversarial_loss(
+    model: nn.Module,
+    criterion: Callable[[Tensor], Tensor],
+    images: Tensor,
+    config: AdversarialConfig,
+) -> Tensor:
+    """Return the loss, 0-d, of adversarial images; with trades that of the images, and the KL.
+
+    Args:
+        model: images -> logits [B, K].
+        criterion: logits -> mean loss, 0-d.
+        images: [B, C, H, W].
+        config: its method is not "none".
+    """
+    if config.method != "trades":
+        with crafting(model, config):
+            moved = perturbed(lambda x: criterion(model(x)), images, config)
+        return criterion(model(moved))
+    with crafting(model, config):
+        fixed = model(images).detach()
+        moved = perturbed(lambda x: divergence(fixed, model(x)), images, config)
+    logits = model(images)
+    return criterion(logits) + config.beta * divergence(logits, model(moved))
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """Return the mean KL(p || q) of the predictions p and q that logits [B, K] make, 0-d."""
+    p, q = (F.log_softmax(full_precision(z), dim=1) for z in (logits, others))
+    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def perturbed(
+    loss: Callable[[Tensor], Tensor], images: Tensor, config: AdversarialConfig
+) -> Tensor:
+    """Return images moved within eps to where a loss is larger, detached.
+
+    What is random is drawn from torch's global generator.
+
+    Args:
+        loss: of images like these, 0-d.
+        images: [B, ...]. Their box is [0, 1], or what of it and beyond they take up.
+        config: eps, norm and steps; its method decides where it starts.
+    """
+    images = images.detach()
+    low, high = images.amin().clamp(max=0), images.amax().clamp(min=1)
+
+    def projected(moved: Tensor) -> Tensor:
+        within = moved - images
+        if config.norm == "linf":
+            within = within.clamp(-config.eps, config.eps)
+        else:
+            within = within.renorm(2, 0, config.eps)
+        return (images + within).clamp(low, high)
+
+    steps, size = config.schedule
+    moved = projected(images + _start(images, config))
+    for _ in range(steps):
+        with torch.enable_grad():
+            value = loss(moved.requires_grad_())
+        (gradient,) = torch.autograd.grad(value, moved)
+        moved = projected(moved.detach() + size * _direction(gradient, config.norm))
+    return moved
+
+
+def _start(images: Tensor, config: AdversarialConfig) -> Tensor:
+    """Noise for trades, else uniform in the eps ball."""
+    if config.method == "trades":
+        return TRADES_START * torch.randn_like(images)
+    if config.norm == "linf":
+        return config.eps * (2 * torch.rand_like(images) - 1)
+    rows = torch.randn_like(images).flatten(1)
+    radii = torch.rand_like(rows[:, :1]) ** (1 / rows.shape[1])
+    return (config.eps * radii * F.normalize(rows)).reshape_as(images)
+
+
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    """Where the gradient points to, with norm 1 for each image; 0 where it is 0."""
+    if norm == "linf":
+        return gradient.sign()
+    rows = gradient.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True)  # whose square may underflow
+    return F.normalize(rows / largest.clamp(min=torch.finfo(rows.dtype).tiny)).reshape_as(gradient)
+
+
+@contextmanager
+def crafting(model: nn.Module, config: AdversarialConfig) -> Iterator[None]:
+    """Put a model in the modes and the precision that images are crafted in; leave it as it was."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and config.batch_norm == "train"
+    ]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    device = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device)
+    too_coarse = dtype == torch.float16 or config.method == "trades"
+    rounded = torch.is_autocast_enabled(device) and not too_coarse
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.train()
+            with torch.autocast(device, dtype=dtype, enabled=rounded):
+                yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+class OverfittingCheck:
+    """Beside a score: the accuracy under the one step that is trained with, and under PGD.
+
+    FGSM's training can overfit its one step: accuracy under the step stays or rises while that
+    under PGD falls to 0. It is warned of once, where accuracy under PGD (10 steps of the same eps)
+    is less than half of that under the step, and lower by 20 points or more; 20 points is what Wong
+    et al. stop a training at. The images are 300 at most, spread evenly over the set.
+
+    Args:
+        score: what else is said of the encoder.
+        config: of the training; its method is "fgsm".
+
+    Source: Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training",
+    ICLR 2020, sec. 5.4.
+    """
+
+    def __init__(self, score: Score, config: AdversarialConfig):
+        self.score = score
+        self.step = config
+        self.pgd = replace(config, method="pgd", steps=PGD_STEPS, step_size=None)
+        self.said = False
+
+    def __call__(
+        self, encoder: nn.Module, loader: DataLoader, accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Return the score, with "fgsm_accuracy" and "pgd_accuracy"."""
+        scores = self.score(encoder, loader, accelerator)
+        some = evaluation_loader(_some(loader.dataset), accelerator, batch_size=50)
+        step, pgd = (_robust_accuracy(encoder, some, accelerator, c) for c in (self.step, self.pgd))
+        if pgd < step / 2 and step - pgd >= DROP and not self.said:
+            self.said = True
+            if accelerator.is_main_process:
+                logger.warning(
+                    "catastrophic overfitting: accuracy is %.1f %% under the FGSM step that is "
+                    "trained with and %.1f %% under %d PGD steps of the same eps. Train anew with "
+                    "adversarial.method pgd, or a smaller adversarial.step_size or eps",
+                    *(100 * step, 100 * pgd, PGD_STEPS),
+                )
+        return {**scores, "fgsm_accuracy": step, "pgd_accuracy": pgd}
+
+
+def _some(images: Dataset) -> Dataset:
+    if isinstance(images, IterableDataset):
+        return list(islice(images, CHECKED))
+    return Subset(images, range(0, len(images), -(-len(images) // CHECKED)))
+
+
+def _robust_accuracy(
+    encoder: nn.Module, loader: DataLoader, accelerator: Accelerator, config: AdversarialConfig
+) -> float:
+    right = []
+    for images, labels in loader:
+        with accelerator.autocast():
+            standing = _standing(encoder, images.float() / 255, labels, config)
+        right.append(accelerator.gather_for_metrics(standing))
+    return torch.cat(right).float().mean().item()
+
+
+def _standing(
+    encoder: nn.Module, images: Tensor, labels: Tensor, config: AdversarialConfig
+) -> Tensor:
+    """Which images are classified as their labels when they are moved, [B]."""
+    with crafting(encoder, config):
+        moved = perturbed(
+            lambda x: F.cross_entropy(full_precision(encoder(x)), labels), images, config
+        )
+    with torch.no_grad():
+        return encoder(moved).argmax(1) == labels
