@@ -59,9 +59,12 @@ class OneLineParser(ArgumentParser):
         super().__init__(**{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and exit."""
+        """Print the error and exit; with exit_on_error=False raise it, a ValueError."""
         keys = [key.removeprefix("--") for key in self._option_string_actions]
-        self.exit(2, f"{self.prog}: error: {in_one_line(message, keys)}\n")
+        said = in_one_line(message, keys)
+        if not self.exit_on_error:
+            raise ValueError(said) from ex
+        self.exit(2, f"{self.prog}: error: {said}\n")
 
 
 def in_one_line(message: str, keys: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ from hf_specreg.data.transforms import crop_and_flip, derived_seed, seeded, to_c
 
 MEMORY_BUDGET = 2 * 1024**3  # bytes of decoded pixels
 Transform = Callable[[Image.Image], Tensor]
+# Pixels that somebody in this process has already, by what they were decoded from and how.
+_held: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
 
 class LabelledImages(Dataset):
     """Images [C, H, W], uint8, and labels of one split; batches are read at once.
+
+    What is kept in memory is decoded once a process, as long as somebody has it.
 
     Args:
         rows: a split with columns "image" and "label".
@@ -64,12 +69,17 @@ class LabelledImages(Dataset):
         keep = len(rows) * torch.Size(input_size).numel() <= budget
         self._pictures: list[Image.Image] | None = None
         self._pixels: Tensor | None = None
-        if keep or skip_unreadable:
+        # A fingerprint is of the rows and all that was done to them.
+        key = (self.rows._fingerprint, self.input_size, repr(evaluate))
+        if keep and not skip_unreadable and not callable(augment):
+            self._pixels = _held.get(key)
+        if self._pixels is None and (keep or skip_unreadable):
             pictures = self._readable_pictures(skip_unreadable)
             if keep and callable(augment):
                 self._pictures = _within(budget, pictures)
             elif keep:
                 self._pixels = torch.stack([evaluate(picture) for picture in pictures])
+                _held[key] = self._pixels
             for _ in pictures if skip_unreadable else ():  # to the end, to know which can be read
                 pass
             if not skip_unreadable:

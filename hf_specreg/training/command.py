@@ -13,7 +13,11 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse_run(
-    config: type[Config], description: str, arguments: Sequence[str] | None = None
+    config: type[Config],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    exit_on_error: bool = True,
 ) -> tuple[Config, bool]:
     """Return the configuration of a run and whether to resume.
 
@@ -21,8 +25,13 @@ def parse_run(
         config: RunConfig or one of its kinds.
         description: of the recipe; its first line is shown by --help.
         arguments: of the command line; default: those of this process.
+        exit_on_error: print an error and exit; else raise it.
+
+    Raises:
+        ValueError: the arguments are wrong, and the process is not to end.
     """
     parser = OneLineParser(
+        exit_on_error=exit_on_error,
         description=description.splitlines()[0],
         usage="%(prog)s [--config FILE] [--resume] [--KEY VALUE ...]",
     )

@@ -22,6 +22,10 @@ from hf_specreg.training.features import features_of
 NEVER = -100.0  # the logit of a class that no training image is of
 
 
+class CollapsedError(ValueError):
+    """Features that tell nothing of the images."""
+
+
 @dataclass(frozen=True)
 class ProbeConfig:
     """Classifiers on frozen, un-augmented features.
@@ -241,11 +245,13 @@ def probe_classifier(
 def _scale(features: Tensor) -> tuple[Tensor, Tensor]:
     """The features' mean [D], and one number: the root mean square of their deviation from it."""
     if not features.isfinite().all():
-        raise ValueError("the features are not finite: the encoder's weights or its images are not")
+        raise CollapsedError(
+            "the features are not finite: the encoder's weights or its images are not"
+        )
     mean = features.mean(0)
     scale = (features - mean).square().mean().sqrt()
     if scale <= torch.finfo(features.dtype).eps * features.abs().max():
-        raise ValueError("the features are the same for all images: the encoder has collapsed")
+        raise CollapsedError("the features are the same for all images: the encoder has collapsed")
     return mean, scale
 
 

@@ -1,0 +1,175 @@
+"""The cells of a study: which trainings it is made of, and that each is what it claims to be."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.metrics import TrainingResult
+
+
+class StudyRunError(ValueError):
+    """A study that cannot be run as it was asked for, with what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cell is trained.
+
+    Attributes:
+        name: of the recipe.
+        parse: arguments of its command line -> its configuration; raises ValueError.
+        train: (configuration, resume=) -> the result.
+        classifier: the folder in its output that holds the classifier to attack.
+    """
+
+    name: str
+    parse: Callable[[Sequence[str]], RunConfig]
+    train: Callable[..., TrainingResult]
+    classifier: str = "model"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        method: its name.
+        strength: of the method; None for the plain network.
+        seed: of the training.
+        run: the recipe's configuration of it.
+    """
+
+    method: str
+    strength: float | None
+    seed: int
+    run: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = re.sub(r"[^\w.-]+", "-", self.method)
+        strength = "" if self.strength is None else f"_{self.strength:g}"
+        return f"{method}{strength}_seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        strength = "" if self.strength is None else f" {self.strength:g}"
+        return f"{self.method}{strength}, seed {self.seed}"
+
+
+class Cells(Sequence[Cell]):
+    """All cells of a study, checked before any compute is spent; seeds are the outer loop, so that
+    an unfinished study compares all methods over fewer seeds.
+
+    Args:
+        config: of the study.
+        recipe: that trains them.
+
+    Raises:
+        StudyRunError: a key that the recipe does not have, a strength that changes nothing, a
+            method with data of its own.
+    """
+
+    def __init__(self, config: StudyConfig, recipe: Recipe):
+        self.config = config
+        self.recipe = recipe
+        self._cells = [
+            Cell(method, strength, seed, replace(run, seed=seed))
+            for seed in config.seeds
+            for (method, strength), run in self._runs.items()
+        ]
+        names = [cell.name for cell in self._cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise StudyRunError(f"two methods would share the folders {twice}: rename one")
+
+    def __getitem__(self, place):
+        return self._cells[place]
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    @property
+    def plain(self) -> RunConfig:
+        """The configuration of the network that all are compared with."""
+        return self._runs[self.config.plain, None]
+
+    @cached_property
+    def methods(self) -> dict[str, MethodConfig]:
+        """All methods by name, the control after the plain network."""
+        methods = dict(self.config.methods)
+        plain = methods.pop(self.config.plain)
+        epochs = self._parsed(plain, None, self.config.plain).epochs
+        quarters = {max(1, epochs * part // 4) for part in (1, 2, 3)} - {epochs}
+        stopped = self.config.stopped_epochs or tuple(sorted(quarters))
+        if wrong := [e for e in stopped if not 1 <= e < epochs]:
+            raise StudyRunError(f"stopped_epochs ({wrong}) must be below the {epochs} epochs")
+        control = MethodConfig("epochs", stopped, plain.settings)
+        shown = {STOPPED: control} if stopped else {}
+        return {self.config.plain: plain, **shown, **methods}
+
+    @cached_property
+    def _runs(self) -> dict[tuple[str, float | None], RunConfig]:
+        """The recipe's configuration by method and strength."""
+        runs: dict[tuple[str, float | None], RunConfig] = {}
+        for name, method in self.methods.items():
+            for strength in method.strengths or (None,):
+                run = self._parsed(method, strength, name)
+                label = name if strength is None else f"{name} {strength:g}"
+                same = [key for key, other in runs.items() if _plain(run) == _plain(other)]
+                if same:
+                    other, at = same[0]
+                    raise StudyRunError(
+                        f"{label} changes nothing: its settings are those of {other}"
+                        + ("" if at is None else f" {at:g}")
+                    )
+                if runs and run.data != next(iter(runs.values())).data:
+                    raise StudyRunError(
+                        f"{label} has data of its own: all cells of a study have the same images"
+                    )
+                runs[name, strength] = run
+        return runs
+
+    def _parsed(self, method: MethodConfig, strength: float | None, name: str) -> RunConfig:
+        settings = {**_dotted(self.config.settings), **_dotted(method.settings)}
+        if method.key is not None:
+            # A count, such as epochs, is written without its fraction.
+            settings[method.key] = int(strength) if strength == int(strength) else strength
+        arguments = ["--config", self.config.base]
+        for key, value in settings.items():
+            written = value if isinstance(value, str) else json.dumps(value)
+            arguments += [f"--{key}", written]
+        if not Path(self.config.base).is_file():
+            raise StudyRunError(
+                f"base ({self.config.base}) is no file: it is the configuration "
+                "of the recipe that all cells share"
+            )
+        try:
+            run = self.recipe.parse(arguments)
+        except ValueError as error:
+            raise StudyRunError(f"method {name!r}: {error}") from error
+        if hasattr(run, "report"):  # the study attacks the cells itself
+            run = replace(run, report=replace(run.report, samples=0))
+        return run
+
+
+def _plain(run: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps({**run.as_dict(), "seed": 0, "output_dir": ""}))
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key not in ("options", "args", "init_kwargs"):
+            found |= _dotted(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,190 @@
+"""The cells that are done, as arrays over seeds and images, and which of them are chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study.cells import Cell, Cells
+from hf_specreg.study.config import STOPPED
+from hf_specreg.study.folder import StudyFolder
+from hf_specreg.study.measure import nearest
+from hf_specreg.study.statistics import paired_ratio
+
+Key = tuple[str, float | None]  # method, strength
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What attacks found on the same images in several trainings.
+
+    Attributes:
+        distances: [S, n], the nearest over attacks; inf where nothing was found.
+        correct: [S, n], bool.
+        reports: of the S trainings.
+    """
+
+    distances: np.ndarray
+    correct: np.ndarray
+    reports: Sequence[RobustnessReport]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The strength of a method that is compared with the others.
+
+    Attributes:
+        method: its name.
+        strength: None where none may be chosen.
+        reason: why this one, or none.
+        control: epochs of the plain network that is nearest to its accuracy, by validation; None:
+            the plain network that is trained to the end.
+        matched: whether the accuracy of that one is within the margin of this one's.
+    """
+
+    method: str
+    strength: float | None
+    reason: str
+    control: float | None = None
+    matched: bool = False
+
+
+class Results:
+    """What the cells of a study gave.
+
+    Args:
+        cells: of the study.
+        folder: where it is kept.
+    """
+
+    def __init__(self, cells: Cells, folder: StudyFolder):
+        self.cells = cells
+        self.folder = folder
+        self.config = cells.config
+        self.records = {cell.name: folder.record(cell.name) for cell in cells}
+        self.keys: list[Key] = list(dict.fromkeys((c.method, c.strength) for c in cells))
+
+    def cells_of(self, key: Key, *, done: bool = True) -> list[Cell]:
+        """Return the cells of a method and strength, by seed; those that are done, or all."""
+        own = [cell for cell in self.cells if (cell.method, cell.strength) == key]
+        return [cell for cell in own if not done or self.status(cell) == "done"]
+
+    def status(self, cell: Cell) -> str:
+        """Return "done", "diverged" or "missing"."""
+        record = self.records[cell.name]
+        return record["status"] if record else "missing"
+
+    def whole(self, key: Key) -> bool:
+        """Whether all seeds are done."""
+        return len(self.cells_of(key)) == len(self.config.seeds)
+
+    def values(self, key: Key, *path: str) -> np.ndarray:
+        """Return a number of each training's record, [S], such as "test", "accuracy"."""
+        found = []
+        for cell in self.cells_of(key):
+            value: Any = self.records[cell.name]
+            for name in path:
+                value = value[name]
+            found.append(np.nan if value is None else value)
+        return np.array(found, float)
+
+    def answers(self, key: Key, split: str) -> np.ndarray:
+        """Return which images of the whole split are classified correctly, bool [S, n]."""
+        folders = [self.folder.cell(cell.name) for cell in self.cells_of(key)]
+        return np.stack([np.load(f / "answers.npz")[f"{split}_correct"] for f in folders])
+
+    def attacked(self, key: Key, split: str, seeds: Sequence[int] | None = None) -> Attacked:
+        """Return what the attacks found.
+
+        Args:
+            key: method and strength.
+            split: validation, test or final.
+            seeds: of the trainings; default: all that are done.
+        """
+        own = [c for c in self.cells_of(key) if seeds is None or c.seed in seeds]
+        paths = [self.folder.cell(c.name) / split / "robustness.json" for c in own]
+        reports = [self._report(path) for path in paths]
+        correct = np.stack([report.images["correct"] for report in reports])
+        return Attacked(np.stack([nearest(report) for report in reports]), correct, reports)
+
+    def pair(self, key: Key, reference: Key, split: str) -> tuple[Attacked, Attacked]:
+        """Return the same for two methods, over the seeds in which both are done."""
+        seeds = sorted(
+            {c.seed for c in self.cells_of(key)} & {c.seed for c in self.cells_of(reference)}
+        )
+        return self.attacked(key, split, seeds), self.attacked(reference, split, seeds)
+
+    def _report(self, path) -> RobustnessReport:
+        if path not in self._reports:
+            self._reports[path] = RobustnessReport.load(path)
+        return self._reports[path]
+
+    @cached_property
+    def _reports(self) -> dict[Any, RobustnessReport]:
+        return {}
+
+    @property
+    def plain(self) -> Key:
+        """The network that all are compared with."""
+        return self.config.plain, None
+
+    def choices(self) -> list[Choice]:
+        """Return for each method the strength with the largest distance, paired with the plain
+        network's on validation images, among those that lose at most the margin there.
+        """
+        names = [n for n in self.cells.methods if n not in (self.config.plain, STOPPED)]
+        return [self._choice(name) for name in names]
+
+    def _choice(self, name: str) -> Choice:
+        keys = [key for key in self.keys if key[0] == name and self.whole(key)]
+        if not keys or not self.whole(self.plain):
+            return Choice(name, None, "no strength is done with all seeds")
+        goal = self.values(self.plain, "validation", "accuracy").mean()
+        margin = self.config.accuracy_margin
+        losses = {key: goal - self.values(key, "validation", "accuracy").mean() for key in keys}
+        allowed = [key for key, loss in losses.items() if loss <= margin + 1e-9]
+        if not allowed:
+            least = min(losses.values())
+            return Choice(
+                name,
+                None,
+                f"no strength loses at most {100 * margin:.3g} points of accuracy: the least that "
+                f"one loses is {100 * least:.3g}",
+            )
+        gains = {key: self._gain(key) for key in allowed}
+        best = max(gains, key=gains.get)
+        return Choice(
+            name,
+            best[1],
+            f"the farthest on validation images of the {len(allowed)} of {len(keys)} strengths "
+            f"that lose at most {100 * margin:.3g} points",
+            *self._control(best),
+        )
+
+    def _gain(self, key: Key) -> float:
+        own, reference = self.pair(key, self.plain, "validation")
+        ratio = paired_ratio(own.distances, own.correct, reference.distances, reference.correct)
+        return -np.inf if ratio["value"] is None else ratio["value"]
+
+    def _control(self, key: Key) -> tuple[float | None, bool]:
+        """The plain network whose accuracy is the nearest, and whether it is near."""
+        goal = self.values(key, "validation", "accuracy").mean()
+        known = [self.plain, *(k for k in self.keys if k[0] == STOPPED and self.whole(k))]
+        away = {k: abs(self.values(k, "validation", "accuracy").mean() - goal) for k in known}
+        nearest_one = min(away, key=away.get)
+        return nearest_one[1], bool(away[nearest_one] <= self.config.accuracy_margin + 1e-9)
+
+    def chosen(self) -> list[Cell]:
+        """Return the cells that get the final attacks: the plain network, the chosen, the
+        controls.
+        """
+        keys = [self.plain]
+        for choice in self.choices():
+            if choice.strength is not None:
+                keys.append((choice.method, choice.strength))
+                if choice.control is not None:
+                    keys.append((STOPPED, choice.control))
+        return [cell for key in dict.fromkeys(keys) for cell in self.cells_of(key)]

@@ -1,0 +1,300 @@
+"""From the cells of a study to the content of study.json: frontier, choice, tables, flags."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hf_specreg.robustness.provenance import versions
+from hf_specreg.study.config import STOPPED
+from hf_specreg.study.measure import SPLITS
+from hf_specreg.study.result import FORMAT
+from hf_specreg.study.results import Choice, Key, Results
+from hf_specreg.study.statistics import (
+    compared,
+    mean_over_seeds,
+    over_seeds,
+    paired_difference,
+    paired_ratio,
+    signs,
+)
+
+Content = dict[str, Any]
+
+
+def summarize(results: Results, *, name: str, command: str, timing: Content | None) -> Content:
+    """Return the content of study.json.
+
+    Args:
+        results: of the cells.
+        name: of the study.
+        command: that makes it.
+        timing: seconds of a step by method, see `time_methods`; None where it was not measured.
+    """
+    config, choices = results.config, results.choices()
+    table = _table(results, choices, "test", timing or {})
+    final = _table(results, choices, "final", {}) if _has_final(results) else []
+    first = next((r for r in results.records.values() if r and r["status"] == "done"), None)
+    data = results.cells.plain.data
+    evaluation = config.evaluation
+    return {
+        "schema": FORMAT.versions[-1],
+        "name": name,
+        "description": config.description,
+        "command": command,
+        "recipe": config.recipe,
+        "settings": json.loads(json.dumps(asdict(config))),
+        "data": {
+            "id": data.source.rstrip("/").split("/")[-1],
+            "train": first["train_images"] if first else None,
+            **{split: first[split]["images"] if first else None for split in SPLITS},
+        },
+        "versions": versions(),
+        "device": _device(results),
+        "plain": config.plain,
+        "stopped": STOPPED,
+        "accuracy_margin": config.accuracy_margin,
+        "seeds": list(config.seeds),
+        "attacks": {
+            "cells": evaluation.attacks,
+            "final": {**evaluation.attacks, **evaluation.final_attacks},
+        },
+        "attacked": {key: getattr(evaluation, key) for key in ("validation", "test", "final")},
+        "eps": {"l2": list(evaluation.eps)},
+        "ood": evaluation.ood,
+        "methods": {
+            n: {"key": m.key, "strengths": list(m.strengths), "settings": dict(m.settings)}
+            for n, m in results.cells.methods.items()
+        },
+        "cells": [_cell(results, cell) for cell in results.cells],
+        "frontier": [_frontier(results, key) for key in results.keys],
+        "chosen": [{k: getattr(c, k) for k in ("method", "strength", "reason")} for c in choices],
+        "table": table,
+        "final": final,
+        "comparisons": sum(_comparisons(row) for row in table + final),
+        "flags": _flags(results, choices, table + final),
+    }
+
+
+def images(results: Results) -> dict[str, np.ndarray]:
+    """Return the columns of images.parquet: a row a cell and attacked test image."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for key in results.keys:
+        for cell in results.cells_of(key):
+            found = results.attacked(key, "test", [cell.seed])
+            (report,), n = found.reports, found.distances.shape[1]
+            own = {
+                "method": np.full(n, cell.method, object),
+                "strength": np.full(n, np.nan if cell.strength is None else cell.strength),
+                "seed": np.full(n, cell.seed),
+                **{name: report.images[name] for name in ("row", "label", "predicted")},
+                "correct": found.correct[0],
+                "distance": found.distances[0],
+                "norm": np.full(n, "l2", object),
+            }
+            for name, values in own.items():
+                columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _cell(results: Results, cell) -> Content:
+    record = results.records[cell.name] or {}
+    kept = ("weights_sha256", "sum_sigma2", "train_seconds", "evaluate_seconds", *SPLITS)
+    return {
+        "method": cell.method,
+        "strength": cell.strength,
+        "seed": cell.seed,
+        "status": results.status(cell),
+        "reason": record.get("reason"),
+        **{key: record[key] for key in kept if key in record},
+    }
+
+
+def _frontier(results: Results, key: Key) -> Content:
+    every = [results.status(cell) for cell in results.cells_of(key, done=False)]
+    entry = {"method": key[0], "strength": key[1], "seeds": every.count("done")}
+    entry["diverged"] = every.count("diverged")
+    for split in SPLITS:
+        nothing = {"value": None, "ci": [None, None]}
+        entry[split] = {"accuracy": nothing, "distance": nothing}
+        if entry["seeds"]:
+            found = results.attacked(key, split)
+            entry[split] = {
+                "accuracy": mean_over_seeds(results.answers(key, split)),
+                "distance": _distance(found),
+            }
+    return entry
+
+
+def _distance(found) -> Content:
+    known = found.correct & np.isfinite(found.distances)
+    return mean_over_seeds(np.where(known, found.distances, 0.0), known, within=(0, np.inf))
+
+
+def _table(results: Results, choices: Sequence[Choice], split: str, timing: Content) -> list:
+    if not results.whole(results.plain):
+        return []
+    rows = [_row(results, results.plain, None, split, timing)]
+    for choice in choices:
+        if choice.strength is not None:
+            key = choice.method, choice.strength
+            rows.append(_row(results, key, choice, split, timing))
+    return rows
+
+
+def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: Content) -> Content:
+    found, plain = results.attacked(key, split), results.plain
+    answers = results.answers(key, "test")
+    robust = [
+        (eps, found.correct & (found.distances > eps))
+        for eps in sorted(results.config.evaluation.eps)
+    ]
+    row: Content = {
+        "method": key[0],
+        "strength": key[1],
+        "seeds": len(found.distances),
+        "accuracy": mean_over_seeds(answers),
+        "accuracy_difference": None,
+        "distance": _distance(found),
+        "distance_half_budget": _half_budget(found),
+        **dict.fromkeys(("ratio", "difference", "signs", "paired_images", "control")),
+        "robust_accuracy": [
+            {"norm": "l2", "eps": eps, **mean_over_seeds(hits)} for eps, hits in robust
+        ],
+        "mean_robust_accuracy": mean_over_seeds(
+            np.mean([hits for _, hits in robust], axis=0), within=(0, 1)
+        ),
+        "calibration": _measures(results, key, "calibration"),
+        "calibrated": _measures(results, key, "calibrated"),
+        "ood_auroc": _measures(results, key, "ood_auroc")
+        if results.config.evaluation.ood
+        else None,
+        "step_time": timing.get(key[0]),
+        "sum_sigma2": over_seeds(results.values(key, "sum_sigma2")),
+    }
+    if choice is not None:
+        reference = results.answers(plain, "test")
+        row["accuracy_difference"] = mean_over_seeds(
+            answers.astype(float) - reference.astype(float), within=(-1, 1)
+        )
+        row |= _against(results, key, plain, split)
+        row["control"] = _control(results, key, choice, split)
+    return row
+
+
+def _against(results: Results, key: Key, reference: Key, split: str) -> Content:
+    """How much farther the adversarial images are than another method's, paired."""
+    own, other = results.pair(key, reference, split)
+    pair = own.distances, own.correct, other.distances, other.correct
+    return {
+        "ratio": paired_ratio(*pair),
+        "difference": paired_difference(*pair),
+        "signs": signs(*pair),
+        "paired_images": float(compared(*pair).sum(1).mean()),
+    }
+
+
+def _control(results: Results, key: Key, choice: Choice, split: str) -> Content:
+    control = results.plain if choice.control is None else (STOPPED, choice.control)
+    found = _against(results, key, control, split)
+    del found["paired_images"]
+    epochs = choice.control if choice.control is not None else results.cells.plain.epochs
+    return {
+        "strength": epochs,
+        "accuracy": mean_over_seeds(results.answers(control, "test")),
+        **found,
+        "matched": choice.matched,
+    }
+
+
+def _half_budget(found) -> float | None:
+    """The mean distance at half of every attack's budget, where the attacks tell."""
+    means = []
+    for report, distances, correct in zip(
+        found.reports, found.distances, found.correct, strict=True
+    ):
+        names = [n for n, a in report.content["attacks"].items() if "distance" in a]
+        halves = [report.images.get(f"{name}/half_distances") for name in names]
+        if not names or any(half is None for half in halves):
+            return None
+        nearest_half = np.min(halves, axis=0)
+        known = correct & np.isfinite(distances) & np.isfinite(nearest_half)
+        means.append(nearest_half[known].mean())
+    return float(np.mean(means))
+
+
+def _measures(results: Results, key: Key, measure: str) -> Content:
+    (first, *_) = results.cells_of(key)
+    names = results.records[first.name]["test"][measure]
+    return {name: over_seeds(results.values(key, "test", measure, name)) for name in names}
+
+
+def _has_final(results: Results) -> bool:
+    paths = [results.folder.cell(c.name) / "final/robustness.json" for c in results.chosen()]
+    return bool(paths) and all(path.exists() for path in paths)
+
+
+def _device(results: Results) -> str:
+    for key in results.keys:
+        if results.cells_of(key):
+            return results.attacked(key, "test").reports[0].content["device"]
+    return "none"
+
+
+def _comparisons(row: Content) -> int:
+    """How many comparisons with another network a row states."""
+    return 0 if row["ratio"] is None else 2 + (row["control"] is not None)
+
+
+def _flags(results: Results, choices: Sequence[Choice], rows: Sequence[Content]) -> list[str]:
+    found = []
+    states = [results.status(cell) for cell in results.cells]
+    if missing := states.count("missing"):
+        found.append(f"{missing} of {len(states)} cells are not done: the same command goes on")
+    diverged = [c.label for c in results.cells if results.status(c) == "diverged"]
+    if diverged:
+        found.append(f"diverged, and not chosen from: {'; '.join(diverged)}")
+    if len(results.config.seeds) == 1:
+        found.append(
+            "one seed: the intervals are over images alone, and say nothing of another training"
+        )
+    unmatched = [c.method for c in choices if c.strength is not None and not c.matched]
+    if unmatched:
+        found.append(
+            "no plain network stopped earlier is within the margin of the accuracy of "
+            f"{', '.join(unmatched)}: further stopped_epochs would give one"
+        )
+    found += _without_effect(results)
+    lost = {
+        row["method"]
+        for row in rows
+        if row["distance"]["value"] is not None and _not_found(results, row)
+    }
+    if lost:
+        found.append(
+            "for some images nothing was found, and means leave them out, though they are the "
+            f"farthest: {', '.join(sorted(lost))}"
+        )
+    return found
+
+
+def _not_found(results: Results, row: Content) -> bool:
+    key = row["method"], row["strength"]
+    return bool(results.values(key, "test", "not_found").any())
+
+
+def _without_effect(results: Results) -> list[str]:
+    """Cells whose weights are the plain network's to the bit."""
+    plain = {
+        c.seed: results.records[c.name]["weights_sha256"] for c in results.cells_of(results.plain)
+    }
+    same = [
+        cell.label
+        for key in results.keys
+        if key != results.plain
+        for cell in results.cells_of(key)
+        if results.records[cell.name]["weights_sha256"] == plain.get(cell.seed)
+    ]
+    return [f"without any effect on the weights: {'; '.join(same)}"] if same else []

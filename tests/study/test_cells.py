@@ -1,0 +1,123 @@
+"""A study's cells are what they claim to be, or the study does not begin."""
+
+import pytest
+
+from hf_specreg.study.cells import StudyRunError
+from hf_specreg.study.config import STOPPED, EvaluationConfig, MethodConfig, StudyConfig
+from tests.study.small import METHODS, SETTINGS, cells, study
+
+
+def test_every_cell_is_the_base_with_its_method_strength_and_seed(tmp_path):
+    found = cells(study(tmp_path))
+    assert [(c.method, c.strength) for c in found if c.seed == 0] == [
+        ("none", None),
+        (STOPPED, 2),
+        ("weight decay", 0.0001),
+        ("weight decay", 0.001),
+        ("rep-spectral", 0.01),
+    ]
+    assert len(found) == 10
+    runs = {(c.method, c.strength, c.seed): c.run for c in found}
+    assert runs["none", None, 1].seed == 1
+    assert runs["none", None, 0].penalty.strength == 0
+    assert runs[STOPPED, 2, 0].epochs == 2
+    assert runs["weight decay", 0.001, 0].optimizer.weight_decay == 0.001
+    assert runs["rep-spectral", 0.01, 0].penalty.strength == 0.01
+    assert runs["rep-spectral", 0.01, 0].optimizer == runs["none", None, 0].optimizer
+    assert runs["none", None, 0].model.args == {"img_size": 8, "hidden_features": 32}
+    assert len({c.name for c in found}) == 10
+
+
+def test_seeds_come_one_after_the_other_so_that_a_part_of_a_study_compares_all_methods(tmp_path):
+    found = cells(study(tmp_path))
+    assert [c.seed for c in found] == [0] * 5 + [1] * 5
+
+
+def test_the_control_is_stopped_at_the_quarters_where_nothing_is_said(tmp_path):
+    config = study(tmp_path, stopped_epochs=())
+    assert [c.strength for c in cells(config) if c.method == STOPPED and c.seed == 0] == [1, 2, 3]
+
+
+WRONG = {
+    "a key that is none": (
+        {"strong": MethodConfig("penalty.strenght", (1.0,))},
+        r"method 'strong': .*penalty.strenght.*did you mean penalty.strength",
+    ),
+    "a value out of range": (
+        {"strong": MethodConfig("penalty.strength", (-1.0,))},
+        r"method 'strong': .*strength \(-1.*must be not negative",
+    ),
+    "a strength without effect": (
+        {"weak": MethodConfig("penalty.strength", (0.0, 1.0))},
+        "weak 0 changes nothing: its settings are those of none",
+    ),
+    "two that are one": (
+        {
+            "a": MethodConfig("penalty.strength", (1.0,)),
+            "b": MethodConfig("penalty.strength", (1,)),
+        },
+        "b 1 changes nothing: its settings are those of a 1",
+    ),
+    "data of its own": (
+        {"more": MethodConfig("data.train_samples", (100,))},
+        "more 100 has data of its own",
+    ),
+    "one folder for two": (
+        {
+            "a b": MethodConfig("penalty.strength", (1.0,)),
+            "a-b": MethodConfig("penalty.strength", (1.0,), {"penalty.scope": "all"}),
+        },
+        "two methods would share the folders",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_study_that_cannot_be_is_refused_before_anything_is_trained(name, tmp_path):
+    methods, said = WRONG[name]
+    with pytest.raises(StudyRunError, match=said):
+        cells(study(tmp_path, methods={"none": MethodConfig(), **methods}))
+
+
+def test_a_base_that_is_no_file_is_named(tmp_path):
+    with pytest.raises(StudyRunError, match=r"base \(nowhere.yaml\) is no file"):
+        cells(study(tmp_path, base="nowhere.yaml"))
+
+
+def test_the_control_must_stop_before_the_end(tmp_path):
+    with pytest.raises(StudyRunError, match=r"stopped_epochs \(\[4\]\) must be below the 4 epochs"):
+        cells(study(tmp_path, stopped_epochs=(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {}}, "the first of the methods is the plain network"),
+        ({"methods": {"a": METHODS["rep-spectral"]}}, "the first of the methods is the plain"),
+        ({"methods": {"none": MethodConfig(), "b": MethodConfig()}}, "'b' has no strengths"),
+        ({"methods": {"none": MethodConfig(), STOPPED: METHODS["weight decay"]}}, "always there"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": ()}, "must be there"),
+        ({"accuracy_margin": 2.0}, "accuracy_margin"),
+    ],
+)
+def test_settings_that_make_no_study_are_named(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        study(tmp_path, **changes)
+
+
+def test_settings_of_parts_are_checked_too():
+    with pytest.raises(ValueError, match="or neither"):
+        MethodConfig("penalty.strength")
+    with pytest.raises(ValueError, match="twice"):
+        MethodConfig("penalty.strength", (1.0, 1.0))
+    with pytest.raises(ValueError, match="ood_classes"):
+        EvaluationConfig(ood_classes=("cat",))
+    with pytest.raises(ValueError, match="each once"):
+        EvaluationConfig(final_attacks={"fmn-l2": {}})
+    assert StudyConfig("base", METHODS).plain == "none"
+
+
+def test_the_settings_of_all_cells_can_be_nested_or_dotted(tmp_path):
+    dotted = {**SETTINGS, "optimizer.lr": 0.5}
+    assert cells(study(tmp_path, settings=dotted)).plain.optimizer.lr == 0.5

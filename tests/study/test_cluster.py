@@ -1,0 +1,51 @@
+"""Workers as jobs of a cluster, by submitit's local executor; what a step costs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hf_specreg.study.cells import StudyRunError
+from hf_specreg.study.cluster import Job, submit
+from hf_specreg.study.result import Study
+from hf_specreg.study.timing import time_methods
+from recipes.study import HowConfig, run, work
+from tests.study.small import EVALUATION, cells, folder, study
+
+
+def test_jobs_of_a_cluster_do_the_cells_and_the_same_command_writes_what_came_out(
+    tmp_path, monkeypatch
+):
+    config = study(tmp_path, seeds=(0,))
+    place = folder(config)
+    place.begin(config)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = Job(work, config, None, 0, 1)
+    jobs = submit(job, tmp_path / "jobs", jobs=2, cluster="local", options={"timeout_min": 5})
+    for job in jobs:
+        job.result()
+    assert all(place.record(cell.name)["status"] == "done" for cell in cells(config))
+    run(config, HowConfig(), "command")
+    content = Study.load(tmp_path).content
+    assert [row["method"] for row in content["table"]] == ["none", "weight decay", "rep-spectral"]
+
+
+def test_a_job_that_is_preempted_is_submitted_again_as_it_was(tmp_path):
+    job = Job(print, "again")
+    again = job.checkpoint()
+    assert again.function is job
+
+
+def test_an_option_that_the_cluster_does_not_know_is_named(tmp_path):
+    with pytest.raises(StudyRunError, match="nodes_of_gold"):
+        submit(Job(print), tmp_path, jobs=1, cluster="local", options={"nodes_of_gold": 3})
+
+
+def test_steps_are_timed_against_the_plain_networks_with_everything_from_the_first_step(tmp_path):
+    config = study(tmp_path, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=5))
+    found = time_methods(cells(config), tmp_path)
+    assert found["none"] == {"ratio": 1.0, "rounds": [1.0] * 3}
+    assert set(found) == {"none", "weight decay", "rep-spectral"}
+    assert all(ratio > 0 for ratio in found["rep-spectral"]["rounds"])
+    assert not (tmp_path / "run").exists()
+    json.dumps(found)

@@ -1,0 +1,238 @@
+"""Cells are trained once, by whoever comes first; a dead worker's are taken up by another."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from hf_specreg.study import work as study_work
+from hf_specreg.study.cells import StudyRunError
+from hf_specreg.study.config import STOPPED, MethodConfig
+from hf_specreg.study.folder import StudyFolder
+from hf_specreg.study.result import Study
+from hf_specreg.study.results import Results
+from hf_specreg.study.work import Worker, check_records, expected_seconds
+from hf_specreg.training.metrics import DivergedError
+from recipes.study import HowConfig, parse, run, work
+from tests.forks import forks
+from tests.study.small import cells, folder, study
+
+SECONDS = ("seconds", "versions", "output_dir", "command")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that nothing interrupted: its configuration."""
+    config = study(tmp_path_factory.mktemp("whole"))
+    run(config, HowConfig(), "command")
+    return config
+
+
+def table(config):
+    """What a study found, without how long it took and where."""
+
+    def without(value):
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if not k.endswith(SECONDS)}
+            return {k: without(v) for k, v in kept.items() if k not in ("name",)}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return without(Study.load(config.output_dir).content)
+
+
+def test_a_study_says_what_was_found(whole):
+    content = Study.load(whole.output_dir).content
+    assert {cell["status"] for cell in content["cells"]} == {"done"}
+    assert content["data"] == {"id": "digits", "train": 1149, "validation": 288, "test": 360}
+    plain, *others = content["table"]
+    assert plain["method"] == "none"
+    assert plain["ratio"] is None
+    assert [c["method"] for c in content["chosen"]] == ["weight decay", "rep-spectral"]
+    for row in others:
+        assert row["seeds"] == 2
+        assert row["ratio"]["value"] > 0
+        assert len(row["signs"]) == 2
+        assert row["control"]["strength"] in (2, 4)
+    assert {row["method"] for row in content["final"]} == {
+        row["method"] for row in content["table"]
+    }
+    assert content["attacked"] == {"validation": 40, "test": 60, "final": 20}
+
+
+def test_numbers_are_those_of_the_reports(whole):
+    """Accuracy on all images, the distance on those that are attacked and correct."""
+    results = Results(cells(whole), folder(whole))
+    record = results.records["none_seed0"]
+    found = results.attacked(("none", None), "test", [0])
+    assert record["test"]["images"] == 360
+    answers = results.answers(("none", None), "test")
+    assert record["test"]["accuracy"] == pytest.approx(answers[0].mean())
+    own = found.distances[0][found.correct[0]]
+    assert record["test"]["distance"] == pytest.approx(own[np.isfinite(own)].mean())
+    rows = [report.images["row"] for report in results.attacked(("none", None), "test").reports]
+    assert np.array_equal(*rows)
+
+
+def test_what_is_done_is_not_done_again(whole, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a cell was trained again")
+
+    before = table(whole)
+    monkeypatch.setattr("recipes.supervised.train", refuse)
+    run(whole, HowConfig(), "command")
+    assert table(whole) == before
+
+
+def test_two_workers_of_whom_one_is_killed_find_the_same(whole, tmp_path):
+    config = study(tmp_path)
+    folder(config).begin(config)
+    context = forks()
+    workers = [context.Process(target=quietly, args=(config,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    while not list(tmp_path.glob("cells/*/cell.json")):
+        time.sleep(0.05)
+        assert any(worker.is_alive() for worker in workers)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join()
+    assert workers[1].exitcode == 0
+    run(config, HowConfig(), "command")
+    assert table(config) == table(whole)
+
+
+def quietly(config):
+    """A worker that says nothing."""
+    import sys
+
+    sys.stderr = open(os.devnull, "w")
+    work(config, None, 0, 4)
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(tmp_path):
+    methods = {
+        "none": MethodConfig(),
+        "fast": MethodConfig("optimizer.lr", (1e30,)),
+        "rep-spectral": MethodConfig("penalty.strength", (0.01,)),
+    }
+    config = study(tmp_path, methods=methods, seeds=(0,))
+    run(config, HowConfig(), "command")
+    content = Study.load(tmp_path).content
+    states = {(c["method"], c["status"]) for c in content["cells"]}
+    assert ("fast", "diverged") in states
+    assert ("rep-spectral", "done") in states
+    assert any("diverged" in flag and "fast 1e+30, seed 0" in flag for flag in content["flags"])
+    (fast,) = (c for c in content["chosen"] if c["method"] == "fast")
+    assert fast["strength"] is None
+    assert any("one seed" in flag for flag in content["flags"])
+
+
+def test_another_study_in_the_folder_is_refused_by_name_and_further_cells_are_not(whole, tmp_path):
+    place = StudyFolder(tmp_path)
+    config = study(tmp_path)
+    place.begin(config)
+    place.begin(study(tmp_path, seeds=(0, 1, 2)))
+    place.begin(config)
+    with pytest.raises(StudyRunError, match=r"accuracy_margin: 0.2 and 0.1"):
+        place.begin(study(tmp_path, accuracy_margin=0.1))
+    other = {**config.methods, "rep-spectral": MethodConfig("optimizer.lr", (0.01,))}
+    with pytest.raises(StudyRunError, match=r"methods.rep-spectral.key"):
+        place.begin(study(tmp_path, methods=other))
+    del other["rep-spectral"]
+    with pytest.raises(StudyRunError, match=r"methods.rep-spectral: there and not here"):
+        place.begin(study(tmp_path, methods=other))
+
+
+def test_a_base_that_has_changed_since_is_noticed(whole, tmp_path):
+    shutil.copytree(folder(whole).cell("none_seed0"), tmp_path / "cells/none_seed0")
+    config = study(tmp_path, settings={**whole.settings, "optimizer.momentum": 0.5})
+    with pytest.raises(StudyRunError, match=r"optimizer.momentum: 0.9 and 0.5"):
+        check_records(cells(config), folder(config))
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    place = StudyFolder(tmp_path)
+    context = forks()
+    receive, send = context.Pipe(duplex=False)
+    holder = context.Process(target=hold, args=(tmp_path, send))
+    holder.start()
+    receive.recv()
+    with place.claimed(tmp_path / "cells/a") as mine:
+        assert not mine
+    with place.claimed(tmp_path / "cells/b") as mine:
+        assert mine
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with place.claimed(tmp_path / "cells/a") as mine:
+        assert mine
+
+
+def hold(path, send):
+    """Claim a cell for ever."""
+    with StudyFolder(path).claimed(path / "cells/a") as mine:
+        send.send(mine)
+        time.sleep(600)
+
+
+def test_the_time_that_is_left_is_that_of_cells_that_are_done(whole, tmp_path):
+    config = study(tmp_path)
+    assert set(expected_seconds(cells(config), folder(config)).values()) == {None}
+    record = json.loads((folder(whole).cell("none_seed0") / "cell.json").read_text())
+    record |= {"train_seconds": 6.0, "evaluate_seconds": 2.0}
+    (tmp_path / "cells/none_seed0").mkdir(parents=True)
+    (tmp_path / "cells/none_seed0/cell.json").write_text(json.dumps(record))
+    expected = expected_seconds(cells(config), folder(config))
+    assert expected["none_seed1"] == 8.0
+    assert expected["rep-spectral_0.01_seed1"] == 8.0
+    assert expected[f"{STOPPED.replace(' ', '-')}_2_seed0"] == 4.0
+
+
+def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path, capsys):
+    assert run(study(tmp_path / "study"), HowConfig(dry_run=True), "command") is None
+    said = capsys.readouterr().out
+    assert "rep-spectral 0.01, seed 1" in said
+    assert "no time is known" in said
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_full_disk_is_named_and_what_is_done_stays(whole, tmp_path, monkeypatch):
+    config = study(tmp_path)
+    shutil.copytree(folder(whole).path / "cells", tmp_path / "cells")
+    (tmp_path / "cells/none_seed0/cell.json").unlink()
+
+    def full(path, content):
+        raise StudyRunError(f"{path} cannot be written ([Errno 28] No space left on device)")
+
+    monkeypatch.setattr(study_work, "write_json", full)
+    with pytest.raises(StudyRunError, match=r"none_seed0/cell.json cannot be written"):
+        Worker(cells(config), folder(config)).run(list)
+    monkeypatch.undo()
+    run(config, HowConfig(), "command")
+    assert table(config) == table(whole)
+
+
+def test_a_diverged_training_leaves_no_checkpoints(tmp_path):
+    config = study(tmp_path, seeds=(0,))
+    own = cells(config)
+
+    def diverge(run, resume):
+        raise DivergedError("the loss is nan")
+
+    object.__setattr__(own.recipe, "train", diverge)
+    worker = Worker(own, folder(config), limit=1)
+    worker.run(list)
+    record = folder(config).record("none_seed0")
+    assert record["status"] == "diverged"
+    assert record["reason"] == "the loss is nan"
+
+
+def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text("base: x.yaml\nmethods: {none: {}, a: {key: b}}\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(path)])
+    assert "or neither" in capsys.readouterr().err
