@@ -92,8 +92,8 @@ def evaluate(
         splits: how to load and cut the data, such as {label_column: fine_label}, {ignore_splits:
             [test]} or {validation_fraction: 0.2, seed: 0}; default: as the model's training did, if
             it was trained on them.
-        attacks: tangent, hopskipjump, deepfool-l2, cw-l2, pgd-l2, pgd-linf, autoattack-l2,
-            autoattack-linf; or from a name to its settings.
+        attacks: tangent, hopskipjump, deepfool-l2, cw-l2, fmn-l2, fmn-linf, pgd-l2, pgd-linf,
+            autoattack-l2, autoattack-linf; or from a name to its settings.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list, or {l2: [...], linf: [...]}.
         samples: how many images, drawn by the seed; default: all.
         seed: of everything random.

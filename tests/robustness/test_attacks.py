@@ -67,7 +67,7 @@ def test_no_attack_beats_the_truth_leaves_the_box_or_claims_what_is_not_adversar
 def test_attacks_of_minimum_distance_come_within_two_percent(name):
     """Of two classes: among several, a search may stay at the boundary where it started."""
     linear = Linear(2, count=24)
-    ratio = linear.attack(name).distances / linear.truth["l2"]
+    ratio = linear.attack(name).distances / linear.truth[ATTACKS[name].norm]
     assert ratio.mean() < 1.02
 
 
@@ -164,6 +164,45 @@ def test_pgd_does_not_stand_still_where_a_model_is_confident(scale):
     near = margins[:, 0] < 60  # of larger ones the gradient is 0 in float32
     assert scale == 1 or (margins[near] > 35).sum() >= 3
     assert linear.attack("pgd-l2", eps=eps).distances[near].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1, 1e4, 1e-20])
+@pytest.mark.parametrize("name", ["fmn-l2", "fmn-linf"])
+def test_fmn_finds_the_closed_form_whatever_the_scale_of_the_logits(name, scale):
+    linear = Linear(2, count=24)
+    layer = linear.net[1]
+    with torch.no_grad():
+        layer.weight.mul_(scale), layer.bias.mul_(scale)
+    result = linear.attack(name)
+    truth = linear.truth[ATTACKS[name].norm]
+    assert ((result.distances / truth - 1).abs() < 0.01).all()
+    start, half, full = result.trajectory[:, :, 1].unbind(1)
+    assert start.isinf().all()
+    assert (half >= full).all()
+    assert torch.equal(full.float(), result.distances)
+    queries = result.trajectory[:, :, 0]
+    assert (2 * queries[:, 1] >= queries[:, 2]).all()
+
+
+@pytest.mark.parametrize("name", ["fmn-l2", "fmn-linf"])
+def test_fmn_finds_the_nearest_of_several_classes_by_its_runs(name):
+    linear = Linear(6, count=24)
+    truth = linear.truth[ATTACKS[name].norm]
+    once = linear.attack(name, runs=1).distances / truth
+    thrice = linear.attack(name).distances / truth
+    assert once.max() > 1.02
+    assert (thrice < 1.01).all()
+
+
+@pytest.mark.parametrize("name", ["fmn-l2", "fmn-linf"])
+def test_fmn_crosses_the_boundary_where_the_box_holds_most_of_the_gradient_back(name):
+    linear = Linear(2, count=24)
+    linear.images[:, :, 1:] = linear.images[:, :, 1:].round()
+    linear.labels = linear.classifier.predict(linear.images)
+    found = linear.attack(name, steps=300).distances.isfinite()
+    opposite = linear.net[1].weight[1 - linear.labels] > linear.net[1].weight[linear.labels]
+    farthest = opposite.float().reshape(-1, *SHAPE)
+    assert torch.equal(found, linear.classifier.predict(farthest) != linear.labels)
 
 
 @pytest.mark.parametrize("error", [AssertionError, ValueError])

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_specreg.robustness.attacks.attack import Attack
 from hf_specreg.robustness.attacks.autoattack import AutoAttack
+from hf_specreg.robustness.attacks.fmn import FMN
 from hf_specreg.robustness.attacks.foolbox import PGD, CarliniWagner, DeepFool
 from hf_specreg.robustness.attacks.hopskipjump import HopSkipJump
 from hf_specreg.robustness.attacks.tangent import TangentAttack
@@ -22,6 +23,8 @@ ATTACKS: Mapping[str, Attack] = {
     "hopskipjump": HopSkipJump(),
     "deepfool-l2": DeepFool(),
     "cw-l2": CarliniWagner(),
+    "fmn-l2": FMN(norm="l2"),
+    "fmn-linf": FMN(norm="linf", stepsize=10.0),
     "pgd-l2": PGD(norm="l2"),
     "pgd-linf": PGD(norm="linf"),
     "autoattack-l2": AutoAttack(norm="l2"),

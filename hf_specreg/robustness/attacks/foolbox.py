@@ -93,7 +93,7 @@ class PGD:
 
         class L2(foolbox.attacks.L2ProjectedGradientDescentAttack):
             def normalize(self, gradients, *, x, bounds):
-                return eagerpy.astensor(_unit(gradients.raw))
+                return eagerpy.astensor(unit(gradients.raw))
 
         kind = {"l2": L2, "linf": foolbox.attacks.LinfPGD}[self.norm]
         attack = kind(steps=self.steps, rel_stepsize=self.relative_stepsize, random_start=True)
@@ -122,7 +122,30 @@ def _run_minimization(
     with seeded(seeds, classifier), classifier.as_it_comes():
         found = attack.run(model, images, foolbox.criteria.Misclassification(labels))
     # Where Carlini and Wagner's finds nothing, foolbox gives a black image back.
-    failed = (found == 0).flatten(1).all(1) | (classifier.predict(found.nan_to_num()) == labels)
+    failed = (found == 0).flatten(1).all(1)
+    found = torch.where(failed[:, None, None, None], images, found)
+    return pulled_back(classifier, images, labels, found, before, "l2")
+
+
+def pulled_back(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    found: Tensor,
+    before: int,
+    norm: Norm,
+) -> AttackResult:
+    """Pull images back along straight lines to the decision boundary, and check them.
+
+    Args:
+        classifier: what was attacked.
+        images: [B, C, H, W], to which the lines go.
+        labels: their classes [B].
+        found: [B, C, H, W]; what is not adversarial counts as not found.
+        before: the classifier's queries before the attack.
+        norm: of the distances.
+    """
+    failed = classifier.predict(found.nan_to_num()) == labels
     found = torch.where(failed[:, None, None, None], images, found)
     low, high = (images.new_full((len(images), 1, 1, 1), v) for v in (0.0, 1.0))
     for _ in range(PULL_BACK_STEPS):
@@ -132,10 +155,10 @@ def _run_minimization(
         low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
     nearest = torch.where(high < 1, torch.lerp(images, found, high), found)
     queries = torch.full_like(labels, (classifier.queries - before) // len(images))
-    return checked(classifier, images, labels, nearest, queries, "l2")
+    return checked(classifier, images, labels, nearest, queries, norm)
 
 
-def _unit(gradients: Tensor) -> Tensor:
+def unit(gradients: Tensor) -> Tensor:
     """Gradients [B, ...] with norm 1 each, however small; 0 where they are 0."""
     rows = gradients.flatten(1).double()
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
