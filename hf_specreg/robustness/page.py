@@ -1,12 +1,12 @@
 """The HTML page of a report or of a comparison: self-contained, no script, nothing from elsewhere.
 
-Its sentences and tables are in report.html.jinja, beside this file.
+Its sentences and tables are in report.html.jinja, beside this file; the style, which pages share,
+is in page.html.jinja.
 """
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +62,11 @@ def write_page(
         ImportError: matplotlib is not installed.
     """
     drawn = [
-        {"caption": caption, "svg": _svg(figure)} for _, figure, caption in figures(reports, names)
+        {"caption": caption, "svg": svg(figure)} for _, figure, caption in figures(reports, names)
     ]
     scale = difference_scale(reports)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= FILTERS
-    template = files("hf_specreg.robustness").joinpath("report.html.jinja").read_text()
-    text = environment.from_string(template).render(
+    text = render(
+        Path(__file__).with_name("report.html.jinja"),
         reports=reports,
         names=names,
         compared=compared,
@@ -102,14 +100,30 @@ def _faced(content: Mapping[str, Any], compared: Mapping[str, Any] | None) -> st
     return listed([attack_name(name, content["attacks"][name]) for name in names])
 
 
-def _svg(figure: "Figure") -> str:
-    """The figure as an SVG element, the same bytes for the same figure."""
+def render(template: Path, **values: Any) -> str:
+    """Return a page from its template, which may extend and import those that are beside this
+    file.
+    """
+    folders = [template.parent, Path(__file__).parent]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    return environment.get_template(template.name).render(values)
+
+
+def svg(figure: "Figure") -> str:
+    """Return the figure as an SVG element, the same bytes for the same figure."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_specreg", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -62,7 +62,7 @@ def robust_accuracy(
     attacks = _attacks(reports, norm)
     if not attacks:
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     largest = max(p["eps"] for r in reports for p in r.content["worst_case"] if p["norm"] == norm)
     grid = np.linspace(0, 1.25 * largest, CURVE_POINTS)
     for (i, report), (j, name) in product(enumerate(reports), enumerate(attacks)):
@@ -123,7 +123,7 @@ def distances(
     edge = 1.05 * max(found[np.isfinite(found)], default=0.0)
     if not edge:
         return None
-    figure, axes = _axes(height=1.2 + 0.55 * len(boxes))
+    figure, axes = new_axes(height=1.2 + 0.55 * len(boxes))
     drawn = axes.bxp(
         [
             {**_box(values, edge), "label": label}
@@ -171,7 +171,7 @@ def distance_by_queries(
     curves = [c for c in curves if np.isfinite(_quartiles(c[2][:, -1, 1])[1])]
     if not curves:
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for i, j, steps in curves:
         queries = np.median(steps[:, :, 0], axis=0)
         low, middle, high = _quartiles(steps[:, :, 1])
@@ -185,8 +185,8 @@ def distance_by_queries(
         xscale="log",
         yscale="log",
     )
-    _plain_ticks(axes.xaxis)
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     axes.legend()
     caption = (
         "Best distance so far against queries: median, and band of quartiles, over the images of "
@@ -203,7 +203,7 @@ def sigmas(
     if norm != "l2" or not any(r.content["layers"] for r in reports):
         return None
     layers = list(dict.fromkeys(la["name"] for r in reports for la in r.content["layers"]))
-    figure, axes = _axes(height=min(1.4 + 0.2 * len(layers), 14))
+    figure, axes = new_axes(height=min(1.4 + 0.2 * len(layers), 14))
     for i, report in enumerate(reports):
         for key, fill in (("sigma", True), ("sigma_folded", False)):
             known = [la for la in report.content["layers"] if la.get(key) is not None]
@@ -223,7 +223,7 @@ def sigmas(
     axes.set_yticks(range(len(layers)), layers, fontsize=7 if len(layers) > 12 else 9)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
+    plain_ticks(axes.xaxis)
     axes.set_xlabel("top singular value of the layer")
     figure.legend(loc="outside upper right", ncols=2)
     return figure, "Top singular value of every linear map up to the features, in forward order."
@@ -303,19 +303,20 @@ def _colour(model: int, attack: int, models: int) -> str:
     return COLOURS[(model if models > 1 else attack) % len(COLOURS)]
 
 
-def _axes(height: float = HEIGHT) -> tuple["Figure", Any]:
+def new_axes(height: float = HEIGHT, width: float = WIDTH) -> tuple["Figure", Any]:
+    """Return a figure of so many inches with one plot in it."""
     import matplotlib
 
     matplotlib.use("agg", force=False)
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Label a logarithmic axis at 1, 2 and 5 of each decade, in plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 

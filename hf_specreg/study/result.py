@@ -5,7 +5,8 @@ same numbers one row a cell, `images.parquet` the per-image results, `study.md` 
 tables and the page. All are written from the first and the third.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_specreg.robustness.documents import Format, to_json, write_whole
+from hf_specreg.study.page import to_html
 from hf_specreg.study.text import to_markdown
 
 COLUMNS = {  # of images.parquet, with the kinds of their values
@@ -68,6 +70,8 @@ class Study:
     def save(self, folder: str | Path) -> None:
         """Write all files, each whole; where one cannot be written, all stay as they were.
 
+        Without matplotlib (extra: plots) there is no page.
+
         Raises:
             OSError: the disk is full or read-only.
         """
@@ -77,9 +81,11 @@ class Study:
         if self.images:
             files["images.parquet"] = _parquet(self._table())
         files["study.md"] = to_markdown(self.content).encode()
+        if find_spec("matplotlib"):
+            files["study.html"] = to_html(self.content).encode()
         files["study.json"] = to_json(self.content)
         write_whole({folder / name: content for name, content in files.items()})
-        for name in {"images.parquet"} - files.keys():
+        for name in {"images.parquet", "study.html"} - files.keys():
             (folder / name).unlink(missing_ok=True)  # never beside numbers of another study
 
     @classmethod
@@ -186,7 +192,7 @@ def _check_rows(part: str, content: Mapping[str, Any]) -> None:
             raise StudyError(f"{name} is compared with itself")
 
 
-def _intervals(content: Any, where: str):
+def _intervals(content: Any, where: str) -> Iterator[tuple[str, list[float | None]]]:
     """All intervals of a document with their places."""
     if isinstance(content, dict):
         if isinstance(content.get("ci"), list) and "value" in content:
@@ -205,7 +211,7 @@ def _cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _flat(content: Any, name: str):
+def _flat(content: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(content, dict):
         for key, value in content.items():
             yield from _flat(value, f"{name}.{key}".lstrip("."))

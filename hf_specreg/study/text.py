@@ -13,7 +13,7 @@ from hf_specreg.robustness.text import (
     points,
     table,
 )
-from hf_specreg.study.verdict import not_chosen, side, verdicts
+from hf_specreg.study.verdict import not_chosen, side, summary, verdicts
 
 SIGNS = {1: "+", -1: "-", 0: "0"}
 
@@ -30,14 +30,15 @@ class Section(NamedTuple):
 def to_markdown(content: Mapping[str, Any]) -> str:
     """Return all of a study's numbers as Markdown."""
     lines = [f"# {content['name']}", "", content["description"], ""]
-    lines += [f"- {said}" for said in verdicts(content)]
-    lines += ["", caution(content), ""]
+    lines += [f"- {said}" for said in summary(content)]
+    lines += ["", caution(content), "", "## Method by method", ""]
+    lines += [f"- {said}" for said in verdicts(content)] + [""]
     if content["flags"]:
         lines += ["## Before you believe the numbers", ""]
         lines += [f"- {flag}" for flag in content["flags"]] + [""]
     lines += ["## How it was made", "", "```", content["command"], "```", ""]
     lines += [f"- {name}: {said}" for name, said in facts(content)] + [""]
-    for section in sections(content):
+    for section in sections(content).values():
         lines += [f"## {section.title}", ""]
         lines += [section.note, ""] if section.note else []
         lines += [table(section.header, section.rows), ""] if section.rows else []
@@ -94,19 +95,20 @@ def attacks(content: Mapping[str, Any], part: str) -> str:
     return listed([attack_name(name, {"settings": s}) for name, s in settings.items()])
 
 
-def sections(content: Mapping[str, Any]) -> list[Section]:
-    """Return all tables, in the order in which they are read."""
-    made = [
-        _distances(content, "table", "cells", "At equal accuracy"),
-        _robust_accuracy(content),
-        _measures(content),
-    ]
-    if content["final"]:
-        made.append(
-            _distances(content, "final", "final", "At equal accuracy, by the final attacks")
-        )
-    made += [_frontier(content), _choices(content), _missing(content), _methods(content)]
-    return [section for section in made if section.rows]
+def sections(content: Mapping[str, Any]) -> dict[str, Section]:
+    """Return all tables that have rows, by what they are of, as they are read."""
+    final = "At equal accuracy, by the final attacks"
+    made = {
+        "distances": _distances(content, "table", "cells", "At equal accuracy"),
+        "robust_accuracy": _robust_accuracy(content),
+        "measures": _measures(content),
+        "final": _distances(content, "final", "final", final),
+        "frontier": _frontier(content),
+        "choices": _choices(content),
+        "missing": _missing(content),
+        "methods": _methods(content),
+    }
+    return {name: section for name, section in made.items() if section.rows}
 
 
 def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) -> Section:
@@ -116,11 +118,11 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         f"Mean L2 distance in [0, 1] pixels to the nearest adversarial image that "
         f"{attacks(content, faced)} found, over those of {images:,} test images that are "
         f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
-        f"that both classify correctly. Seeds: + farther, - nearer. Stopped: against {plain} "
-        f"stopped at the accuracy of the method."
+        "that both classify correctly; its seeds: + farther, - nearer. Ratio to stopped: the same "
+        f"over {plain} stopped at the accuracy of the method."
     )
     header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
-    header += ["ratio", "seeds", "stopped", "images"]
+    header += ["ratio", "seeds", "ratio to stopped", "its seeds", "stopped at", "images"]
     rows = [
         [
             row["method"],
@@ -130,7 +132,7 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
             number(row["distance"]),
             ratio(row["ratio"]),
             signs(row["signs"]),
-            _control(row["control"]),
+            *_control(row["control"]),
             "" if row["paired_images"] is None else f"{row['paired_images']:.0f}",
         ]
         for row in content[part]
@@ -286,10 +288,11 @@ def step_time(time: Mapping[str, Any] | None) -> str:
     return f"{time['ratio']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
 
 
-def _control(control: Mapping[str, Any] | None) -> str:
+def _control(control: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Against the plain network stopped earlier: the ratio, a sign a seed, where it was stopped."""
     if control is None:
-        return ""
-    at = f"{percent(control['accuracy']).split(' (')[0]}"
-    epochs = "" if control["strength"] is None else f"{control['strength']:g} epochs, "
-    said = f"{ratio(control['ratio']) or 'none'} {signs(control['signs'])}; {epochs}{at}"
-    return said if control["matched"] else f"{said}: not its accuracy"
+        return "", "", ""
+    epochs = maybe("{:g} epochs, ".format, control["strength"])
+    at = f"{epochs}{percent(control['accuracy']).split(' (')[0]}"
+    said = at if control["matched"] else f"{at}: not the accuracy of the method"
+    return ratio(control["ratio"]), signs(control["signs"]), said

@@ -28,11 +28,28 @@ def outcome(row: Mapping[str, Any]) -> str:
     return EASIER if -1 in sides else NEITHER
 
 
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """Return which methods are harder to attack, which are not, in a line each."""
+    found: dict[str, list[str]] = {shown: [] for shown in (HARDER, NEITHER, EASIER, UNKNOWN)}
+    for row in _compared(content):
+        found[outcome(row)].append(at_strength(row))
+    found[UNKNOWN] += [entry["method"] for entry in not_chosen(content)]
+    titles = {
+        HARDER: "Harder to attack than the plain network at equal accuracy",
+        NEITHER: "No difference shown",
+        EASIER: "Easier to attack",
+        UNKNOWN: "Not compared at equal accuracy",
+    }
+    return [
+        f"{titles[shown]}: {'; '.join(names) or 'no method'}."
+        for shown, names in found.items()
+        if names or shown == HARDER
+    ]
+
+
 def verdicts(content: Mapping[str, Any]) -> list[str]:
     """Return a sentence a method of a study, in the order of its table, then those not chosen."""
-    control = content["stopped"]
-    said = [verdict(row, content) for row in content["table"][1:] if row["method"] != control]
-    return said + [
+    return [verdict(row, content) for row in _compared(content)] + [
         f"{entry['method']} is not compared at equal accuracy: {entry['reason']}."
         for entry in not_chosen(content)
     ]
@@ -75,6 +92,13 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         parts.append(_accuracy(row["accuracy_difference"], content["accuracy_margin"]))
     parts.append(_seeds(row))
     return f"{said}: {'; '.join(parts)}."
+
+
+def _compared(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of the methods: without the plain network, however long it was trained."""
+    return [
+        r for r in content["table"] if r["method"] not in (content["plain"], content["stopped"])
+    ]
 
 
 def at_strength(entry: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ def test_every_row_is_as_long_as_its_header(content):
     content["chosen"][1]["reason"] = "a | b"
     next(c for c in content["cells"] if c["status"] == "diverged")["reason"] = "one\ntwo | three"
     content["table"][2] |= {"ratio": None, "signs": None, "ood_auroc": None}
-    for section in sections(content):
+    for section in sections(content).values():
         for row in section.rows:
             assert len(row) == len(section.header)
             assert all(isinstance(cell, str) for cell in row)
