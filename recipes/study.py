@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from hf_specreg.arguments import OneLineParser, errors_in_one_line, with_its_key
 from hf_specreg.ranges import require
-from hf_specreg.study.cells import Cells, Recipe
+from hf_specreg.study.cells import Cells, Recipe, dotted
 from hf_specreg.study.cluster import Job, submit
 from hf_specreg.study.config import StudyConfig
 from hf_specreg.study.folder import StudyFolder, read_json
@@ -171,15 +172,34 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[StudyConfig, HowConfi
     parser.add_class_arguments(StudyConfig)
     parser.add_class_arguments(HowConfig, skip={"dry_run"})
     parser.add_argument("--dry_run", action="store_true", help="list the cells; nothing is trained")
-    settings = parser.parse_args(arguments)
+    rest, given = settings_of(sys.argv[1:] if arguments is None else arguments)
+    settings = parser.parse_args(rest)
     settings.pop("config")
     names = set(asdict(HowConfig()))
     try:
         found = vars(parser.instantiate(settings))
         how = HowConfig(**{name: found.pop(name) for name in names})
+        found["settings"] = {**dotted(found["settings"]), **given}
         return StudyConfig(**found), how
     except ValueError as error:
         parser.error(with_its_key(error, settings.as_flat().__dict__))
+
+
+def settings_of(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the arguments without those of `settings`, and these by their dotted keys.
+
+    --settings.data.source FOLDER is a key beside the others of the file's settings.data, which
+    jsonargparse would put it in the place of.
+    """
+    rest, given, left = [], {}, iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
+        if key.startswith("--settings."):
+            value = value if equals else next(left, "")
+            given[key.removeprefix("--settings.")] = yaml.safe_load(value)
+        else:
+            rest.append(argument)
+    return rest, given
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -138,7 +138,7 @@ class Cells(Sequence[Cell]):
         return runs
 
     def _parsed(self, method: MethodConfig, strength: float | None, name: str) -> RunConfig:
-        settings = {**_dotted(self.config.settings), **_dotted(method.settings)}
+        settings = {**dotted(self.config.settings), **dotted(method.settings)}
         if method.key is not None:
             # A count, such as epochs, is written without its fraction.
             settings[method.key] = int(strength) if strength == int(strength) else strength
@@ -164,12 +164,12 @@ def _plain(run: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**run.as_dict(), "seed": 0, "output_dir": ""}))
 
 
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys; what is a mapping in the end stays one."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and key not in ("options", "args", "init_kwargs"):
-            found |= _dotted(value, f"{prefix}{key}.")
+            found |= dotted(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

@@ -4,6 +4,7 @@ import pytest
 
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.config import STOPPED, EvaluationConfig, MethodConfig, StudyConfig
+from recipes.study import parse
 from tests.study.small import METHODS, SETTINGS, cells, study
 
 
@@ -121,3 +122,14 @@ def test_settings_of_parts_are_checked_too():
 def test_the_settings_of_all_cells_can_be_nested_or_dotted(tmp_path):
     dotted = {**SETTINGS, "optimizer.lr": 0.5}
     assert cells(study(tmp_path, settings=dotted)).plain.optimizer.lr == 0.5
+
+
+def test_settings_of_the_command_line_stand_beside_those_of_the_file(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "base: b.yaml\nsettings: {data: {train_samples: 5}, epochs: 3}\nmethods: {none: {}}\n"
+    )
+    config, _ = parse(
+        ["--config", str(path), "--settings.data.source", "folder", "--settings.epochs=4"]
+    )
+    assert config.settings == {"data.train_samples": 5, "epochs": 4, "data.source": "folder"}
