@@ -161,6 +161,7 @@ def card(
     report: str | None = None,
     baseline: str | None = None,
     license: str | None = None,
+    study: str | None = None,
     output: str | None = None,
 ) -> None:
     """Write the model card of a saved encoder, README.md with its plots.
@@ -171,9 +172,10 @@ def card(
         report: folder or robustness.json; default: the one in the folder, if there is one.
         baseline: a report of another model on the same images, to compare with.
         license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+        study: folder or study.json of the study that trained the encoder, for the card to cite.
         output: where the card is written; default: the folder.
     """
-    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license)
+    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license, study=study)
     repo_id = repo_id or f"your-name/{Path(folder).resolve().name}"
     for path in write_card(encoder, repo_id, Path(output or folder)):
         print(path)
@@ -191,6 +193,7 @@ def push(
     commit_message: str = "Publish encoder, report and card",
     eval_results: bool = False,
     notes: Literal["folder", "hub"] | None = None,
+    study: str | None = None,
 ) -> None:
     """Publish a saved encoder with its report and card on the Hub, in one commit.
 
@@ -209,6 +212,7 @@ def push(
         commit_message: of the commit.
         eval_results: also write .eval_results/hf_specreg.yaml.
         notes: which to keep where those on the folder's card and on the Hub's differ.
+        study: folder or study.json of the study that trained the encoder, for the card to cite.
     """
     pushed = publish.push(
         folder,
@@ -222,6 +226,7 @@ def push(
         commit_message=commit_message,
         eval_results=eval_results,
         notes=notes,
+        study=study,
     )
     if pushed is not None:
         what = pushed.pull_request or ("published" if pushed.changed else "nothing has changed")

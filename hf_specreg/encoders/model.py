@@ -320,7 +320,7 @@ class SpecRegModel(nn.Module):
 
         Args:
             repo_id: "org/name", or "name" in the token's own namespace.
-            options: report, baseline, license, private, token, revision, create_pr,
+            options: report, baseline, study, license, private, token, revision, create_pr,
                 commit_message, eval_results; as for `hf_specreg.hub.publish.push`.
         """
         # A method because users of the Hub's libraries look for one; its work is that of hub/.

@@ -15,6 +15,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from hf_specreg.encoders.blueprint import read_json
+from hf_specreg.hub.citation import citation, study_files
 from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
 from hf_specreg.hub.metrics import model_index
 from hf_specreg.robustness.comparison import Comparison
@@ -43,7 +44,7 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
             "the card needs a license: give one (--license apache-2.0), or write it into the front "
             f"matter of {encoder.folder / CARD_FILE}"
         )
-    files: dict[str, bytes] = {}
+    study, files = citation(encoder), study_files(encoder)
     report, results, drawn = encoder.report, "", []
     if report is not None:
         report = named(report, repo_id.split("/")[-1])
@@ -68,6 +69,7 @@ def card_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         report=report.content if report else None,
         results=results,
         pictures=drawn,
+        study=study,
         limits=_limits(report.content) if report else [],
     )
     text = re.sub(r"\n{3,}", "\n\n", text)

@@ -18,6 +18,7 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study.result import Study
 
 CARD_FILE = "README.md"
 REPORT_FILE = "robustness.json"
@@ -102,6 +103,7 @@ class Encoder:
         run: what specreg.json holds, without local paths.
         report: of its robustness, or None.
         baseline: a report of another model on the same images, to compare with, or None.
+        study: that the model is a cell of, or None.
         stated_license: SPDX identifier, as given or on its card; None where none is.
         notes: what a person wrote on its card.
     """
@@ -111,6 +113,7 @@ class Encoder:
     run: Mapping[str, Any]
     report: RobustnessReport | None
     baseline: RobustnessReport | None
+    study: Study | None
     stated_license: str | None
     notes: str
 
@@ -122,6 +125,7 @@ class Encoder:
         report: RobustnessReport | str | Path | None = None,
         baseline: RobustnessReport | str | Path | None = None,
         license: str | None = None,
+        study: Study | str | Path | None = None,
     ) -> "Encoder":
         """Read a folder.
 
@@ -130,11 +134,13 @@ class Encoder:
             report: default: the folder's robustness.json, where there is one.
             baseline: a report of another model on the same images.
             license: default: the one on the folder's card.
+            study: that the model is a cell of; its folder or study.json.
 
         Raises:
             CardError: the report is of other weights, or of no use with the baseline.
             FolderError: a file of the folder is damaged.
             ReportError: a report cannot be read.
+            StudyError: the study cannot be read.
         """
         folder = Path(folder)
         model = SpecRegModel.from_pretrained(folder).eval()
@@ -149,15 +155,21 @@ class Encoder:
             _check_is_of(report, model, folder)
         if baseline is not None and report is None:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
+        study = Study.load(study) if isinstance(study, str | Path) else study
         card = folder / CARD_FILE
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
         stated = license or license_of(text)
-        return cls(folder, model, run, report, baseline, stated, notes_of(text))
+        return cls(folder, model, run, report, baseline, study, stated, notes_of(text))
 
     @property
     def license(self) -> str | None:
         """The stated one, else that of the weights it started from."""
         return self.stated_license or _started_from(self.model, self.run)
+
+    @property
+    def weights(self) -> str:
+        """Their hash, by which reports and studies name them."""
+        return weights_sha256(self.model)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -30,20 +30,14 @@ from hf_specreg.encoders.connection import HubError, first_line, retried, transl
 from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE, is_intact
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
-from hf_specreg.hub.encoder import (
-    CARD_FILE,
-    CardError,
-    Encoder,
-    license_of,
-    notes_of,
-    report_files,
-)
+from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study.result import Study
 
 OURS = re.compile(
     r"preprocessor_config\.json|robustness\.(json|npz)|\.eval_results/hf_specreg\.yaml"
-    r"|plots/(robust_accuracy|distances|sigmas)_(l2|linf)\.png"
+    r"|plots/((robust_accuracy|distances|sigmas)_(l2|linf)|study)\.png"
 )
 PATIENCE = 300.0  # seconds from the first try on in which a request is tried again
 T = TypeVar("T")
@@ -83,6 +77,7 @@ def push(
     commit_message: str = "Publish encoder, report and card",
     eval_results: bool = False,
     notes: Literal["folder", "hub"] | None = None,
+    study: Study | str | Path | None = None,
     token: str | None = None,
 ) -> Pushed | None:
     """Publish a saved encoder.
@@ -99,6 +94,7 @@ def push(
         commit_message: of the commit.
         eval_results: also write `.eval_results/hf_specreg.yaml`.
         notes: which to keep where those on the folder's card and on the Hub's differ.
+        study: that the encoder is a cell of, for the card.
         token: default: the one of `hf auth login`, or HF_TOKEN.
 
     Returns:
@@ -111,7 +107,7 @@ def push(
     """
     if not _is_main_process():
         return None
-    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license)
+    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license, study=study)
     _check(encoder, repo_id)
     api = HfApi(token=token)
     with translated(f"pushing to {repo_id}"):

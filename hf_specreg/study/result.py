@@ -139,9 +139,8 @@ def check_consistent(content: Mapping[str, Any]) -> None:
     interval begins below its end.
     """
     methods = content["methods"]
-    for key in ("plain", "stopped"):
-        if content[key] is not None and content[key] not in methods:
-            raise StudyError(f"{key} ({content[key]}) is none of the methods")
+    if content["plain"] not in methods:
+        raise StudyError(f"plain ({content['plain']}) is none of the methods")
     for part in ("cells", "frontier", "chosen", "table", "final"):
         seen = set()
         for entry in content[part]:

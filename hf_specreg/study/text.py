@@ -15,6 +15,7 @@ from hf_specreg.robustness.text import (
 )
 from hf_specreg.study.verdict import not_chosen, side, summary, verdicts
 
+SPLITS = ("train", "validation", "test")
 SIGNS = {1: "+", -1: "-", 0: "0"}
 
 
@@ -59,7 +60,7 @@ def caution(content: Mapping[str, Any]) -> str:
 def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return of what and how it was measured, by name."""
     data, attacked = content["data"], content["attacked"]
-    counts = (f"{data[k]:,} {k}" for k in ("train", "validation", "test"))
+    counts = (f"{maybe('{:,}'.format, data[k]) or 'unknown'} {k}" for k in SPLITS)
     eps = (
         f"{norm_name(norm)} {', '.join(f'{e:g}' for e in radii)}"
         for norm, radii in content["eps"].items()

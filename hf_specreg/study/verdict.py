@@ -86,7 +86,7 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     parts = [
         "the mean distance of its nearest adversarial images is "
         f"{_times(row['ratio'], 'the plain network')}",
-        _against_control(row),
+        _against_control(row, content),
     ]
     if row["accuracy_difference"] is not None:
         parts.append(_accuracy(row["accuracy_difference"], content["accuracy_margin"]))
@@ -125,11 +125,14 @@ def _times(ratio: Estimate, network: str) -> str:
     return f"{number(ratio)} times that of {network} ({shown})"
 
 
-def _against_control(row: Mapping[str, Any]) -> str:
+def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     control = row["control"]
     if control is None or control["ratio"] is None or control["ratio"]["value"] is None:
         return "it is not compared with the plain network stopped at its accuracy"
     epochs = "" if control["strength"] is None else f" after {control['strength']:g} epochs"
+    shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
+    if control["matched"] and control["strength"] not in shorter:
+        return "the plain network has this accuracy only when it is trained to the end"
     if not control["matched"]:
         return (
             f"the plain network stopped{epochs}, the nearest to its accuracy, is not at it, and "

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from hf_specreg.robustness.text import number, percent
+from hf_specreg.study.result import Study
 from hf_specreg.study.text import sections, to_markdown
 from hf_specreg.study.verdict import EASIER, HARDER, NEITHER, UNKNOWN, outcome, verdict, verdicts
 
@@ -85,6 +86,14 @@ def test_the_sentence_says_what_else_weakens_it(content):
     assert "the nearest to its accuracy, is not at it, and decides nothing" in said
 
 
+def test_a_control_that_was_not_stopped_is_named_as_what_it_is(content):
+    row = row_of(content)
+    row["control"]["strength"] = 60
+    said = verdict(row, content)
+    assert "the plain network has this accuracy only when it is trained to the end" in said
+    assert "harder to attack" in said
+
+
 def test_every_method_gets_one_sentence(content):
     said = verdicts(content)
     names = [name for name in content["methods"] if name not in ("none", "stopped earlier")]
@@ -160,6 +169,9 @@ def test_a_study_of_one_seed_says_that_it_is(content):
 def test_a_study_of_nothing_yet_is_still_told(content):
     for part in ("cells", "frontier", "chosen", "table", "final"):
         content[part] = []
+    content["data"] |= {"train": None, "validation": None, "test": None}
+    del content["methods"][content["stopped"]]
+    Study(content)
     text = to_markdown(content)
     assert "## Methods" in text
     assert "## At equal accuracy" not in text
