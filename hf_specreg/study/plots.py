@@ -1,7 +1,7 @@
 """A study as pictures.
 
-One colour and one marker a method: the colours are Paul Tol's "muted" ones and two more, which the
-colour-blind tell apart (https://sronpersonalpages.nl/~pault/), and twelve methods differ by their
+One colour and one marker a method. The colours are Paul Tol's "muted" ones and three more, told
+apart by the colour-blind (https://sronpersonalpages.nl/~pault/), and twelve methods differ by their
 markers also in print. The plain network is black, the one stopped earlier grey.
 """
 
@@ -191,11 +191,12 @@ def _frame(axes: "Axes", points: Mapping[str, list[Point]], content: Mapping[str
     start = plain[0].accuracy["value"] - SHOWN_LOSS * content["accuracy_margin"]
     left = max(start, min(point.accuracy["value"] for point in every))
     inside = [point for point in every if point.accuracy["value"] >= left]
-    right = max(point.accuracy["value"] for point in inside)
-    low, high = (end(point.distance["value"] for point in inside) for end in (min, max))
+    right = max(_ends(point.accuracy)[1] for point in inside)
+    low = min(_ends(point.distance)[0] for point in inside)
+    high = max(_ends(point.distance)[1] for point in inside)
     wide, tall = (right - left) or 0.01, (high - low) or 0.1
-    axes.set_xlim(100 * (left - 0.07 * wide), 100 * (right + 0.1 * wide))
-    axes.set_ylim(low - 0.12 * tall, high + 0.15 * tall)
+    axes.set_xlim(100 * (left - 0.07 * wide), 100 * (right + 0.02 * wide))
+    axes.set_ylim(low - 0.03 * tall, high + 0.03 * tall)
     hidden = len(every) - len(inside)
     return (
         f" {hidden} strengths with less accuracy lie outside; all are in the table below."
@@ -227,6 +228,12 @@ def reach(estimate: Estimate) -> tuple[float, float]:
     """Return how far an interval reaches below and above its value; 0 where there is none."""
     value, (low, high) = estimate["value"], estimate["ci"]
     return (0.0, 0.0) if low is None else (max(0.0, value - low), max(0.0, high - value))
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """The ends of the interval, or the value twice."""
+    value, (down, up) = estimate["value"], reach(estimate)
+    return value - down, value + up
 
 
 def scaled(estimate: Estimate | None, factor: float) -> Estimate | None:

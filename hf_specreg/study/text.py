@@ -145,23 +145,25 @@ def _robust_accuracy(content: Mapping[str, Any]) -> Section:
     columns = [(norm, eps) for norm, radii in content["eps"].items() for eps in radii]
     note = (
         "Of the attacked test images: classified correctly, and nothing found within eps. The mean "
-        "is over the eps. Half the budget: the mean distance that the attacks had found by then, "
-        "which is no longer falling where they have converged."
+        "is over the eps."
     )
     header = ["method", *(f"{norm_name(norm)} {eps:g}" for norm, eps in columns), "mean"]
-    header += ["mean distance at half the budget", "in full"]
     rows = []
     for row in content["table"]:
         found = {(p["norm"], p["eps"]): percent(p) for p in row["robust_accuracy"]}
-        rows.append(
-            [
-                row["method"],
-                *(found.get(column, "") for column in columns),
-                maybe(percent, row["mean_robust_accuracy"]),
+        shown = [found.get(column, "") for column in columns]
+        rows.append([row["method"], *shown, maybe(percent, row["mean_robust_accuracy"])])
+    if any(row["distance_half_budget"] is not None for row in content["table"]):
+        note += (
+            " Half the budget: the mean distance that the attacks had found by then, which is no "
+            "longer falling where they have converged."
+        )
+        header += ["mean distance at half the budget", "in full"]
+        for row, shown in zip(content["table"], rows, strict=True):
+            shown += [
                 maybe("{:.3f}".format, row["distance_half_budget"]),
                 number(row["distance"]).split(" (")[0],
             ]
-        )
     return Section("Robust accuracy", note, header, rows)
 
 

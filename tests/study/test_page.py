@@ -121,6 +121,10 @@ def test_the_frontier_shows_both_intervals_and_says_what_lies_outside(content):
     assert len(bars) == 2 * drawn
     across = [bar for bar in bars if bar[0][1] == bar[1][1]]
     assert len(across) == drawn
+    low, high = axes.get_ylim()
+    for bar in bars:
+        if bar[0][1] != bar[1][1] and bar[0][0] > axes.get_xlim()[0]:
+            assert low < bar[0][1] < bar[1][1] < high  # none is cut off
     for bar in across:
         assert bar[1][0] - bar[0][0] == pytest.approx(0.6)  # the example's interval
     assert "4 strengths with less accuracy lie outside" in caption  # cross-Lipschitz
