@@ -16,6 +16,7 @@ All keys: --help, and hf_specreg/study/config.py.
 """
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,7 @@ from hf_specreg.study.summary import images, summarize
 from hf_specreg.study.text import to_markdown
 from hf_specreg.study.work import Worker, check_records, expected_seconds, left
 from hf_specreg.training.checkpoints import CheckpointError
+from hf_specreg.training.interruption import EXIT_CODE
 from recipes import self_supervised, supervised, transfer
 
 MODULES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
@@ -120,15 +122,17 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
 
 
 def _side_by_side(arguments: Sequence[tuple]) -> None:
+    """Start workers and wait for them; who ends this process ends them, with a checkpoint each."""
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=work, args=own) for own in arguments]
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
     try:
         for worker in workers:
             worker.join()
     finally:
-        for worker in workers:  # of a study that is interrupted
+        for worker in workers:
             worker.terminate()
     failed = [f"{w.name} ({w.exitcode})" for w in workers if w.exitcode]
     if failed:

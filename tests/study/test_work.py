@@ -4,10 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
+from dataclasses import asdict
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 
 from hf_specreg.study import work as study_work
 from hf_specreg.study.cells import StudyRunError
@@ -16,9 +20,11 @@ from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.result import Study
 from hf_specreg.study.results import Results
 from hf_specreg.study.work import Worker, check_records, expected_seconds
+from hf_specreg.training.interruption import EXIT_CODE
 from hf_specreg.training.metrics import DivergedError
 from recipes.study import HowConfig, parse, run, work
 from tests.forks import forks
+from tests.recipes.conftest import ENVIRONMENT, script
 from tests.study.small import cells, folder, study
 
 SECONDS = ("seconds", "versions", "output_dir", "command")
@@ -236,3 +242,20 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--config", str(path)])
     assert "or neither" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_whoever_ends_a_study_ends_its_workers(tmp_path):
+    """The script itself, with two workers: none of them goes on alone."""
+    config = study(tmp_path / "study")
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+    command = [*script("study", "--config", str(path)), "--workers", "2"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("study/cells/*/run")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) == EXIT_CODE
+    assert psutil.wait_procs(workers, timeout=60)[1] == []

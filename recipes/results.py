@@ -1,0 +1,133 @@
+"""Write recipes/results.md and the README's headline from the studies that are kept.
+
+    python recipes/results.py [runs/studies/mnist ...]
+
+A study's folder that is named is kept first: its study.json goes to recipes/studies/results/. What
+is written depends on those files alone.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_specreg.arguments import errors_in_one_line
+from hf_specreg.robustness.documents import to_json
+from hf_specreg.robustness.text import number, percent, table
+from hf_specreg.study.result import Study
+from hf_specreg.study.text import caution, maybe, ratio, signs, step_time, strength, to_markdown
+from hf_specreg.study.verdict import verdicts
+
+HERE = Path(__file__).parent
+KEPT = HERE / "studies/results"
+RESULTS = HERE / "results.md"
+README = HERE.parent / "README.md"
+HEADLINE = "mnist"  # the study of the README
+MARKS = "<!-- made by recipes/results.py -->", "<!-- end -->"
+INTRODUCTION = """# Results of the recipes
+
+What came out of the studies in `recipes/studies/`, in full, by `python recipes/results.py` from the
+files in `recipes/studies/results/`. Each says its data, images, seeds, settings and command. A
+method is chosen by validation images and reported by test images; what speaks against a method
+stands as all else does.
+"""
+
+
+def keep(folders: Sequence[str]) -> None:
+    """Keep the numbers of studies, each under its name.
+
+    Raises:
+        StudyError: a folder holds none.
+    """
+    KEPT.mkdir(exist_ok=True)
+    for folder in folders:
+        content = Study.load(folder).content
+        (KEPT / f"{content['name']}.json").write_bytes(to_json(content))
+
+
+def studies() -> list[Mapping[str, Any]]:
+    """Return what is kept, by name, the README's first."""
+    found = [Study.load(path).content for path in sorted(KEPT.glob("*.json"))]
+    return sorted(found, key=lambda content: content["name"] != HEADLINE)
+
+
+def results(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return results.md: what was found in sentences, then every study in full."""
+    lines = [INTRODUCTION]
+    for content in found:
+        lines += [f"## {content['name']}: what was found", "", content["description"], ""]
+        lines += [f"- {said}" for said in verdicts(content)] + [""]
+    for content in found:
+        lines.append(re.sub(r"^(#+) ", r"#\1 ", to_markdown(content), flags=re.MULTILINE))
+    return "\n".join(lines)
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """Return the README's table: every method at equal accuracy, by the strongest attacks."""
+    rows = content["final"] or content["table"]
+    data, attacked = content["data"], content["attacked"]["final" if content["final"] else "test"]
+    lines = [
+        table(
+            [
+                "method",
+                "strength",
+                "accuracy",
+                "mean distance",
+                "ratio",
+                "seeds",
+                "stopped",
+                "step",
+            ],
+            [
+                [
+                    row["method"],
+                    strength(row),
+                    percent(row["accuracy"]),
+                    number(row["distance"]),
+                    ratio(row["ratio"]),
+                    signs(row["signs"]),
+                    maybe(lambda control: ratio(control["ratio"]), row["control"]),
+                    step_time(_time(content, row["method"])),
+                ]
+                for row in rows
+            ],
+        ),
+        "",
+        f"{data['id']}, {data['train']:,} images to train, {len(content['seeds'])} seeds, "
+        f"{attacked:,} of {data['test']:,} test images attacked. {caution(content)} "
+        f"`{content['command']}`",
+    ]
+    lost = [e["method"] for e in content["chosen"] if e["strength"] is None]
+    if lost:
+        margin = f"{100 * content['accuracy_margin']:g}"
+        lines += ["", f"At no strength within {margin} points of accuracy: {', '.join(lost)}."]
+    return "\n".join(lines)
+
+
+def _time(content: Mapping[str, Any], method: str) -> Any:
+    return next((row["step_time"] for row in content["table"] if row["method"] == method), None)
+
+
+def with_headline(text: str, content: Mapping[str, Any]) -> str:
+    """Return the README's text with its headline made anew."""
+    begin, end = MARKS
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{headline(content)}\n{end}{after}"
+
+
+def main(folders: Sequence[str]) -> None:
+    """Keep the studies that are named, and write what is made of all."""
+    with errors_in_one_line():
+        keep(folders)
+        found = studies()
+    RESULTS.write_text(results(found), "utf-8")
+    for content in found:
+        if content["name"] == HEADLINE:
+            README.write_text(with_headline(README.read_text("utf-8"), content), "utf-8")
+    print(f"{RESULTS}: {', '.join(content['name'] for content in found)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
