@@ -98,7 +98,9 @@ class Evaluation:
         folder: Path,
         split: str,
         attacks: Mapping[str, Mapping[str, Any]],
+        *,
         samples: int | None = None,
+        masking: bool = False,
     ) -> RobustnessReport:
         """Return the report of a classifier on images of a split, and keep it; a report that is
         there already is that one.
@@ -109,6 +111,7 @@ class Evaluation:
             split: validation or test.
             attacks: from each one's name to its settings.
             samples: how many images; default: as the configuration says of the split.
+            masking: look for masked gradients.
         """
         kept = folder / "robustness.json"
         if kept.exists():
@@ -124,7 +127,7 @@ class Evaluation:
             samples=min(samples or getattr(self.config, split), len(images)),
             seed=self.config.seed,
             # The recipes put the normalisation into the model.
-            measures=Measures(masking=False, pixels=False),
+            measures=Measures(masking=masking, pixels=False),
             batch_size=self.config.batch_size,
             name=folder.parent.name,
             output=folder,

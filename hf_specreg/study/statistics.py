@@ -142,9 +142,9 @@ def mean_over_seeds(
     return {"value": mean, "ci": [float(end) for end in ends]}
 
 
-def over_seeds(values: np.ndarray) -> Estimate:
-    """Return the mean of a number that each seed has one of, values [S], with Student's interval;
-    none for one seed.
+def over_seeds(values: np.ndarray, *, within: tuple[float, float] = (-np.inf, np.inf)) -> Estimate:
+    """Return the mean of a number that each seed has one of, values [S], with Student's interval,
+    cut to what it can be; none for one seed.
     """
     values = np.asarray(values, float)
     if not len(values) or not np.isfinite(values).all():
@@ -153,7 +153,8 @@ def over_seeds(values: np.ndarray) -> Estimate:
     if n == 1:
         return {"value": float(mean), "ci": [None, None]}
     error = values.std(ddof=1) / n**0.5
-    return {"value": float(mean), "ci": [float(mean + t.ppf(q, n - 1) * error) for q in TAILS]}
+    ends = np.clip([mean + t.ppf(q, n - 1) * error for q in TAILS], *within)
+    return {"value": float(mean), "ci": [float(end) for end in ends]}
 
 
 def _require_pairs(*arrays: np.ndarray) -> None:

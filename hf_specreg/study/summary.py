@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_specreg.robustness.flags import is_masked
 from hf_specreg.robustness.provenance import versions
+from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
@@ -172,7 +174,7 @@ def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: 
         if results.config.evaluation.ood
         else None,
         "step_time": timing.get(key[0]),
-        "sum_sigma2": over_seeds(results.values(key, "sum_sigma2")),
+        "sum_sigma2": over_seeds(results.values(key, "sum_sigma2"), within=(0, np.inf)),
     }
     if choice is not None:
         reference = results.answers(plain, "test")
@@ -228,7 +230,11 @@ def _half_budget(found) -> float | None:
 def _measures(results: Results, key: Key, measure: str) -> Content:
     (first, *_) = results.cells_of(key)
     names = results.records[first.name]["test"][measure]
-    return {name: over_seeds(results.values(key, "test", measure, name)) for name in names}
+    most = 1.0 if measure == "ood_auroc" else np.inf
+    return {
+        name: over_seeds(results.values(key, "test", measure, name), within=(0, most))
+        for name in names
+    }
 
 
 def _has_final(results: Results) -> bool:
@@ -267,6 +273,7 @@ def _flags(results: Results, choices: Sequence[Choice], rows: Sequence[Content])
             f"{', '.join(unmatched)}: further stopped_epochs would give one"
         )
     found += _without_effect(results)
+    found += _masked(results)
     lost = {
         row["method"]
         for row in rows
@@ -283,6 +290,22 @@ def _flags(results: Results, choices: Sequence[Choice], rows: Sequence[Content])
 def _not_found(results: Results, row: Content) -> bool:
     key = row["method"], row["strength"]
     return bool(results.values(key, "test", "not_found").any())
+
+
+def _masked(results: Results) -> list[str]:
+    """Networks on which the final attacks saw signs of masked gradients."""
+    reports = {
+        cell.label: results.folder.cell(cell.name) / "final/robustness.json"
+        for cell in results.chosen()
+    }
+    said = [
+        label
+        for label, path in reports.items()
+        if path.exists() and is_masked(RobustnessReport.load(path).content["flags"])
+    ]
+    if not said:
+        return []
+    return [f"gradients look masked, so white-box distances may be too large: {'; '.join(said)}"]
 
 
 def _without_effect(results: Results) -> list[str]:

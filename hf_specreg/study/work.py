@@ -145,7 +145,9 @@ class Worker:
         model = folder / "run" / self.cells.recipe.classifier
 
         def do() -> str:
-            report = self.evaluation.attack(model, folder / "final", "test", attacks, config.final)
+            report = self.evaluation.attack(
+                model, folder / "final", "test", attacks, samples=config.final, masking=True
+            )
             return f"{report.content['n']} images, {', '.join(attacks)}"
 
         kept = folder / "final" / "robustness.json"
