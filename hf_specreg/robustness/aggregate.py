@@ -11,7 +11,7 @@ from hf_specreg.robustness.bound import Bound
 from hf_specreg.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_specreg.robustness.flags import Results, flags
 from hf_specreg.robustness.schema import SCHEMA_VERSION
-from hf_specreg.robustness.statistics import METHODS, mean, proportion, quantile
+from hf_specreg.robustness.statistics import METHODS, at_half_budget, mean, proportion, quantile
 from hf_specreg.robustness.threat import NORMS
 
 
@@ -71,7 +71,19 @@ def _attack(
     }
     if attack.minimum_distance:
         entry["distance"] = _distances(distances[correct], seed)
+        entry["half_budget"] = _half_budget(found, correct)
     return entry
+
+
+def _half_budget(found: Mapping[str, np.ndarray], correct: np.ndarray) -> float | None:
+    """The mean distance at half of the queries of the images that the mean at all of them is of;
+    None where it is not known, or there was nothing yet for some.
+    """
+    which = correct & np.isfinite(found["distances"])
+    if "trajectory" not in found or not which.any():
+        return None
+    half = float(at_half_budget(found["trajectory"][which]).mean())
+    return half if np.isfinite(half) else None
 
 
 def _of_all(

@@ -17,15 +17,18 @@ from hf_specreg.robustness.schema import Report, ReportError
 from hf_specreg.robustness.statistics import (
     NOTHING,
     Estimate,
+    at_half_budget,
     mean,
     paired_difference,
     proportion,
     quantile,
 )
 from hf_specreg.robustness.text import (
+    HALF,
     INTERVALS,
     data_name,
     farther,
+    half,
     listed,
     norm_name,
     number,
@@ -54,7 +57,8 @@ class Comparison:
         paired: how many images all models classify correctly.
         rows: for every attack of minimum distance that all have and every model: "attack", "norm",
             "model", "n" paired images, "found" for how many, "median" over all of them, "mean"
-            (null unless something was found for each), and against the first model (None for the
+            (null unless something was found for each), "half_budget", the mean with half of the
+            queries (None where it is not known), and against the first model (None for the
             first) "difference" of the means (null likewise), and on how many images it is
             "farther" and "nearer".
         nearest: such rows for every norm, of the nearest that any of the attacks found that all
@@ -119,7 +123,7 @@ class Comparison:
         seed = content["seed"]
         distances = _nearest(self.reports, attacks)[:, self.correct].astype(float)
         reference, rows = distances[0], []
-        for name, own in zip(self.names, distances, strict=True):
+        for report, name, own in zip(self.reports, self.names, distances, strict=True):
             row = {
                 "attack": label,
                 "attacks": list(attacks),
@@ -128,6 +132,7 @@ class Comparison:
                 "n": self.paired,
                 "found": int(np.isfinite(own).sum()),
                 "mean": _mean(own, seed),
+                "half_budget": self._half_budget(report, attacks),
                 "median": quantile(own, 0.5, seed=seed),
                 **dict.fromkeys(("difference", "farther", "nearer")),
             }
@@ -138,6 +143,13 @@ class Comparison:
                 row["nearer"] = int((own < reference).sum())
             rows.append(row)
         return rows
+
+    def _half_budget(self, report: Report, attacks: Sequence[str]) -> float | None:
+        steps = report.images.get(f"{attacks[0]}/trajectory")
+        if len(attacks) > 1 or steps is None or not self.paired:
+            return None
+        found = at_half_budget(steps[self.correct]).mean()
+        return float(found) if np.isfinite(found) else None
 
     def _nearest(self, norm: str, minimal: Sequence[str]) -> list[dict[str, Any]]:
         known = [report.content["attacks"] for report in self.reports]
@@ -186,7 +198,7 @@ class Comparison:
         rows = [[n, percent(a)] for n, a in zip(self.names, accuracy, strict=True)]
         lines += [table(["model", "accuracy"], rows), ""]
         if self.rows:
-            header = ["attack", "model", "found for", "mean distance", "median"]
+            header = ["attack", "model", "found for", "mean distance", HALF, "median"]
             header += [f"{what} against {self.names[0]}" for what in ("mean", "images")]
             rows = [
                 [
@@ -194,6 +206,7 @@ class Comparison:
                     row["model"],
                     f"{row['found']} of {row['n']}",
                     number(row["mean"]),
+                    half(row),
                     number(row["median"]),
                     number(row["difference"], signed=True) if row["difference"] else "",
                     farther(row),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.robustness.text import listed
 from hf_specreg.robustness.threat import NORMS
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Mapping[str, np.ndarray]]  # by stage and array
 Grid = Mapping[str, Sequence[float]]
 MASKED = "gradient masking"  # how the flags of masked gradients begin
+CONVERGED = 1.05  # the mean distance with half of the queries, over that with all, at most
 
 
 def flags(results: Results, attacks: Mapping[str, "Attack"], grid: Grid) -> list[str]:
@@ -44,6 +46,7 @@ def flags(results: Results, attacks: Mapping[str, "Attack"], grid: Grid) -> list
             "begins, at distance 0: the model's answers may be random, or lie on the boundary"
         )
     said += _of_attacks(results, attacks)
+    said += _of_budgets(results, attacks)
     for norm in NORMS:
         said += _between_boxes(results, attacks, norm, grid[norm])
     if "masking" in results and results["masking"]["looked"].any():
@@ -74,6 +77,30 @@ def _of_attacks(results: Results, attacks: Mapping[str, "Attack"]) -> Iterator[s
         kinds = {re.sub(r"[\d.]+", "", m): m for m in results[name].get("warnings", ())}
         for message in kinds.values():
             yield f"{name}, on at least one batch: {message}"
+
+
+def _of_budgets(results: Results, attacks: Mapping[str, "Attack"]) -> Iterator[str]:
+    """Attacks whose distances still fell when their queries ended."""
+    correct = results["clean"]["correct"]
+    for name, attack in attacks.items():
+        steps = results[name].get("trajectory")
+        if not attack.minimum_distance or steps is None:
+            continue
+        full = results[name]["distances"][correct]
+        half = at_half_budget(steps[correct])
+        late = int((np.isinf(half) & np.isfinite(full)).sum())
+        if _many(late, len(full)):
+            yield (
+                f"not converged: {name} found nothing for {late} of {len(full)} images with half "
+                "of its queries, and something with all of them"
+            )
+        both = np.isfinite(half) & np.isfinite(full)
+        if both.any() and half[both].mean() > CONVERGED * full[both].mean():
+            yield (
+                f"not converged: the mean distance of {name} was {half[both].mean():.3g} with half "
+                f"of its queries and is {full[both].mean():.3g} with all of them: more iterations "
+                "bring it down"
+            )
 
 
 def _between_boxes(

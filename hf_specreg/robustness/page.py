@@ -20,6 +20,7 @@ from hf_specreg.robustness.text import (
     data_name,
     distances,
     farther,
+    half,
     listed,
     norm_name,
     number,
@@ -38,6 +39,7 @@ FILTERS = {
     "norm": norm_name,
     "listed": listed,
     "farther": farther,
+    "half": half,
     "data_name": data_name,
     "distances": distances,
 }

@@ -18,10 +18,12 @@ from hf_specreg.robustness.documents import to_json, write_whole
 from hf_specreg.robustness.page import write_page
 from hf_specreg.robustness.schema import FORMAT, ReportError, check_images, checked
 from hf_specreg.robustness.text import (
+    HALF,
     INTERVALS,
     attack_name,
     data_name,
     distances,
+    half,
     listed,
     norm_name,
     number,
@@ -148,13 +150,14 @@ class RobustnessReport:
                 name,
                 norm_name(distance["norm"]),
                 number(distance["mean"]),
+                half(distance),
                 number(distance["median"]),
                 f"{distance['n'] - distance['not_found']} of {distance['n']}",
             ]
             for name, distance in distances(content)
         ]
         if rows:
-            header = ["attack", "norm", "mean distance", "median distance", "found for"]
+            header = ["attack", "norm", "mean distance", HALF, "median distance", "found for"]
             lines += [table(header, rows), ""]
         rows = [
             [norm_name(p["norm"]), f"{p['eps']:.4g}", percent(p)] for p in content["worst_case"]

@@ -111,6 +111,18 @@ def mean(
     return {"value": float(value), "ci": [float(end) for end in ends]}
 
 
+def at_half_budget(trajectory: np.ndarray) -> np.ndarray:
+    """Return the best distance that an attack had found of each image when it had made half of
+    what queries it made for it, or the first iteration's end after that, [n].
+
+    Args:
+        trajectory: [n, T + 1, 2], queries so far and the best distance so far.
+    """
+    queries, distances = trajectory[:, :, 0], trajectory[:, :, 1]
+    first = (2 * queries >= queries[:, -1:]).argmax(1)
+    return np.take_along_axis(distances, first[:, None], 1)[:, 0]
+
+
 def quantile(values: np.ndarray, q: float, *, seed: int) -> Estimate:
     """Return a quantile of values [n], with its interval, none for n < 10; infinite values count as
     larger than any other.

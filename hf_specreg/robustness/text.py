@@ -6,7 +6,16 @@ from typing import Any
 from hf_specreg.robustness.statistics import FEWEST, Estimate
 
 INTERVALS = f"in brackets 95 % intervals, for means and quantiles of {FEWEST} images or more"
-STRENGTH = ("iterations", "steps", "binary_search_steps", "restarts", "attacks", "max_queries")
+HALF = "with half the queries"
+STRENGTH = (
+    "iterations",
+    "steps",
+    "binary_search_steps",
+    "restarts",
+    "runs",
+    "attacks",
+    "max_queries",
+)
 
 
 def percent(estimate: Estimate) -> str:
@@ -44,6 +53,12 @@ def number(estimate: Estimate, *, signed: bool = False) -> str:
     if low is None:  # so is the other end
         return "none" if value is None else shown(value)
     return f"{shown(value)} ({shown(low)} to {shown(high)})"
+
+
+def half(distance: Mapping[str, Any]) -> str:
+    """Return the mean distance that was found with half of the queries, where it is known."""
+    value = distance.get("half_budget")
+    return "" if value is None else f"{value:.3f}"
 
 
 def farther(row: Mapping[str, Any]) -> str:
@@ -105,7 +120,7 @@ def distances(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
         if len(nearest["attacks"]) > 1
     ]
     return of_all + [
-        (name, {"norm": attack["norm"], **attack["distance"]})
+        (name, {"half_budget": None, **attack, **attack["distance"]})
         for name, attack in content["attacks"].items()
         if "distance" in attack
     ]

@@ -34,7 +34,7 @@ class AttackResult(NamedTuple):
             where nothing was found.
         queries: [B], images classified for each; of a library's attack the batch's mean.
         trajectory: [B, T + 1, 2], float64: queries so far and the best distance so far, at the
-            start and after each iteration; None where the attack does not tell.
+            start and after each iteration, or after some; None where the attack does not tell.
         warnings: what the attack's library says against its own result.
     """
 

@@ -9,13 +9,20 @@ PGD = SimpleNamespace(norm="l2", black_box=False, minimum_distance=False)
 GRID = {"l2": [0.5, 1.0], "linf": [0.1]}
 
 
-def flags_of(tangent, pgd):
-    """The flags of 100 images, all classified correctly, at these distances."""
+def flags_of(tangent, pgd, half=None):
+    """The flags of 100 images, all classified correctly, at these distances; with half of its
+    queries, tangent's were `half`.
+    """
     results = {
         "clean": {"correct": np.ones(100, bool), "invalid": np.zeros(100, bool)},
         "tangent": {"distances": np.asarray(tangent, float)},
         "pgd-l2": {"distances": np.asarray(pgd, float)},
     }
+    if half is not None:
+        steps = np.zeros((100, 3, 2))
+        steps[:, :, 0] = [0, 5, 10]
+        steps[:, :, 1] = np.stack([np.full(100, np.inf), half, tangent], axis=1)
+        results["tangent"]["trajectory"] = steps
     return flags(results, {"tangent": TANGENT, "pgd-l2": PGD}, GRID)
 
 
@@ -41,3 +48,15 @@ def test_images_for_which_nothing_was_found_are_counted():
     tangent = np.where(np.arange(100) < 3, np.inf, 0.9)
     (flag,) = flags_of(tangent, np.ones(100))
     assert flag.startswith("tangent found no adversarial image for 3 of 100")
+
+
+def test_distances_that_fell_in_the_second_half_of_the_queries_are_not_converged():
+    near = np.full(100, 0.9)
+    assert flags_of(near, np.ones(100), half=1.04 * near) == []
+    (flag,) = flags_of(near, np.ones(100), half=1.2 * near)
+    assert flag.startswith(
+        "not converged: the mean distance of tangent was 1.08 with half of its queries and is 0.9 "
+    )
+    late = np.where(np.arange(100) < 9, np.inf, near)
+    (flag,) = flags_of(near, np.ones(100), half=late)
+    assert flag.startswith("not converged: tangent found nothing for 9 of 100 images with half")

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from hf_specreg import RobustnessReport
+from hf_specreg import FeatureSpace, RobustnessReport, evaluate_robustness
 from hf_specreg.robustness.schema import ReportError
+from hf_specreg.robustness.statistics import at_half_budget
 
 
 def test_a_report_comes_back_as_it_was_saved(reports, tmp_path):
@@ -145,3 +146,39 @@ def test_a_mean_distance_stands_beside_the_number_of_images_it_is_of(reports):
         if line.startswith("| tangent |")
     )
     assert row.endswith(f"| {distance['n'] - 7} of {distance['n']} |")
+
+
+def test_the_mean_distance_with_half_of_the_queries_stands_beside_that_with_all(trained, tmp_path):
+    net, images, labels = trained
+    space = FeatureSpace.of(net, head="3", input_size=(1, 8, 8))
+    attacks = {"fmn-l2": {"steps": 20}, "tangent": {"iterations": 3}, "deepfool-l2": {}}
+    report = evaluate_robustness(space, (images[:30], labels[:30]), attacks=attacks, progress=False)
+    content = report.content
+    table, flagged = report.to_markdown(), " ".join(content["flags"])
+    header = "| attack | norm | mean distance | with half the queries |"
+    assert header in table
+    assert table.index("| nearest of fmn-l2, tangent and deepfool-l2 |") < table.index("| fmn-l2 |")
+    correct = report.images["correct"]
+    for name in ("fmn-l2", "tangent"):
+        steps, entry = report.images[f"{name}/trajectory"], content["attacks"][name]
+        half, mean = entry["half_budget"], entry["distance"]["mean"]["value"]
+        assert half == pytest.approx(at_half_budget(steps[correct]).mean())
+        assert half >= mean
+        assert (f"mean distance of {name} was" in flagged) == (half > 1.05 * mean)
+        assert f" | {half:.3f} | " in table
+    assert "mean distance of tangent was" in flagged
+    assert content["attacks"]["deepfool-l2"]["half_budget"] is None
+    report.to_html(tmp_path / "one.html")
+    assert "<th>with half the queries</th>" in (tmp_path / "one.html").read_text()
+    rows = RobustnessReport.compare([report, report]).rows
+    assert [row["half_budget"] is None for row in rows] == [False] * 4 + [True] * 2
+    assert rows[0]["half_budget"] == pytest.approx(content["attacks"]["fmn-l2"]["half_budget"])
+
+
+def test_a_report_without_half_budgets_is_read(reports, tmp_path):
+    old = copy.deepcopy(reports[0])
+    del old.content["attacks"]["tangent"]["half_budget"]
+    old.save(tmp_path / "robustness.json")
+    loaded = RobustnessReport.load(tmp_path)
+    assert "| tangent | L2 |" in loaded.to_markdown()
+    loaded.to_html(tmp_path / "old.html")

@@ -1,7 +1,21 @@
 import numpy as np
 import pytest
 
-from hf_specreg.robustness.statistics import mean, paired_difference, proportion, quantile
+from hf_specreg.robustness.statistics import (
+    at_half_budget,
+    mean,
+    paired_difference,
+    proportion,
+    quantile,
+)
+
+
+def test_half_of_the_budget_is_the_first_place_with_half_of_an_images_own_queries():
+    trajectory = np.zeros((3, 4, 2))
+    trajectory[0] = [(1, 9), (40, 5), (60, 4), (100, 3)]
+    trajectory[1] = [(1, 8), (2, 7), (4, 6), (4, 6)]
+    trajectory[2] = [(90, np.inf), (90, np.inf), (90, np.inf), (90, np.inf)]
+    assert at_half_budget(trajectory).tolist() == [4, 7, np.inf]
 
 
 def test_the_interval_of_a_mean_is_that_of_normal_theory():

@@ -1,5 +1,18 @@
 """foolbox's FMN (Pintor, Roli, Brendel, Biggio, "Fast Minimum-norm Adversarial Attacks through
 Adaptive Norm Constraints", NeurIPS 2021, arXiv:2102.12827): white-box, minimum distance.
+
+Mean L2 distances of 48 digits, and seconds on one of 2 shared cores:
+
+| | distance | with half the queries | seconds |
+|---|---|---|---|
+| fmn-l2 | 0.744 | 0.752 | 14 |
+| cw-l2 | 0.814 | | 101 |
+| tangent | 0.939 | 0.984 | 489 |
+| deepfool-l2 | 1.155 | | 6 |
+
+    python recipes/supervised.py --config recipes/configs/digits.yaml --epochs 10 --output_dir RUN
+    hf-specreg evaluate RUN/model digits --attacks '[fmn-l2, deepfool-l2, cw-l2, tangent]'
+        --samples 50 --output RUN/report
 """
 
 from collections.abc import Callable
