@@ -17,7 +17,6 @@ the file system must know locks over nodes (NFS 4 does, Lustre where it is mount
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_specreg.robustness.documents import to_json, write_whole
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.config import StudyConfig
 from hf_specreg.training.resume import differences
@@ -109,12 +109,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         StudyRunError: the disk is full or read-only.
     """
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        partial.replace(path)
+        write_whole({path: to_json(content)})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StudyRunError(
             f"{path} cannot be written ({error}); what is done is kept, and the same command goes "
             "on from there"
