@@ -54,6 +54,7 @@ class HowConfig:
         workers: processes of this machine, or jobs of the cluster; each has one cell at a time.
         limit: how many cells each worker does before it ends; default: no limit.
         dry_run: list the cells and the time that they are expected to take; nothing is trained.
+        report: write what came out of the cells that are done so far; nothing is trained.
         cluster: submit the workers as jobs of a cluster: "slurm", or "local", processes of this
             machine (extra: cluster).
         cluster_options: of submitit's executor, such as {timeout_min: 240, gpus_per_node: 1,
@@ -63,6 +64,7 @@ class HowConfig:
     workers: int = 1
     limit: int | None = None
     dry_run: bool = False
+    report: bool = False
     cluster: Literal["slurm", "local"] | None = None
     cluster_options: dict[str, Any] = field(default_factory=dict)
 
@@ -103,6 +105,8 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
         return None
     folder.begin(config)
     check_records(cells, folder)
+    if how.report:
+        return write(cells, folder, command)
     arguments = [(config, how.limit, place, how.workers) for place in range(how.workers)]
     if how.cluster:
         logs = folder.path / "jobs"
@@ -174,8 +178,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[StudyConfig, HowConfi
     )
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_class_arguments(StudyConfig)
-    parser.add_class_arguments(HowConfig, skip={"dry_run"})
+    parser.add_class_arguments(HowConfig, skip={"dry_run", "report"})
     parser.add_argument("--dry_run", action="store_true", help="list the cells; nothing is trained")
+    parser.add_argument("--report", action="store_true", help="write what came out so far")
     rest, given = settings_of(sys.argv[1:] if arguments is None else arguments)
     settings = parser.parse_args(rest)
     settings.pop("config")

@@ -10,10 +10,12 @@ import numpy as np
 from hf_specreg.robustness.flags import is_masked
 from hf_specreg.robustness.provenance import versions
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.statistics import at_half_budget
+from hf_specreg.study.cells import Cell
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
-from hf_specreg.study.results import Choice, Key, Results
+from hf_specreg.study.results import Attacked, Choice, Key, Results
 from hf_specreg.study.statistics import (
     compared,
     mean_over_seeds,
@@ -101,7 +103,7 @@ def images(results: Results) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
-def _cell(results: Results, cell) -> Content:
+def _cell(results: Results, cell: Cell) -> Content:
     record = results.records[cell.name] or {}
     kept = ("weights_sha256", "sum_sigma2", "train_seconds", "evaluate_seconds", *SPLITS)
     return {
@@ -130,7 +132,7 @@ def _frontier(results: Results, key: Key) -> Content:
     return entry
 
 
-def _distance(found) -> Content:
+def _distance(found: Attacked) -> Content:
     known = found.correct & np.isfinite(found.distances)
     return mean_over_seeds(np.where(known, found.distances, 0.0), known, within=(0, np.inf))
 
@@ -211,19 +213,19 @@ def _control(results: Results, key: Key, choice: Choice, split: str) -> Content:
     }
 
 
-def _half_budget(found) -> float | None:
+def _half_budget(found: Attacked) -> float | None:
     """The mean distance at half of every attack's budget, where the attacks tell."""
     means = []
     for report, distances, correct in zip(
         found.reports, found.distances, found.correct, strict=True
     ):
         names = [n for n, a in report.content["attacks"].items() if "distance" in a]
-        halves = [report.images.get(f"{name}/half_distances") for name in names]
-        if not names or any(half is None for half in halves):
+        known = [report.images.get(f"{name}/trajectory") for name in names]
+        if not names or any(trajectory is None for trajectory in known):
             return None
-        nearest_half = np.min(halves, axis=0)
-        known = correct & np.isfinite(distances) & np.isfinite(nearest_half)
-        means.append(nearest_half[known].mean())
+        nearest_half = np.min([at_half_budget(trajectory) for trajectory in known], axis=0)
+        found_both = correct & np.isfinite(distances) & np.isfinite(nearest_half)
+        means.append(nearest_half[found_both].mean())
     return float(np.mean(means))
 
 

@@ -17,7 +17,7 @@ ROUNDS = 3
 PARTS = 5  # of a run, of which the first is left out: it has what is done once
 
 
-def time_methods(cells: Cells, folder: Path) -> dict[str, Any]:
+def time_methods(cells: Cells, folder: Path, *, images: int) -> dict[str, Any]:
     """Return the seconds of a step over the plain network's, by method: "ratio", the median of its
     "rounds".
 
@@ -26,6 +26,7 @@ def time_methods(cells: Cells, folder: Path) -> dict[str, Any]:
     Args:
         cells: of the study.
         folder: for the runs, which are deleted.
+        images: of the training split; fewer than the steps want give fewer steps.
     """
     shown = {cell.method: cell.run for cell in cells if cell.method != STOPPED}
     steps = cells.config.evaluation.timing_steps
@@ -33,7 +34,7 @@ def time_methods(cells: Cells, folder: Path) -> dict[str, Any]:
     for _ in range(ROUNDS):
         for name, run in shown.items():
             shutil.rmtree(folder / "run", ignore_errors=True)
-            config = _short(run, folder / "run", steps)
+            config = _short(run, folder / "run", min(steps, images // run.batch_size))
             cells.recipe.train(config, resume=False)
             seconds[name].append(_seconds_an_image(folder / "run"))
     shutil.rmtree(folder / "run", ignore_errors=True)

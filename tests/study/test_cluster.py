@@ -42,8 +42,8 @@ def test_an_option_that_the_cluster_does_not_know_is_named(tmp_path):
 
 
 def test_steps_are_timed_against_the_plain_networks_with_everything_from_the_first_step(tmp_path):
-    config = study(tmp_path, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=5))
-    found = time_methods(cells(config), tmp_path)
+    config = study(tmp_path, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=50))
+    found = time_methods(cells(config), tmp_path, images=1149)
     assert found["none"] == {"ratio": 1.0, "rounds": [1.0] * 3}
     assert set(found) == {"none", "weight decay", "rep-spectral"}
     assert all(ratio > 0 for ratio in found["rep-spectral"]["rounds"])
