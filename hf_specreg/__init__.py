@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.sensitivity import SensitivityPenalty
 
 if TYPE_CHECKING:
     from hf_specreg.robustness.evaluate import evaluate_robustness
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FeatureSpace",
     "RobustnessReport",
+    "SensitivityPenalty",
     "SpecRegModel",
     "SpecRegTrainer",
     "SpectralPenalty",

@@ -37,6 +37,22 @@ def test_three_lines_add_the_penalty_to_a_loss():
     assert names["penalty"].step == 1
 
 
+def test_the_penalty_on_the_function_is_added_to_a_loss():
+    torch.manual_seed(0)
+    (snippet,) = [s for s in snippets() if "SensitivityPenalty" in s]
+    model = timm.create_model("test_vit", img_size=32, num_classes=5)
+    names = {
+        "model": model,
+        "criterion": lambda logits, labels: 0 * logits.sum(),
+        "images": torch.rand(4, 3, 32, 32),
+        "labels": None,
+    }
+    exec(snippet, names)
+    names["loss"].backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    assert names["sensitivity"].step == 1
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_the_penalty_enters_a_step_once_however_many_micro_batches_it_has(micro_batches):
     (snippet,) = [s for s in snippets() if "accumulate" in s]

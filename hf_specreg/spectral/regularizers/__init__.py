@@ -10,6 +10,7 @@ Of the map at the data (J is the Jacobian of a function of one image, such as it
     cross_lipschitz     mean over l, m ||grad f_l - grad f_m||^2    Hein, Andriushchenko 2017
     volume_element      mean 1/2 log det of the metric          Zavatone-Veth et al. 2023
     input_gradient      mean ||grad_x loss||, of image and label    Drucker, LeCun 1992
+    sensitivity         mean log ||J^T u|| - log spread         hf_specreg.SensitivityPenalty
 
 Of the weights or the features:
 
@@ -33,6 +34,7 @@ from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.metric_eigenvalue import MetricEigenvalueConfig
 from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig
+from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.spectral.regularizers.term import Regularizer, RegularizerConfig
 from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig
 
@@ -50,6 +52,7 @@ class RegularizersConfig:
         cross_lipschitz: differences of the logits' gradients.
         volume_element: 1/2 log det of the feature metric.
         input_gradient: norm of the loss's gradient by the image.
+        sensitivity: of the features to the image, relative to their spread.
         l2_sp: distance from the weights that training began with.
         bss: small singular values of a batch's features.
         orthogonality: ||W W^T - I||.
@@ -62,6 +65,7 @@ class RegularizersConfig:
     cross_lipschitz: CrossLipschitzConfig = field(default_factory=CrossLipschitzConfig)
     volume_element: VolumeElementConfig = field(default_factory=VolumeElementConfig)
     input_gradient: InputGradientConfig = field(default_factory=InputGradientConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     l2_sp: L2SPConfig = field(default_factory=L2SPConfig)
     bss: BSSConfig = field(default_factory=BSSConfig)
     orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +20,7 @@ from hf_specreg.ranges import require
 from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 Function = Callable[[Tensor], Tensor]  # images [B, ...] -> outputs [B, K]
+By = Literal["double_backprop", "finite_difference"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,45 @@ def pulled_back(outputs: Tensor, images: Tensor, u: Tensor) -> Tensor:
     """Return J^T u for each image, [B, d], with a graph of its own."""
     (gradient,) = torch.autograd.grad(outputs, images, u, create_graph=True)
     return gradient.flatten(1)
+
+
+def pulled_back_norms(
+    function: Function,
+    images: Tensor,
+    outputs: Tensor,
+    u: Tensor,
+    *,
+    norm: Literal["l2", "l1"] = "l2",
+    by: By = "double_backprop",
+    step: float = 1e-2,
+) -> Tensor:
+    """Return ||J^T u|| for each image, [B]; u is held fixed.
+
+    By finite difference it is <u, f(x + h d) - f(x)> / h, where d, J^T u / ||J^T u||_2 or for L1
+    its sign, is held fixed: <J^T u, d> = ||J^T u||, but for a term of order h.
+
+    Args:
+        function: images [B, ...] -> outputs [B, K].
+        images: [B, ...], as `tracked` returns them.
+        outputs: [B, K], those of `tracked`.
+        u: [B, K].
+        norm: "l2" or "l1".
+        by: "double_backprop", or "finite_difference", without second derivatives.
+        step: h ||d||_2, how far the second image is from the first, L2.
+    """
+    twice = by == "double_backprop"
+    (g,) = torch.autograd.grad(outputs, images, u, create_graph=twice, retain_graph=True)
+    g = g.flatten(1)
+    if twice:
+        return torch.linalg.vector_norm(g, ord=int(norm[1]), dim=1)
+    d = F.normalize(g, dim=1) if norm == "l2" else g.sign()
+    h = step / d.norm(dim=1).clamp(min=1)  # d is 0 where g is
+    return (u * (function(moved(images, h[:, None] * d)) - outputs)).sum(1) / h
+
+
+def moved(images: Tensor, by: Tensor) -> Tensor:
+    """Return images [B, ...] moved by [B, d], without a graph."""
+    return images.detach() + by.view_as(images)
 
 
 def jacobian(function: Function, images: Tensor) -> Tensor:

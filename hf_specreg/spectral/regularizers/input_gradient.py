@@ -14,7 +14,13 @@ from torch import Tensor
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.ranges import require
-from hf_specreg.spectral.regularizers.derivative import Function, derivable_twice, tracked
+from hf_specreg.spectral.regularizers.derivative import (
+    By,
+    Function,
+    derivable_twice,
+    pulled_back_norms,
+    tracked,
+)
 from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 
@@ -24,13 +30,12 @@ def input_gradient_norm(
     labels: Tensor,
     *,
     norm: Literal["l2", "l1"] = "l2",
-    by: Literal["double_backprop", "finite_difference"] = "double_backprop",
+    by: By = "double_backprop",
     step: float = 1e-2,
 ) -> Tensor:
     """Return the mean over images of ||g||, of g = grad_x of the cross-entropy at the true class.
 
-    By finite difference it is (loss(x + h d) - loss(x)) / h, where d, g / ||g||_2 or for L1
-    sign(g), is held fixed: <g, d> = ||g||, but for a term of order h.
+    By finite difference it is (loss(x + h d) - loss(x)) / h, see `pulled_back_norms`.
 
     Args:
         function: images [B, ...] -> logits [B, K].
@@ -48,17 +53,13 @@ def input_gradient_norm(
     Rodriguez-Munoz et al., "Characterizing Model Robustness via Natural Input Gradients",
     arXiv:2409.20139, which finds it to act with smooth activations far more than with ReLU.
     """
-    images, logits = tracked(function, images)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    twice = by == "double_backprop"
-    (g,) = torch.autograd.grad(losses.sum(), images, create_graph=twice, retain_graph=True)
-    g = g.flatten(1)
-    if twice:
-        return torch.linalg.vector_norm(g, ord=int(norm[1]), dim=1).mean()
-    d = F.normalize(g, dim=1) if norm == "l2" else g.sign()
-    h = step / d.norm(dim=1).clamp(min=1)  # d is 0 where g is
-    moved = images.detach() + (h[:, None] * d).view_as(images)
-    return ((F.cross_entropy(function(moved), labels, reduction="none") - losses) / h).mean()
+
+    def losses(images: Tensor) -> Tensor:
+        return F.cross_entropy(function(images), labels, reduction="none")[:, None]
+
+    images, values = tracked(losses, images)
+    each = torch.ones_like(values)
+    return pulled_back_norms(losses, images, values, each, norm=norm, by=by, step=step).mean()
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class InputGradientConfig(RegularizerConfig):
     """
 
     norm: Literal["l2", "l1"] = "l2"
-    by: Literal["double_backprop", "finite_difference"] = "double_backprop"
+    by: By = "double_backprop"
     step: float = 1e-2
     images: int | None = None
     ramp_epochs: float = 0.0
