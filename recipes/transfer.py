@@ -57,12 +57,7 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     set_seed(config.seed)  # the probe drew random numbers
     prepare_transfer(encoder, config.transfer)
     loop = TrainingLoop(
-        Supervised(
-            encoder,
-            augment=config.augment,
-            adversarial=config.adversarial,
-            keep_batch_norm=config.transfer.keep_batch_norm,
-        ),
+        Supervised(encoder, augment=config.augment, adversarial=config.adversarial),
         **images,
         config=config,
         accelerator=accelerator,

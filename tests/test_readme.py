@@ -111,6 +111,15 @@ def test_what_is_saved_loads_as_shown(tmp_path):
     torch.testing.assert_close(head(features), names["model"](images))
 
 
+def test_batch_norms_are_pinned_and_fused_as_shown():
+    (snippet,) = [s for s in snippets() if "fuse_norms" in s]
+    names = {name: timm.create_model("test_resnet") for name in ("model", "fresh", "pretrained")}
+    exec(snippet, names)
+    assert {"bn1", "layer1.0.bn1"} <= set(names["names"])
+    for name in ("model", "fresh", "pretrained"):
+        assert not names[name].train().bn1.training
+
+
 def test_the_evaluation_runs_as_shown(tmp_path):
     torch.manual_seed(0)
     model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=64)

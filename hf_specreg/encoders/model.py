@@ -36,6 +36,7 @@ from hf_specreg.encoders.formats import (
 from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.encoders.merging import merged
+from hf_specreg.encoders.pinned import is_pinned, pin_norms
 
 if TYPE_CHECKING:
     from hf_specreg.hub.publish import Pushed
@@ -87,6 +88,8 @@ class SpecRegModel(nn.Module):
                 raise ValueError(
                     f"{name} {tuple(values)} must have one value for each of {channels} channels"
                 )
+            buffer = torch.tensor(tuple(values), dtype=torch.float32).reshape(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
         if label_names is not None and len(label_names) != self.num_classes:
             raise ValueError(
                 f"{len(label_names)} label_names for a head of {self.num_classes} classes"
@@ -101,8 +104,6 @@ class SpecRegModel(nn.Module):
         self.model_args = dict(model_args or {})
         self.metadata: dict[str, Any] = {}
         self.mean, self.std = tuple(pixel_mean), tuple(pixel_std)
-        self.register_buffer("pixel_mean", _per_channel(self.mean), persistent=False)
-        self.register_buffer("pixel_std", _per_channel(self.std), persistent=False)
 
     @property
     def num_classes(self) -> int:
@@ -291,29 +292,29 @@ class SpecRegModel(nn.Module):
                 model = cls.from_transformers(
                     str(folder), num_classes=num_classes, label_names=label_names
                 )
+            if metadata.get("norms") == "pinned":
+                pin_norms(model)
         model.metadata = metadata
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configuration, preprocessing and specreg.json into a folder.
 
-        LoRA is merged and parametrizations are computed: the folder holds plain weights.
+        LoRA is merged and parametrizations are computed: the folder holds plain weights. That batch
+        norms are pinned is in specreg.json, and `from_pretrained` pins them again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        data = {
-            "input_size": list(self.input_size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            **self.preprocessing,
-        }
+        data = {"mean": list(self.mean), "std": list(self.std), **self.preprocessing}
+        data = {"input_size": list(self.input_size), **data}
         network = merged(self.network)
         if self.is_timm:
             arguments = {"model_args": self.model_args, "label_names": self.label_names}
             save_timm(network, folder, **arguments, data=data)
         else:
             save_transformers(network, folder, label_names=self.label_names, data=data)
-        write_json(folder / RUN_FILE, self.metadata)
+        pinned = {"norms": "pinned"} if any(map(is_pinned, network.modules())) else {}
+        write_json(folder / RUN_FILE, self.metadata | pinned)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "Pushed | None":
         """Publish the model with its report and card in one commit; see `hf_specreg.hub.publish`.
@@ -338,10 +339,6 @@ def _read(folder: Path, name: str | Path) -> tuple[dict[str, Any], dict[str, Any
     if (folder / PROCESSOR_FILE).is_file():  # transformers reads it later, and checks less
         read_json(folder / PROCESSOR_FILE)
     return config, read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(tuple(values), dtype=torch.float32).reshape(1, -1, 1, 1)
 
 
 def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:

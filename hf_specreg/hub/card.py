@@ -107,6 +107,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "classes": model.num_classes,
         "penalty": encoder.penalty,
         "trained": bool(encoder.config),
+        "pinned": encoder.run.get("norms") == "pinned",
         "data": encoder.data,
         "training": [(name, str(v)) for name, v in _training(encoder) if v is not None],
         "baseline": encoder.baseline is not None,
@@ -151,6 +152,9 @@ def _training(encoder: Encoder) -> list[tuple[str, Any]]:
     if optimizer:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows += [("batch size", config.get("batch_size")), ("self-supervision", ssl.get("method"))]
+    if (norms := config.get("model", {}).get("norms", "unchanged")) != "unchanged":
+        fused = "fused into the linear maps before them, and pinned"
+        rows.append(("batch norms", fused if norms == "fused" else "pinned"))
     if trained := config.get("transfer", {}).get("train"):
         what = {"head": "the head alone", "lora": "low-rank updates (LoRA) and the head"}
         frozen = config["transfer"].get("frozen_stages") or 0

@@ -41,6 +41,7 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
         "data": {**_OBJECT, "properties": {"source": _TEXT}},
         "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
         "penalty_share": _NUMBER,
+        "norms": _TEXT,
         "config": {
             **_OBJECT,
             "properties": {
@@ -51,7 +52,11 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                 "data": {**_OBJECT, "properties": {"source": _TEXT}},
                 "model": {
                     **_OBJECT,
-                    "properties": {"name": _TEXT, "pretrained": {"type": "boolean"}},
+                    "properties": {
+                        "name": _TEXT,
+                        "pretrained": {"type": "boolean"},
+                        "norms": _TEXT,
+                    },
                 },
                 "optimizer": {**_OBJECT, "properties": {"opt": _TEXT, "lr": _NUMBER}},
                 "penalty": {

@@ -11,7 +11,8 @@ itself, make W and with it s small, which makes the step longer still: a strong 
 So the gradient in W is divided by (gamma / s)^2 where that is above 1, row by row, and the one in
 gamma, which goes with 1 / gamma, multiplied by gamma^2 where that is below 1. Both are positive
 factors: the direction is still one of descent, and of the same length as without a norm. Gains
-without running statistics feed nothing back, and have the gradient as it is.
+without running statistics, and batch norms whose statistics are pinned, feed nothing back, and have
+the gradient as it is.
 """
 
 import torch

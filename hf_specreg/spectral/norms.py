@@ -11,15 +11,16 @@ and layer norms after a map, global response normalisation, the norm of a sum.
 import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.pinned import is_pinned
 from hf_specreg.encoders.trace import call
-from hf_specreg.spectral.dataflow import Call, Dataflow, Flow, Gain
+from hf_specreg.spectral.dataflow import Call, Constant, Dataflow, Flow, Gain
 
 NAMED = 8  # layers in a warning
 
@@ -70,13 +71,15 @@ def adjoining_norms(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> di
     """Return the gains beside each operator that has one, by the operator's name.
 
     Found by one evaluation of a black image, or of the example inputs. There are none where the
-    network runs code that cannot be followed, which may use any output.
+    network runs code that cannot be followed, which may use any output. The statistics of a batch
+    norm that is pinned are in its gain: they do not run after a map.
 
     Args:
         space: whose network is run.
         modules: that the operators are of, by the operators' names.
     """
     dotted = {module: name for name, module in space.network.named_modules()}
+    pinned = {f"{name}.running_var" for module, name in dotted.items() if is_pinned(module)}
     layers = {dotted[module]: module for module in modules.values()}
     calls = _calls(space, layers)
     after = {n: [_after(each, _channels(layers[n])) for each in calls[n]] for n in layers}
@@ -86,7 +89,8 @@ def adjoining_norms(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> di
         of_layer = zip(calls[dotted[module]], after[dotted[module]], strict=True)
         norms = [_of_map(name, module, *use, taken) for use in of_layer]
         if norms and norms[0].names and all(each.key == norms[0].key for each in norms):
-            found[name] = norms[0]
+            sides = norms[0].before, norms[0].after
+            found[name] = Norms(*(tuple(_constant(s, pinned) for s in side) for side in sides))
     return found
 
 
@@ -234,6 +238,17 @@ def _numbered(gain: Gain, like: Tensor) -> Tensor:
     count = torch.Size(gain.shape).numel()
     numbers = torch.arange(1.0, count + 1, device=like.device).reshape(gain.shape)
     return numbers.expand(like.shape)
+
+
+def _constant(scale: Scale, pinned: Collection[str]) -> Scale:
+    """The scale with its statistics in the gain, where these are pinned."""
+    weight, inverse = scale.gain.weight, scale.gain.inverse
+    if inverse is None or not pinned.issuperset(inverse.names):
+        return scale
+    if weight is not None:
+        names = (*weight.names, *inverse.names)
+        inverse = Constant(lambda: weight.value() * scale.gain.inverse.value(), names)
+    return replace(scale, gain=replace(scale.gain, weight=inverse, inverse=None))
 
 
 def _scale(gain: Gain, index: Tensor) -> Scale:

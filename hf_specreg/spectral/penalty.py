@@ -83,9 +83,9 @@ class SpectralPenalty:
             of its output goes there, and the gain of a norm before it (`norms.py`). Their gains get
             a gradient too. `folded` says which; if fewer than half, a warning does. With several
             processes the statistics must be synchronised.
-        fold_gradient: "exact", that of the value, or "bounded", which after a batch norm has
-            factors that keep steps as long as without one, lest a strong penalty blow up
-            (`folding.py`).
+        fold_gradient: "exact", that of the value, or "bounded", which after a batch norm that is
+            not pinned has factors that keep steps as long as without one, lest a strong penalty
+            blow up (`folding.py`).
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
             DistributedDataParallel with the default group does. All processes must then call it

@@ -12,6 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hf_specreg.encoders.pinned import is_pinned
 from hf_specreg.spectral.precision import full_precision
 
 
@@ -55,14 +56,17 @@ class _Gather(torch.autograd.Function):
 def synchronize_batch_norms(model: nn.Module) -> None:
     """Let the batch norms within a model take their statistics over all processes, in place.
 
-    On a GPU that is torch's SyncBatchNorm, which refuses to work on the CPU.
+    On a GPU that is torch's SyncBatchNorm, which refuses to work on the CPU. Those that are pinned
+    take no statistics, and are left.
     """
-    if next(model.parameters()).device.type != "cpu":
-        convert_sync_batchnorm(model)
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or is_pinned(module):
+            continue
+        if on_cpu:
             module.__class__ = CpuSyncBatchNorm
+        else:
+            model.set_submodule(name, convert_sync_batchnorm(module))
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):

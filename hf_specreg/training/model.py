@@ -8,8 +8,10 @@ import timm
 import torch
 from transformers import AutoConfig
 
+from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.encoders.load import near_architectures
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.pinned import initialize_pinned, pin_norms
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
 
@@ -29,6 +31,10 @@ class ModelConfig:
         input_size: channels, height and width of the images, [C, H, W]; default: the model's.
         args: further arguments of `timm.create_model`, or of the transformers configuration if not
             pretrained.
+        norms: what becomes of batch norms: "unchanged"; "pinned", constant in training as in
+            evaluation, of pretrained and saved encoders with their own statistics, of fresh ones
+            with mean 0 and variance 1 and Fixup's start; or "fused" into the linear maps before
+            them, and pinned, of encoders that are not fresh.
     """
 
     name: str = "resnet18_cifar"
@@ -37,6 +43,19 @@ class ModelConfig:
     pretrained: bool = False
     input_size: tuple[int, int, int] | None = None
     args: dict[str, Any] = field(default_factory=dict)
+    norms: Literal["unchanged", "pinned", "fused"] = "unchanged"
+
+    def __post_init__(self):
+        if self.norms == "fused" and not self.has_weights:
+            raise ValueError(
+                "model.norms 'fused' is for pretrained and saved encoders: a fresh one has nothing "
+                "to fuse, take 'pinned'"
+            )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it starts from weights of a training."""
+        return self.pretrained or self.library == "saved"
 
 
 def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel:
@@ -70,10 +89,14 @@ def _check_is_of_timm(name: str) -> None:
 def build_encoder(
     config: ModelConfig, label_names: Sequence[str], regularizers: RegularizersConfig
 ) -> SpecRegModel:
-    """Create what a run trains: the model, in float32 whatever its weights are stored in, and under
-    spectral normalisation if that is wanted.
+    """Create what a run trains: the model, in float32 whatever its weights are stored in, with its
+    batch norms as is wanted, and under spectral normalisation if that is.
     """
     encoder = build_model(config, label_names).float()
+    if config.norms == "fused":
+        fuse_norms(encoder)
+    elif config.norms == "pinned":
+        pin_norms(encoder) if config.has_weights else initialize_pinned(encoder)
     if regularizers.spectral_norm:
         normalize_spectra(encoder)
     return encoder

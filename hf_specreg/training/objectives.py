@@ -19,17 +19,14 @@ class Objective(nn.Module):
 
     Args:
         encoder: the model that is trained and kept.
-        keep_batch_norm: leave the encoder's batch norms in evaluation mode, with the statistics
-            that they have.
 
     Attributes:
         features: [B, D] each, that the latest loss was computed from, with their graph.
     """
 
-    def __init__(self, encoder: SpecRegModel, *, keep_batch_norm: bool = False):
+    def __init__(self, encoder: SpecRegModel):
         super().__init__()
         self.encoder = encoder
-        self.keep_batch_norm = keep_batch_norm
         self.features: list[Tensor] = []
 
     def train(self, mode: bool = True) -> "Objective":
@@ -37,9 +34,7 @@ class Objective(nn.Module):
         super().train(mode)
         for module in self.encoder.modules():
             parameters = list(module.parameters())
-            frozen = parameters and not any(p.requires_grad for p in parameters)
-            kept = self.keep_batch_norm and isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if frozen or kept:
+            if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
 
@@ -58,7 +53,6 @@ class Supervised(Objective):
         encoder: with a head.
         augment: mixup, cutmix and label_smoothing are read.
         adversarial: of adversarial images, or not; see `hf_specreg.training.adversarial`.
-        keep_batch_norm: see `Objective`.
     """
 
     def __init__(
@@ -67,9 +61,8 @@ class Supervised(Objective):
         *,
         augment: AugmentConfig,
         adversarial: AdversarialConfig | None = None,
-        keep_batch_norm: bool = False,
     ):
-        super().__init__(encoder, keep_batch_norm=keep_batch_norm)
+        super().__init__(encoder)
         self.adversarial = adversarial or AdversarialConfig()
         self.label_smoothing = augment.label_smoothing
         self.mixup = None

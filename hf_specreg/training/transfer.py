@@ -27,7 +27,6 @@ class TransferConfig:
         head: how the head starts: "fresh", or as the logistic "probe" on the frozen features, which
             distorts them less (Kumar et al., ICLR 2022).
         frozen_stages: how many stages "all" keeps as they are, the first.
-        keep_batch_norm: leave batch norms the statistics that they were pretrained with.
         lora_rank: rank of the updates of "lora".
         lora_targets: linear layers that "lora" updates, by their names or the names' endings;
             default: all before the features.
@@ -36,7 +35,6 @@ class TransferConfig:
     train: Literal["head", "all", "lora"] = "all"
     head: Literal["fresh", "probe"] = "fresh"
     frozen_stages: int = 0
-    keep_batch_norm: bool = False
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = ()
 

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.hub.card import card_files, write_card
 from hf_specreg.hub.encoder import CardError, Encoder, public_name, report_files
 from tests.hub.conftest import make_model, report_on
@@ -173,6 +174,19 @@ def test_folded_and_skipped_layers_are_told(tmp_path):
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert "with the norms beside them folded in, but for conv1, at every step" in card
+
+
+def test_that_batch_norms_are_pinned_is_told(folder, tmp_path):
+    told = "Trained on in training mode they\nwould take each batch's statistics"
+    assert told not in card_of(folder)
+    model = make_model()
+    model.metadata["config"]["model"] = {"name": "test_resnet", "norms": "fused"}
+    fuse_norms(model)
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "| batch norms | fused into the linear maps before them, and pinned |" in card
+    assert told in card
+    assert b'"norms": "pinned"' in report_files(Encoder.open(tmp_path), "me/m")["specreg.json"]
 
 
 def test_the_card_is_written_anew_but_notes_and_license_stay(folder):

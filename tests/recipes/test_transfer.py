@@ -59,7 +59,7 @@ def test_before_and_after_are_compared_on_the_same_images(source, tmp_path, caps
 
 
 def test_frozen_stages_and_kept_statistics_are_the_pretrained_ones_bit_for_bit(source, tmp_path):
-    more = ["--transfer.frozen_stages", "2", "--transfer.keep_batch_norm", "true"]
+    more = ["--transfer.frozen_stages", "2", "--model.norms", "pinned"]
     trained = train(parse(arguments(source, tmp_path, *more))[0]).model_folder
     before, after = (load_file(f / "model.safetensors") for f in (source, trained))
     frozen = {n for n in before if n.startswith(("conv1", "bn1", "stages.0"))}
@@ -92,7 +92,7 @@ def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
     assert not torch.equal(before["fc.weight"], other["fc.weight"])
 
 
-@pytest.mark.parametrize("mode", ["l2_sp and bss", "lora and average", "spectral_norm"])
+@pytest.mark.parametrize("mode", ["l2_sp and bss", "lora and average", "spectral_norm", "fused"])
 def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
     source, tmp_path, monkeypatch, mode
 ):
@@ -100,6 +100,7 @@ def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
     more = {
         "l2_sp and bss": near,
         "lora and average": ["--transfer.train", "lora", "--optimizer.ema_decay", "0.9"],
+        "fused": ["--model.norms", "fused", "--optimizer.clip_grad", "1"],
         "spectral_norm": ["--regularizers.spectral_norm", "true", "--transfer.head", "fresh"],
     }[mode]
     more += ["--checkpoint.every_steps", "2", "--log_every", "1"]

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hf_specreg import SpectralPenalty
+from hf_specreg.encoders.pinned import pin_norms
 from tests.unchanged import unchanged
 
 SIZE = {"input_size": (3, 2, 2)}
@@ -142,8 +143,15 @@ def test_its_gradient_is_that_of_the_dense_matrix_with_the_factors_that_it_says(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8)
 
 
-def test_the_exact_gradient_is_that_of_the_dense_matrix(blocks):
-    folded_penalty(blocks, fold_gradient="exact")().backward()
+@pytest.mark.parametrize("pinned", [False, True])
+def test_the_exact_gradient_and_that_beside_a_pinned_norm_is_that_of_the_dense_matrix(
+    blocks, pinned
+):
+    if pinned:  # nothing runs after the map
+        pin_norms(blocks)
+    penalty = folded_penalty(blocks, fold_gradient="bounded" if pinned else "exact")
+    assert penalty.folded["hidden"] == ("before.weight", "after.weight", "after.running_var")
+    penalty().backward()
     found = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
     blocks.zero_grad()
     norms = [torch.linalg.matrix_norm(m, 2) for m in (dense(blocks), blocks.plain.weight)]

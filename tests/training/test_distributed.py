@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from hf_specreg.encoders.pinned import pin_norms
+from hf_specreg.training.distributed import CpuSyncBatchNorm, synchronize_batch_norms
 from tests.forks import forks
 from tests.processes import run
 from tests.training import data_parallel
@@ -66,3 +69,15 @@ def test_several_processes_train_to_the_weights_of_one(runs, method, processes):
     for name, value in expected.items():
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-5, atol=1e-5, msg=name)
         assert all(torch.equal(ranks[0][name], other[name]) for other in ranks[1:]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # and as on a GPU
+def test_pinned_batch_norms_have_nothing_to_synchronize(device):
+    pinned = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    pin_norms(pinned)
+    model = nn.Sequential(pinned, nn.BatchNorm2d(2)).to(device)
+    synchronize_batch_norms(model)
+    assert type(model[0][1]) is nn.BatchNorm2d
+    assert type(model[1]) is (CpuSyncBatchNorm if device == "cpu" else nn.SyncBatchNorm)
+    assert not model.train()[0][1].training
+    assert model[1].training

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.encoders.pinned import pin_norms
 from hf_specreg.training.objectives import Supervised
 from tests.tiny import SIZE, tiny
 
@@ -28,7 +29,7 @@ def test_supervised_loss_is_cross_entropy_and_mixup_mixes():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_frozen_modules_and_kept_batch_norms_stay_in_evaluation_mode():
+def test_frozen_modules_and_pinned_batch_norms_stay_in_evaluation_mode():
     model = tiny("resnet20_cifar")
     model.network.stages[0].requires_grad_(False)
     frozen = Supervised(model, augment=AugmentConfig()).train()
@@ -37,7 +38,7 @@ def test_frozen_modules_and_kept_batch_norms_stay_in_evaluation_mode():
     assert not model.network.stages[0].training
     assert torch.equal(model.network.stages[0][0].bn1.running_mean, statistics)
     assert model.network.bn1.training
-    kept = Supervised(model, augment=AugmentConfig(), keep_batch_norm=True).train()
-    assert kept.training
+    pin_norms(model)
+    assert frozen.train().training
     assert not model.network.bn1.training
     assert model.network.conv1.training
