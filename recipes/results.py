@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_specreg.arguments import errors_in_one_line
+from hf_specreg.hub.citation import public
 from hf_specreg.robustness.documents import to_json
 from hf_specreg.robustness.text import number, percent, table
 from hf_specreg.study.result import Study
 from hf_specreg.study.text import caution, maybe, ratio, signs, step_time, strength, to_markdown
-from hf_specreg.study.verdict import verdicts
+from hf_specreg.study.verdict import not_chosen, verdicts
 
 HERE = Path(__file__).parent
 KEPT = HERE / "studies/results"
@@ -42,7 +43,7 @@ def keep(folders: Sequence[str]) -> None:
     """
     KEPT.mkdir(exist_ok=True)
     for folder in folders:
-        content = Study.load(folder).content
+        content = public(Study.load(folder).content)
         (KEPT / f"{content['name']}.json").write_bytes(to_json(content))
 
 
@@ -66,6 +67,7 @@ def results(found: Sequence[Mapping[str, Any]]) -> str:
 def headline(content: Mapping[str, Any]) -> str:
     """Return the README's table: every method at equal accuracy, by the strongest attacks."""
     rows = content["final"] or content["table"]
+    control = {row["method"]: row["control"] for row in content["table"]}
     data, attacked = content["data"], content["attacked"]["final" if content["final"] else "test"]
     lines = [
         table(
@@ -87,22 +89,27 @@ def headline(content: Mapping[str, Any]) -> str:
                     number(row["distance"]),
                     ratio(row["ratio"]),
                     signs(row["signs"]),
-                    maybe(lambda control: ratio(control["ratio"]), row["control"]),
+                    maybe(_stopped, control[row["method"]]),
                     step_time(_time(content, row["method"])),
                 ]
                 for row in rows
             ],
         ),
         "",
-        f"{data['id']}, {data['train']:,} images to train, {len(content['seeds'])} seeds, "
+        f"{data['id']}, {maybe('{:,}'.format, data['train'])} images to train, "
+        f"{len(content['seeds'])} seeds, "
         f"{attacked:,} of {data['test']:,} test images attacked. {caution(content)} "
         f"`{content['command']}`",
     ]
-    lost = [e["method"] for e in content["chosen"] if e["strength"] is None]
+    lost = [entry["method"] for entry in not_chosen(content)]
     if lost:
         margin = f"{100 * content['accuracy_margin']:g}"
         lines += ["", f"At no strength within {margin} points of accuracy: {', '.join(lost)}."]
     return "\n".join(lines)
+
+
+def _stopped(control: Mapping[str, Any]) -> str:
+    return ratio(control["ratio"]) if control["matched"] else "none as accurate"
 
 
 def _time(content: Mapping[str, Any], method: str) -> Any:

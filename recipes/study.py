@@ -31,11 +31,11 @@ from rich.table import Table
 from hf_specreg.arguments import OneLineParser, errors_in_one_line, with_its_key
 from hf_specreg.ranges import require
 from hf_specreg.study.cells import Cells, Recipe, dotted
+from hf_specreg.study.choice import Results
 from hf_specreg.study.cluster import Job, submit
 from hf_specreg.study.config import StudyConfig
 from hf_specreg.study.folder import StudyFolder, read_json
 from hf_specreg.study.result import Study
-from hf_specreg.study.results import Results
 from hf_specreg.study.summary import images, summarize
 from hf_specreg.study.text import to_markdown
 from hf_specreg.study.work import Worker, check_records, expected_seconds, left

@@ -21,7 +21,7 @@ def citation(encoder: Encoder) -> dict[str, Any] | None:
     """
     if encoder.study is None:
         return None
-    content = _public(encoder.study.content)
+    content = public(encoder.study.content)
     cell = _cell(content, encoder)
     methods = sections(content)["methods"]
     settings = dict(zip(methods.header, _row(methods.rows, cell["method"]), strict=True))
@@ -82,8 +82,8 @@ def _row(rows: Any, method: str) -> Any:
     return next(row for row in rows if row[0] == method)
 
 
-def _public(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content without a way to a folder on this machine."""
+def public(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study's content without a way to a folder on this machine."""
     methods = {
         name: {**method, "settings": {k: _named(str(v)) for k, v in method["settings"].items()}}
         for name, method in content["methods"].items()
@@ -94,7 +94,17 @@ def _public(content: Mapping[str, Any]) -> dict[str, Any]:
         "methods": methods,
         "data": {**content["data"], "id": public_name(content["data"]["id"])},
         "ood": content["ood"] and public_name(content["ood"]),
+        "settings": _everywhere(content["settings"]),
     }
+
+
+def _everywhere(value: Any) -> Any:
+    """A value of JSON, with every text in it without its paths."""
+    if isinstance(value, Mapping):
+        return {key: _everywhere(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_everywhere(part) for part in value]
+    return _named(value) if isinstance(value, str) else value
 
 
 def _named(text: str) -> str:

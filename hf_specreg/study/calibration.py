@@ -66,9 +66,9 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the T in [0.01, 100] for which softmax(logits / T) has the smallest NLL.
 
     The NLL is convex in 1 / T, so its only minimum is where its slope there, mean of
-    sum_k p_k z_k - z_y, is zero; log T is searched for it. Where there is none, T is an end: 0.01
-    where every image is classified correctly, 100 where logits say less than nothing about labels.
-    Take T of validation images. Raises as calibration does.
+    sum_k p_k z_k - z_y, is zero; log T is searched for it. Where every image is classified
+    correctly there is none, and T is 1: nothing is known of how sure to be. It is 100 where logits
+    say less than nothing about labels. Take T of validation images. Raises as calibration does.
     """
     logits, labels = _checked(logits, labels)
     logits = logits - logits.max(1, keepdims=True)
@@ -80,7 +80,7 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     low, high = np.log(COLDEST), np.log(HOTTEST)
     if slope(low) <= 0:
-        return COLDEST
+        return 1.0
     if slope(high) >= 0:
         return HOTTEST
     return float(np.exp(brentq(slope, low, high)))

@@ -8,9 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_specreg.robustness.evaluate import check_settings
 from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import TrainingResult
+
+SEED = "{seed}"  # in a text of the settings
 
 
 class StudyRunError(ValueError):
@@ -80,10 +83,14 @@ class Cells(Sequence[Cell]):
     def __init__(self, config: StudyConfig, recipe: Recipe):
         self.config = config
         self.recipe = recipe
+        check_settings(
+            {**config.evaluation.attacks, **config.evaluation.final_attacks},
+            {"l2": config.evaluation.eps},
+        )
         self._cells = [
-            Cell(method, strength, seed, replace(run, seed=seed))
+            Cell(method, strength, seed, self._of_seed(method, strength, seed))
             for seed in config.seeds
-            for (method, strength), run in self._runs.items()
+            for method, strength in self._runs
         ]
         names = [cell.name for cell in self._cells]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -107,13 +114,15 @@ class Cells(Sequence[Cell]):
         methods = dict(self.config.methods)
         plain = methods.pop(self.config.plain)
         epochs = self._parsed(plain, None, self.config.plain).epochs
-        quarters = {max(1, epochs * part // 4) for part in (1, 2, 3)} - {epochs}
+        quarters = {epochs * part // 4 for part in (1, 2, 3)} - {0}
         stopped = self.config.stopped_epochs or tuple(sorted(quarters))
-        if wrong := [e for e in stopped if not 1 <= e < epochs]:
-            raise StudyRunError(f"stopped_epochs ({wrong}) must be below the {epochs} epochs")
+        if not stopped or not all(1 <= e < epochs for e in stopped):
+            raise StudyRunError(
+                f"stopped_epochs ({list(stopped)}) must be there, and below the {epochs} epochs: "
+                "the plain network that is trained for fewer is the control of a study"
+            )
         control = MethodConfig("epochs", stopped, plain.settings)
-        shown = {STOPPED: control} if stopped else {}
-        return {self.config.plain: plain, **shown, **methods}
+        return {self.config.plain: plain, STOPPED: control, **methods}
 
     @cached_property
     def _runs(self) -> dict[tuple[str, float | None], RunConfig]:
@@ -137,14 +146,30 @@ class Cells(Sequence[Cell]):
                 runs[name, strength] = run
         return runs
 
-    def _parsed(self, method: MethodConfig, strength: float | None, name: str) -> RunConfig:
-        settings = {**dotted(self.config.settings), **dotted(method.settings)}
+    def _of_seed(self, method: str, strength: float | None, seed: int) -> RunConfig:
+        """The recipe's configuration of a cell."""
+        run = self._runs[method, strength]
+        if any(SEED in str(value) for value in self._settings(self.methods[method]).values()):
+            run = self._parsed(self.methods[method], strength, method, seed)
+        return replace(run, seed=seed)
+
+    def _settings(self, method: MethodConfig) -> dict[str, Any]:
+        return {**dotted(self.config.settings), **dotted(method.settings)}
+
+    def _parsed(
+        self, method: MethodConfig, strength: float | None, name: str, seed: int | None = None
+    ) -> RunConfig:
+        settings = self._settings(method)
         if method.key is not None:
             # A count, such as epochs, is written without its fraction.
             settings[method.key] = int(strength) if strength == int(strength) else strength
         arguments = ["--config", self.config.base]
         for key, value in settings.items():
             written = value if isinstance(value, str) else json.dumps(value)
+            if strength is not None:
+                written = written.replace("{strength}", f"{strength:g}")
+            if seed is not None:
+                written = written.replace(SEED, str(seed))
             arguments += [f"--{key}", written]
         if not Path(self.config.base).is_file():
             raise StudyRunError(

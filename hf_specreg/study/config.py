@@ -14,9 +14,10 @@ class MethodConfig:
 
     Args:
         key: of the recipe's configuration, dotted, that takes the strengths, such as
-            penalty.strength; none for the plain network.
-        strengths: that are tried.
-        settings: further keys of the recipe's configuration.
+            penalty.strength; none where they stand in the settings alone.
+        strengths: that are tried; none for the plain network.
+        settings: further keys of the recipe's configuration; "{strength}" and "{seed}" in a text
+            stand for the cell's, as in the folder of another study's network.
     """
 
     key: str | None = None
@@ -24,10 +25,11 @@ class MethodConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if bool(self.key) != bool(self.strengths):
+        taken = self.key or "{strength}" in str(self.settings)
+        if bool(taken) != bool(self.strengths):
             raise ValueError(
-                f"a method has a key ({self.key}) and strengths ({list(self.strengths)}), or "
-                "neither"
+                f"strengths ({list(self.strengths)}) go with a key ({self.key}) that takes them, "
+                "or with {strength} in the settings"
             )
         if len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"strengths ({list(self.strengths)}) name one twice")
@@ -45,7 +47,7 @@ class EvaluationConfig:
         eps: L2 radii, in [0, 1] pixels, at which robust accuracy is stated.
         validation: how many validation images are attacked.
         test: how many test images are attacked.
-        final: how many of those by all attacks.
+        final: how many test images are attacked by all attacks.
         seed: of the draw and of the attacks.
         batch_size: images attacked at once.
         ood: another image set, whose images are to be told from the test images by how sure the
@@ -81,8 +83,8 @@ class StudyConfig:
     """A comparison of methods over strengths and seeds.
 
     The first method is what all are compared with: the plain network, without a strength. A network
-    like it that is trained for fewer epochs is always one of the methods, as the control: what does
-    a method give that stopping at its accuracy does not?
+    like it that is trained for fewer epochs, with the learning rates of so long a training, is
+    always one of the methods, as the control: what does a method give that training less does not?
 
     Args:
         base: a configuration of the recipe, from which each cell differs by its method, strength

@@ -30,8 +30,10 @@ from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.config import StudyConfig
 from hf_specreg.training.resume import differences
 
-MAY_CHANGE = ("output_dir:", "description:")
-MAY_GROW = ("methods", "seeds")  # further cells are no other study
+# What changes no cell, or is looked at cell by cell: a cell's record has its whole configuration.
+MAY_CHANGE = ("output_dir:", "description:", "base:")
+MAY_CHANGE += tuple(f"evaluation.{key}:" for key in ("final", "final_attacks", "timing_steps"))
+MAY_GROW = ("methods", "seeds", "stopped_epochs")  # further cells are no other study
 
 
 class StudyFolder:

@@ -2,6 +2,7 @@
 report.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import torch
 from hf_specreg.data.datasets import ImageSplits, load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
+from hf_specreg.robustness.attacks import describe, make_attacks
+from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.evaluate import Measures, evaluate_robustness
 from hf_specreg.robustness.images import Images, ImageSet
 from hf_specreg.robustness.report import RobustnessReport
@@ -113,27 +116,30 @@ class Evaluation:
             samples: how many images; default: as the configuration says of the split.
             masking: look for masked gradients.
         """
-        kept = folder / "robustness.json"
-        if kept.exists():
-            return RobustnessReport.load(kept)
         subject = Subject.of(str(model))
         images = self.images(split, subject)
+        count = min(samples or getattr(self.config, split), len(images))
+        if (kept := kept_report(folder, attacks, count)) is not None:
+            return kept
         about = {"id": Path(self.splits.source).name, "split": split}
-        report = evaluate_robustness(
-            subject.model,
-            ImageSet(images, about=about),
-            attacks=attacks,
-            eps={"l2": self.config.eps},
-            samples=min(samples or getattr(self.config, split), len(images)),
-            seed=self.config.seed,
+        settings = {
+            "attacks": attacks,
+            "eps": {"l2": self.config.eps},
+            "samples": count,
+            "seed": self.config.seed,
             # The recipes put the normalisation into the model.
-            measures=Measures(masking=masking, pixels=False),
-            batch_size=self.config.batch_size,
-            name=folder.parent.name,
-            output=folder,
-            progress=False,
-        )
-        report.save(kept)
+            "measures": Measures(masking=masking, pixels=False),
+            "batch_size": self.config.batch_size,
+            "name": folder.parent.name,
+            "output": folder,
+            "progress": False,
+        }
+        try:
+            report = evaluate_robustness(subject.model, ImageSet(images, about=about), **settings)
+        except EvaluationError:  # of what was begun by another version, or with other attacks
+            shutil.rmtree(folder / "chunks", ignore_errors=True)
+            report = evaluate_robustness(subject.model, ImageSet(images, about=about), **settings)
+        report.save(folder / "robustness.json")
         shutil.rmtree(folder / "chunks")
         return report
 
@@ -155,6 +161,19 @@ class Evaluation:
                 logits.append(subject.classifier(pixels).double().cpu().numpy())
             labels.append(own.numpy())
         return np.concatenate(logits), np.concatenate(labels)
+
+
+def kept_report(
+    folder: Path, attacks: Mapping[str, Mapping[str, Any]], count: int
+) -> RobustnessReport | None:
+    """Return the report that a folder has, if it is of these attacks on so many images."""
+    if not (folder / "robustness.json").exists():
+        return None
+    report = RobustnessReport.load(folder)
+    wanted = {name: describe(attack) for name, attack in make_attacks(attacks).items()}
+    known = {name: attack["settings"] for name, attack in report.content["attacks"].items()}
+    same = json.loads(json.dumps(wanted)) == known and report.content["n"] == count
+    return report if same else None
 
 
 def nearest(report: RobustnessReport, attacks: Sequence[str] | None = None) -> np.ndarray:

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hf_specreg.robustness.flags import is_masked
 from hf_specreg.robustness.provenance import versions
-from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.study.cells import Cell
+from hf_specreg.study.choice import Attacked, Choice, Key, Results
 from hf_specreg.study.config import STOPPED
+from hf_specreg.study.flags import flags, versions_of
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
-from hf_specreg.study.results import Attacked, Choice, Key, Results
 from hf_specreg.study.statistics import (
     compared,
     mean_over_seeds,
@@ -55,7 +54,7 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
             "train": first["train_images"] if first else None,
             **{split: first[split]["images"] if first else None for split in SPLITS},
         },
-        "versions": versions(),
+        "versions": versions_of(results)[0] if first else versions(),
         "device": _device(results),
         "plain": config.plain,
         "stopped": STOPPED,
@@ -78,7 +77,7 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         "table": table,
         "final": final,
         "comparisons": sum(_comparisons(row) for row in table + final),
-        "flags": _flags(results, choices, table + final),
+        "flags": flags(results, choices, table, final),
     }
 
 
@@ -200,8 +199,10 @@ def _against(results: Results, key: Key, reference: Key, split: str) -> Content:
     }
 
 
-def _control(results: Results, key: Key, choice: Choice, split: str) -> Content:
+def _control(results: Results, key: Key, choice: Choice, split: str) -> Content | None:
     control = results.plain if choice.control is None else (STOPPED, choice.control)
+    if split == "final" and control != results.plain:
+        return None  # which the final attacks leave out
     found = _against(results, key, control, split)
     del found["paired_images"]
     epochs = choice.control if choice.control is not None else results.cells.plain.epochs
@@ -215,18 +216,16 @@ def _control(results: Results, key: Key, choice: Choice, split: str) -> Content:
 
 def _half_budget(found: Attacked) -> float | None:
     """The mean distance at half of every attack's budget, where the attacks tell."""
-    means = []
-    for report, distances, correct in zip(
-        found.reports, found.distances, found.correct, strict=True
-    ):
-        names = [n for n, a in report.content["attacks"].items() if "distance" in a]
+    halves = []
+    for report in found.reports:
+        attacks = report.content["attacks"].items()
+        names = [n for n, a in attacks if "distance" in a and a["norm"] == "l2"]
         known = [report.images.get(f"{name}/trajectory") for name in names]
         if not names or any(trajectory is None for trajectory in known):
             return None
-        nearest_half = np.min([at_half_budget(trajectory) for trajectory in known], axis=0)
-        found_both = correct & np.isfinite(distances) & np.isfinite(nearest_half)
-        means.append(nearest_half[found_both].mean())
-    return float(np.mean(means))
+        halves.append(np.min([at_half_budget(trajectory) for trajectory in known], axis=0))
+    half = np.array(halves)[found.correct & np.isfinite(found.distances)]
+    return float(half.mean()) if len(half) and np.isfinite(half).all() else None
 
 
 def _measures(results: Results, key: Key, measure: str) -> Content:
@@ -254,72 +253,3 @@ def _device(results: Results) -> str:
 def _comparisons(row: Content) -> int:
     """How many comparisons with another network a row states."""
     return 0 if row["ratio"] is None else 2 + (row["control"] is not None)
-
-
-def _flags(results: Results, choices: Sequence[Choice], rows: Sequence[Content]) -> list[str]:
-    found = []
-    states = [results.status(cell) for cell in results.cells]
-    if missing := states.count("missing"):
-        found.append(f"{missing} of {len(states)} cells are not done: the same command goes on")
-    diverged = [c.label for c in results.cells if results.status(c) == "diverged"]
-    if diverged:
-        found.append(f"diverged, and not chosen from: {'; '.join(diverged)}")
-    if len(results.config.seeds) == 1:
-        found.append(
-            "one seed: the intervals are over images alone, and say nothing of another training"
-        )
-    unmatched = [c.method for c in choices if c.strength is not None and not c.matched]
-    if unmatched:
-        found.append(
-            "no plain network stopped earlier is within the margin of the accuracy of "
-            f"{', '.join(unmatched)}: further stopped_epochs would give one"
-        )
-    found += _without_effect(results)
-    found += _masked(results)
-    lost = {
-        row["method"]
-        for row in rows
-        if row["distance"]["value"] is not None and _not_found(results, row)
-    }
-    if lost:
-        found.append(
-            "for some images nothing was found, and means leave them out, though they are the "
-            f"farthest: {', '.join(sorted(lost))}"
-        )
-    return found
-
-
-def _not_found(results: Results, row: Content) -> bool:
-    key = row["method"], row["strength"]
-    return bool(results.values(key, "test", "not_found").any())
-
-
-def _masked(results: Results) -> list[str]:
-    """Networks on which the final attacks saw signs of masked gradients."""
-    reports = {
-        cell.label: results.folder.cell(cell.name) / "final/robustness.json"
-        for cell in results.chosen()
-    }
-    said = [
-        label
-        for label, path in reports.items()
-        if path.exists() and is_masked(RobustnessReport.load(path).content["flags"])
-    ]
-    if not said:
-        return []
-    return [f"gradients look masked, so white-box distances may be too large: {'; '.join(said)}"]
-
-
-def _without_effect(results: Results) -> list[str]:
-    """Cells whose weights are the plain network's to the bit."""
-    plain = {
-        c.seed: results.records[c.name]["weights_sha256"] for c in results.cells_of(results.plain)
-    }
-    same = [
-        cell.label
-        for key in results.keys
-        if key != results.plain
-        for cell in results.cells_of(key)
-        if results.records[cell.name]["weights_sha256"] == plain.get(cell.seed)
-    ]
-    return [f"without any effect on the weights: {'; '.join(same)}"] if same else []

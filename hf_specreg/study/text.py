@@ -51,9 +51,10 @@ def caution(content: Mapping[str, Any]) -> str:
     over = "seeds and images" if len(content["seeds"]) > 1 else "images of one training alone"
     return (
         f"In brackets: 95 % intervals, over {over}. {content['comparisons']} paired comparisons "
-        "are stated; each holds at 95 % by itself. Harder is said only where the interval of the "
-        "ratio lies above 1 against the plain network and against the plain network stopped at "
-        "the accuracy of the method."
+        "are stated; each holds at 95 % by itself, and knows nothing of the choice of a strength, "
+        "which was made by validation images of the same trainings. Harder is said only where the "
+        "interval of the ratio lies above 1 against the plain network and against the one stopped: "
+        "trained for fewer epochs, the best that is no more accurate on validation images."
     )
 
 
@@ -120,7 +121,7 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         f"{attacks(content, faced)} found, over those of {images:,} test images that are "
         f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
         "that both classify correctly; its seeds: + farther, - nearer. Ratio to stopped: the same "
-        f"over {plain} stopped at the accuracy of the method."
+        f"over {plain} trained for fewer epochs, the best that is no more accurate."
     )
     header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
     header += ["ratio", "seeds", "ratio to stopped", "its seeds", "stopped at", "images"]

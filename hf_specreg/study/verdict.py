@@ -129,13 +129,13 @@ def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     control = row["control"]
     if control is None or control["ratio"] is None or control["ratio"]["value"] is None:
         return "it is not compared with the plain network stopped at its accuracy"
-    epochs = "" if control["strength"] is None else f" after {control['strength']:g} epochs"
+    epochs = "" if control["strength"] is None else f" at {control['strength']:g} epochs"
     shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
     if control["matched"] and control["strength"] not in shorter:
         return "the plain network has this accuracy only when it is trained to the end"
     if not control["matched"]:
         return (
-            f"the plain network stopped{epochs}, the nearest to its accuracy, is not at it, and "
+            f"the plain network stopped{epochs} is not within the margin of its accuracy, and "
             "decides nothing"
         )
     return _times(control["ratio"], f"the plain network stopped{epochs}")

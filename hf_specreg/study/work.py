@@ -2,6 +2,7 @@
 
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -15,11 +16,12 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.folder import StudyFolder, read_json, write_json
-from hf_specreg.study.measure import Evaluation
-from hf_specreg.study.timing import time_methods
+from hf_specreg.study.measure import Evaluation, kept_report
+from hf_specreg.study.timing import time_methods, timed_methods
+from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.metrics import DivergedError
 from hf_specreg.training.probe import CollapsedError
-from hf_specreg.training.resume import changes_of_the_run
+from hf_specreg.training.resume import MAY_CHANGE, changes_of_the_run
 
 POLL = 2.0  # seconds between two looks at cells that others have
 
@@ -54,14 +56,20 @@ class Worker:
         self.cells = cells
         self.folder = folder
         self.limit = limit
+        self.failed: dict[str, str] = {}
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.evaluation = Evaluation.of(cells.config.evaluation, build_splits(cells.plain.data))
 
     def run(self, chosen: Callable[[], list[Cell]]) -> None:
         """Work until nothing is left, or what is left waits for cells beyond the limit.
 
+        A cell that fails otherwise than by diverging is left for the next time.
+
         Args:
             chosen: the cells that get the final attacks, once all cells are done.
+
+        Raises:
+            StudyRunError: some failed, by name and reason.
         """
         count = 0
         while count != self.limit:
@@ -69,21 +77,31 @@ class Worker:
             count += outcome == "did"
             if outcome == "nothing":
                 break
-        if not all(self._training(cell).done() for cell in self.cells):
-            return
-        for tasks in ([self._final(cell) for cell in chosen()], self._timing()):
-            while self._next(tasks) != "nothing":
-                pass
+        if all(self._training(cell).done() for cell in self.cells):
+            for tasks in ([self._final(cell) for cell in chosen()], self._timing()):
+                while self._next(tasks) != "nothing":
+                    pass
+        if self.failed:
+            raise StudyRunError(
+                f"failed, and tried again by the same command: {'; '.join(self.failed.values())}"
+            )
 
     def _next(self, tasks: list[Task]) -> str:
         """Do one task: "did"; "waited" for other workers; or "nothing" is left."""
-        left = [task for task in tasks if not task.done()]
+        left = [task for task in tasks if task.label not in self.failed and not task.done()]
         for task in left:
             with self.folder.claimed(task.folder) as mine:
                 if not mine or task.done():
                     continue
                 start = time.perf_counter()
-                said = task.do()
+                try:
+                    said = task.do()
+                except (OSError, StudyRunError, CheckpointError):  # would stop the next cell too
+                    raise
+                except Exception as error:
+                    said = f"failed: {error} ({type(error).__name__}, see {task.folder})"
+                    self.failed[task.label] = f"{task.label}: {error}"
+                    traceback.print_exc(file=(task.folder / "log.txt").open("a"))
                 self._say(task.label, said, time.perf_counter() - start, tasks)
                 return "did"
         if left:
@@ -112,7 +130,11 @@ class Worker:
                 known = read_json(folder / "trained.json")
                 if known is None:
                     result = self.cells.recipe.train(config, resume=True)
-                    known = {"seconds": time.perf_counter() - start, "metrics": result.metrics}
+                    known = {
+                        "run": about["run"],
+                        "seconds": time.perf_counter() - start,
+                        "metrics": result.metrics,
+                    }
                     write_json(folder / "trained.json", known)
         except (DivergedError, CollapsedError) as error:
             write_json(folder / "cell.json", {**about, "status": "diverged", "reason": str(error)})
@@ -150,8 +172,11 @@ class Worker:
             )
             return f"{report.content['n']} images, {', '.join(attacks)}"
 
-        kept = folder / "final" / "robustness.json"
-        return Task(f"all attacks on {cell.label}", folder, kept.exists, do)
+        def done() -> bool:
+            count = min(config.final, len(self.evaluation.splits.test))
+            return kept_report(folder / "final", attacks, count) is not None
+
+        return Task(f"all attacks on {cell.label}", folder, done, do)
 
     def _timing(self) -> list[Task]:
         """What a step of each method costs, in one process, in turn."""
@@ -160,13 +185,16 @@ class Worker:
             return []
 
         def do() -> str:
-            with said_to(path.with_name("timing.txt")):
+            with said_to(path.with_suffix(".txt")):
                 images = len(self.evaluation.splits.train)
                 found = time_methods(self.cells, path.with_name("timing"), images=images)
             write_json(path, found)
             return "seconds of a step"
 
-        return [Task("timing", path.with_name("timing"), path.exists, do)]
+        def done() -> bool:
+            return timed_methods(self.cells).keys() <= (read_json(path) or {}).keys()
+
+        return [Task("timing", path.with_name("timing"), done, do)]
 
 
 @contextmanager
@@ -183,10 +211,13 @@ def check_records(cells: Cells, folder: StudyFolder) -> None:
         StudyRunError: a cell was trained with other settings, by name.
     """
     for cell in cells:
-        record = folder.record(cell.name)
+        place = folder.cell(cell.name)
+        record = read_json(place / "cell.json") or read_json(place / "trained.json")
         if record is None:
             continue
-        changed = changes_of_the_run(record["run"], cell.run)
+        # A probe on the features is a part of what is attacked.
+        free = [name for name in MAY_CHANGE if name != "probe."]
+        changed = changes_of_the_run(record["run"], cell.run, free=free)
         if changed:
             raise StudyRunError(
                 f"{folder.cell(cell.name)} was trained with other settings (there and here): "

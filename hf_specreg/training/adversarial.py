@@ -55,7 +55,7 @@ class AdversarialConfig:
         norm: of eps, "l2" or "linf".
         eps: how far an image is moved at most, in [0, 1] pixel units.
         steps: of pgd and trades; default: 10.
-        step_size: in [0, 1] pixel units; default: 1.25 eps with fgsm, else 2.5 eps / steps.
+        step_size: in [0, 1] pixel units; default: 1.25 eps for one step, else 2.5 eps / steps.
         beta: weight of trades' KL divergence.
         batch_norm: mode of the batch norms while images are crafted: "eval", their running
             statistics, or "train", those of the batch. Neither updates them.
@@ -81,10 +81,13 @@ class AdversarialConfig:
     @property
     def schedule(self) -> tuple[int, float]:
         """How many steps, and the size of each."""
-        if self.method == "fgsm":
-            return 1, self.step_size or 1.25 * self.eps
-        steps = self.steps or PGD_STEPS
-        return steps, self.step_size or 2.5 * self.eps / steps
+        steps = 1 if self.method == "fgsm" else self.steps or PGD_STEPS
+        return steps, self.step_size or (1.25 if steps == 1 else 2.5 / steps) * self.eps
+
+    @property
+    def one_step(self) -> bool:
+        """Whether images are adversarial by one step, which a training can overfit."""
+        return self.method in ("fgsm", "pgd") and self.schedule[0] == 1
 
     def check_needs_no_head(self) -> None:
         """Raise ValueError if the method is of logits."""
@@ -135,11 +138,13 @@ def perturbed(
 
     Args:
         loss: of images like these, 0-d.
-        images: [B, ...]. Their box is [0, 1], or what of it and beyond they take up.
+        images: [B, ...]. The box of each is [0, 1] and what beyond of it the image takes up.
         config: eps, norm and steps; its method decides where it starts.
     """
     images = images.detach()
-    low, high = images.amin().clamp(max=0), images.amax().clamp(min=1)
+    pixels = tuple(range(1, images.ndim))
+    low = images.amin(pixels, keepdim=True).clamp(max=0)
+    high = images.amax(pixels, keepdim=True).clamp(min=1)
 
     def projected(moved: Tensor) -> Tensor:
         within = moved - images
@@ -215,7 +220,7 @@ class OverfittingCheck:
 
     Args:
         score: what else is said of the encoder.
-        config: of the training; its method is "fgsm".
+        config: of the training; it is of one step.
 
     Source: Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training",
     ICLR 2020, sec. 5.4.

@@ -1,6 +1,7 @@
 """The command line of a recipe: a configuration from YAML and arguments, and a run of it."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TypeVar
 
 from hf_specreg.arguments import OneLineParser, errors_in_one_line, with_its_key
@@ -30,14 +31,7 @@ def parse_run(
     Raises:
         ValueError: the arguments are wrong, and the process is not to end.
     """
-    parser = OneLineParser(
-        exit_on_error=exit_on_error,
-        description=description.splitlines()[0],
-        usage="%(prog)s [--config FILE] [--resume] [--KEY VALUE ...]",
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
-    parser.add_class_arguments(config)
+    parser = _parser(config, description.splitlines()[0], exit_on_error)
     settings = parser.parse_args(arguments)
     resume = settings.pop("resume")
     settings.pop("config")
@@ -45,6 +39,20 @@ def parse_run(
         return config(**vars(parser.instantiate(settings))), resume
     except ValueError as error:
         parser.error(with_its_key(error, settings.as_flat().__dict__))
+
+
+@cache
+def _parser(config: type[RunConfig], summary: str, exit_on_error: bool) -> OneLineParser:
+    """The parser of a kind of run; making one takes longer than parsing."""
+    parser = OneLineParser(
+        exit_on_error=exit_on_error,
+        description=summary,
+        usage="%(prog)s [--config FILE] [--resume] [--KEY VALUE ...]",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    parser.add_class_arguments(config)
+    return parser
 
 
 def run_recipe(

@@ -72,7 +72,7 @@ class TrainingLoop:
         metadata: dict[str, Any] | None = None,
     ):
         self.config = config
-        one_step = config.adversarial.method == "fgsm" and objective.encoder.head
+        one_step = config.adversarial.one_step and objective.encoder.head
         self.score = OverfittingCheck(score, config.adversarial) if one_step else score
         self.output = Path(config.output_dir)
         self.accelerator = accelerator or build_accelerator(config)

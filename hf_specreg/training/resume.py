@@ -1,6 +1,7 @@
 """Where a run goes on from, and what of it may have changed since."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,17 @@ def check_agreement(checkpoint: Path | None, accelerator: Accelerator) -> None:
         )
 
 
-def changes_of_the_run(before: dict[str, Any], config: RunConfig) -> list[str]:
-    """Return the settings that differ from those of a saved run, but for those that may. What a
-    setting does that did not exist then is its default.
+def changes_of_the_run(
+    before: dict[str, Any], config: RunConfig, *, free: Sequence[str] = MAY_CHANGE
+) -> list[str]:
+    """Return the settings that differ from those of a saved run, but for those that are free to.
+    What a setting does that did not exist then is its default.
     """
     now, default = (json.loads(json.dumps(c.as_dict())) for c in (config, type(config)()))
     found = differences(_filled(before, default), now)
-    free = MAY_CHANGE
     if now.get("transfer", {}).get("head") == "probe":  # the probe's weights are where it begins
-        free = tuple(name for name in MAY_CHANGE if name != "probe.")
-    return [difference for difference in found if not difference.startswith(free)]
+        free = tuple(name for name in free if name != "probe.")
+    return [difference for difference in found if not difference.startswith(tuple(free))]
 
 
 def _filled(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

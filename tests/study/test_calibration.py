@@ -66,10 +66,10 @@ def test_temperature_has_the_smallest_nll():
     assert nll(3 * logits / found, labels) <= min(losses)
 
 
-def test_temperature_is_bounded_where_no_best_one_exists():
+def test_temperature_is_one_or_bounded_where_no_best_one_exists():
     logits, _ = calibrated(200)
-    assert temperature(logits, logits.argmax(1)) == 0.01
-    assert temperature(1e6 * logits, logits.argmax(1)) == 0.01
+    assert temperature(logits, logits.argmax(1)) == 1.0
+    assert temperature(1e6 * logits, logits.argmax(1)) == 1.0
     assert temperature(logits, logits.argmin(1)) == 100
     assert temperature(1e6 * logits, logits.argmin(1)) == 100
 

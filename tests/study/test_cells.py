@@ -1,11 +1,13 @@
 """A study's cells are what they claim to be, or the study does not begin."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.config import STOPPED, EvaluationConfig, MethodConfig, StudyConfig
 from recipes.study import parse
-from tests.study.small import METHODS, SETTINGS, cells, study
+from tests.study.small import EVALUATION, METHODS, ROOT, SETTINGS, cells, study
 
 
 def test_every_cell_is_the_base_with_its_method_strength_and_seed(tmp_path):
@@ -85,9 +87,38 @@ def test_a_base_that_is_no_file_is_named(tmp_path):
         cells(study(tmp_path, base="nowhere.yaml"))
 
 
-def test_the_control_must_stop_before_the_end(tmp_path):
-    with pytest.raises(StudyRunError, match=r"stopped_epochs \(\[4\]\) must be below the 4 epochs"):
-        cells(study(tmp_path, stopped_epochs=(2, 4)))
+@pytest.mark.parametrize("epochs", [4, 1])
+def test_the_control_must_stop_before_the_end(epochs, tmp_path):
+    stopped = () if epochs == 1 else (2, 4)
+    with pytest.raises(StudyRunError, match=f"stopped_epochs .* below the {epochs} epochs"):
+        cells(study(tmp_path, settings={**SETTINGS, "epochs": epochs}, stopped_epochs=stopped))
+
+
+def test_a_setting_can_name_the_network_of_another_study_by_strength_and_seed(tmp_path):
+    settings = {"model.name": "runs/other/cells/a_{strength}_seed{seed}/run/model"}
+    methods = {"none": MethodConfig(), "after a": MethodConfig(None, (0.001, 1), settings)}
+    names = {
+        (c.strength, c.seed): c.run.model.name
+        for c in cells(study(tmp_path, methods=methods))
+        if c.method == "after a"
+    }
+    assert names[0.001, 1] == "runs/other/cells/a_0.001_seed1/run/model"
+    assert names[1, 0] == "runs/other/cells/a_1_seed0/run/model"
+    assert len(set(names.values())) == 4
+
+
+def test_attacks_are_checked_before_anything_is_trained(tmp_path):
+    wrong = replace(EVALUATION, final_attacks={"tangnet": {}})
+    with pytest.raises(ValueError, match="no attack 'tangnet'"):
+        cells(study(tmp_path, evaluation=wrong))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/studies").glob("*.yaml")), ids=str)
+def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
+    config, _ = parse(["--config", str(path)])
+    assert len(cells(config)) >= 3 * len(config.methods) * len(config.seeds)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +139,7 @@ def test_settings_that_make_no_study_are_named(changes, said, tmp_path):
 
 
 def test_settings_of_parts_are_checked_too():
-    with pytest.raises(ValueError, match="or neither"):
+    with pytest.raises(ValueError, match="go with a key"):
         MethodConfig("penalty.strength")
     with pytest.raises(ValueError, match="twice"):
         MethodConfig("penalty.strength", (1.0, 1.0))

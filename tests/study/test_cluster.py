@@ -7,6 +7,7 @@ import pytest
 
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.cluster import Job, submit
+from hf_specreg.study.config import MethodConfig
 from hf_specreg.study.result import Study
 from hf_specreg.study.timing import time_methods
 from recipes.study import HowConfig, run, work
@@ -42,10 +43,20 @@ def test_an_option_that_the_cluster_does_not_know_is_named(tmp_path):
 
 
 def test_steps_are_timed_against_the_plain_networks_with_everything_from_the_first_step(tmp_path):
-    config = study(tmp_path, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=50))
-    found = time_methods(cells(config), tmp_path, images=1149)
-    assert found["none"] == {"ratio": 1.0, "rounds": [1.0] * 3}
+    config = study(tmp_path, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=20))
+    found = time_methods(cells(config), tmp_path, images=1149, rounds=2)
+    assert found["none"] == {"ratio": 1.0, "rounds": [1.0] * 2}
     assert set(found) == {"none", "weight decay", "rep-spectral"}
     assert all(ratio > 0 for ratio in found["rep-spectral"]["rounds"])
     assert not (tmp_path / "run").exists()
     json.dumps(found)
+
+
+def test_a_method_that_diverges_without_its_burn_in_has_no_time(tmp_path):
+    methods = {"none": MethodConfig(), "fast": MethodConfig("optimizer.lr", (1e30,))}
+    config = study(
+        tmp_path, methods=methods, seeds=(0,), evaluation=replace(EVALUATION, timing_steps=3)
+    )
+    found = time_methods(cells(config), tmp_path, images=1149, rounds=1)
+    assert found["fast"] is None
+    assert found["none"]["ratio"] == 1.0

@@ -83,7 +83,7 @@ def test_the_sentence_says_what_else_weakens_it(content):
     said = verdict(row, content)
     assert "one seed, so nothing is known of the spread between trainings" in said
     assert "-2.0 points (-3.0 to -1.0), more than the 0.5 points that were allowed" in said
-    assert "the nearest to its accuracy, is not at it, and decides nothing" in said
+    assert "is not within the margin of its accuracy, and decides nothing" in said
 
 
 def test_a_control_that_was_not_stopped_is_named_as_what_it_is(content):

@@ -1,27 +1,29 @@
 """Cells are trained once, by whoever comes first; a dead worker's are taken up by another."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import psutil
 import pytest
 import yaml
 
-from hf_specreg.study import work as study_work
+from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study import folder as study_folder
 from hf_specreg.study.cells import StudyRunError
+from hf_specreg.study.choice import Results
 from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
+from hf_specreg.study.measure import Evaluation
 from hf_specreg.study.result import Study
-from hf_specreg.study.results import Results
 from hf_specreg.study.work import Worker, check_records, expected_seconds
 from hf_specreg.training.interruption import EXIT_CODE
-from hf_specreg.training.metrics import DivergedError
 from recipes.study import HowConfig, parse, run, work
 from tests.forks import forks
 from tests.recipes.conftest import ENVIRONMENT, script
@@ -119,22 +121,65 @@ def quietly(config):
     work(config, None, 0, 4)
 
 
-def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(tmp_path):
-    methods = {
-        "none": MethodConfig(),
-        "fast": MethodConfig("optimizer.lr", (1e30,)),
-        "rep-spectral": MethodConfig("penalty.strength", (0.01,)),
-    }
-    config = study(tmp_path, methods=methods, seeds=(0,))
+def copied(whole, tmp_path, *names, **changes):
+    """The configuration of a study that has these cells of another already; all by default."""
+    config = study(tmp_path, **changes)
+    for name in names or [cell.name for cell in cells(whole)]:
+        shutil.copytree(folder(whole).cell(name), folder(config).cell(name))
+    return config
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(whole, tmp_path):
+    methods = {"none": MethodConfig(), "fast": MethodConfig("optimizer.lr", (1e30, 0.9))}
+    config = copied(
+        whole, tmp_path, "none_seed0", "stopped-earlier_2_seed0", methods=methods, seeds=(0,)
+    )
     run(config, HowConfig(), "command")
     content = Study.load(tmp_path).content
-    states = {(c["method"], c["status"]) for c in content["cells"]}
-    assert ("fast", "diverged") in states
-    assert ("rep-spectral", "done") in states
+    states = {(c["method"], c["strength"], c["status"]) for c in content["cells"]}
+    assert ("fast", 1e30, "diverged") in states
+    assert ("fast", 0.9, "done") in states
     assert any("diverged" in flag and "fast 1e+30, seed 0" in flag for flag in content["flags"])
     (fast,) = (c for c in content["chosen"] if c["method"] == "fast")
-    assert fast["strength"] is None
+    assert fast["strength"] == 0.9
     assert any("one seed" in flag for flag in content["flags"])
+    assert not list(tmp_path.glob("cells/fast_1e+30_seed0/run/checkpoints"))
+
+
+def test_a_cell_that_fails_is_left_and_named_and_the_others_are_done(whole, tmp_path, monkeypatch):
+    config = copied(whole, tmp_path)
+    for name in ("none_seed0", "rep-spectral_0.01_seed1"):
+        (folder(config).cell(name) / "cell.json").unlink()
+    measure = Evaluation.measure
+
+    def failing(self, model, place):
+        if place.name == "none_seed0":
+            raise RuntimeError("out of memory")
+        return measure(self, model, place)
+
+    monkeypatch.setattr(Evaluation, "measure", failing)
+    worker = Worker(cells(config), folder(config))
+    with pytest.raises(StudyRunError, match="none, seed 0: out of memory"):
+        worker.run(list)
+    assert folder(config).record("none_seed0") is None
+    assert folder(config).record("rep-spectral_0.01_seed1")["status"] == "done"
+    assert "out of memory" in (folder(config).cell("none_seed0") / "log.txt").read_text()
+    monkeypatch.undo()
+    run(config, HowConfig(), "command")
+    assert table(config) == table(whole)
+
+
+def test_a_study_that_has_grown_counts_the_old_cells_and_chooses_anew(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    folder(config).begin(config)
+    methods = {**config.methods, "noise": MethodConfig("augment.noise", (0.05,))}
+    run(replace(config, methods=methods, seeds=(0, 1)), HowConfig(), "command")
+    content = Study.load(tmp_path).content
+    assert [row["method"] for row in content["final"]][-1] == "noise"
+    assert content["table"][1:3] == Study.load(whole.output_dir).content["table"][1:3]
+    run(replace(config, methods=methods, seeds=(0,)), HowConfig(report=True), "command")
+    flags = Study.load(tmp_path).content["flags"]
+    assert any(flag.startswith("6 cells that are done are not counted") for flag in flags)
 
 
 def test_another_study_in_the_folder_is_refused_by_name_and_further_cells_are_not(whole, tmp_path):
@@ -153,11 +198,35 @@ def test_another_study_in_the_folder_is_refused_by_name_and_further_cells_are_no
         place.begin(study(tmp_path, methods=other))
 
 
-def test_a_base_that_has_changed_since_is_noticed(whole, tmp_path):
-    shutil.copytree(folder(whole).cell("none_seed0"), tmp_path / "cells/none_seed0")
-    config = study(tmp_path, settings={**whole.settings, "optimizer.momentum": 0.5})
+@pytest.mark.parametrize("record", ["cell.json", "trained.json"])
+def test_a_base_that_has_changed_since_is_noticed(record, whole, tmp_path):
+    config = copied(
+        whole, tmp_path, "none_seed0", settings={**whole.settings, "optimizer.momentum": 0.5}
+    )
+    if record == "trained.json":
+        (tmp_path / "cells/none_seed0/cell.json").unlink()
     with pytest.raises(StudyRunError, match=r"optimizer.momentum: 0.9 and 0.5"):
         check_records(cells(config), folder(config))
+
+
+def test_images_that_have_changed_since_are_noticed(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    path = folder(config).cell("none_seed1") / "test/robustness.json"
+    report = json.loads(path.read_text())
+    report["data"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(report))
+    with pytest.raises(StudyRunError, match="none_seed1/test is of other images"):
+        run(config, HowConfig(report=True), "command")
+
+
+def test_final_attacks_can_be_changed_and_are_then_made_anew(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    attacks = {"tangent": {"iterations": 3}}
+    config = replace(config, evaluation=replace(config.evaluation, final_attacks=attacks, final=15))
+    run(config, HowConfig(), "command")
+    report = RobustnessReport.load(folder(config).cell("none_seed0") / "final")
+    assert report.content["n"] == 15
+    assert report.content["attacks"]["tangent"]["settings"]["iterations"] == 3
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
@@ -206,34 +275,18 @@ def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path, capsys):
 
 
 def test_a_full_disk_is_named_and_what_is_done_stays(whole, tmp_path, monkeypatch):
-    config = study(tmp_path)
-    shutil.copytree(folder(whole).path / "cells", tmp_path / "cells")
+    config = copied(whole, tmp_path)
     (tmp_path / "cells/none_seed0/cell.json").unlink()
 
-    def full(path, content):
-        raise StudyRunError(f"{path} cannot be written ([Errno 28] No space left on device)")
+    def full(files):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(study_work, "write_json", full)
-    with pytest.raises(StudyRunError, match=r"none_seed0/cell.json cannot be written"):
+    monkeypatch.setattr(study_folder, "write_whole", full)
+    with pytest.raises(StudyRunError, match=r"none_seed0/cell.json cannot be written .*No space"):
         Worker(cells(config), folder(config)).run(list)
     monkeypatch.undo()
     run(config, HowConfig(), "command")
     assert table(config) == table(whole)
-
-
-def test_a_diverged_training_leaves_no_checkpoints(tmp_path):
-    config = study(tmp_path, seeds=(0,))
-    own = cells(config)
-
-    def diverge(run, resume):
-        raise DivergedError("the loss is nan")
-
-    object.__setattr__(own.recipe, "train", diverge)
-    worker = Worker(own, folder(config), limit=1)
-    worker.run(list)
-    record = folder(config).record("none_seed0")
-    assert record["status"] == "diverged"
-    assert record["reason"] == "the loss is nan"
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
@@ -241,7 +294,7 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
     path.write_text("base: x.yaml\nmethods: {none: {}, a: {key: b}}\n")
     with pytest.raises(SystemExit):
         parse(["--config", str(path)])
-    assert "or neither" in capsys.readouterr().err
+    assert "go with a key" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_specreg.robustness.report import RobustnessReport
-from hf_specreg.study.cells import Cell, Cells
+from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import nearest
@@ -40,9 +40,9 @@ class Choice:
         method: its name.
         strength: None where none may be chosen.
         reason: why this one, or none.
-        control: epochs of the plain network that is nearest to its accuracy, by validation; None:
-            the plain network that is trained to the end.
-        matched: whether the accuracy of that one is within the margin of this one's.
+        control: epochs of the best plain network that is no better, by validation accuracy; None:
+            that is the one trained to the end.
+        matched: whether that one is as good, within the margin, or as good as a plain one can be.
     """
 
     method: str
@@ -65,6 +65,8 @@ class Results:
         self.folder = folder
         self.config = cells.config
         self.records = {cell.name: folder.record(cell.name) for cell in cells}
+        self._reports: dict[Path, RobustnessReport] = {}
+        self._images: dict[str, str] = {}  # hashes of those that are attacked, by split
         self.keys: list[Key] = list(dict.fromkeys((c.method, c.strength) for c in cells))
 
     def cells_of(self, key: Key, *, done: bool = True) -> list[Cell]:
@@ -117,14 +119,19 @@ class Results:
         )
         return self.attacked(key, split, seeds), self.attacked(reference, split, seeds)
 
-    def _report(self, path) -> RobustnessReport:
+    def _report(self, path: Path) -> RobustnessReport:
+        """The report of a cell, of the very images that the others are of."""
         if path not in self._reports:
-            self._reports[path] = RobustnessReport.load(path)
+            report = self._reports[path] = RobustnessReport.load(path)
+            split = path.parent.name
+            if report.content["data"]["sha256"] != self._images.setdefault(
+                split, report.content["data"]["sha256"]
+            ):
+                raise StudyRunError(
+                    f"{path.parent} is of other images than the reports before it: the data has "
+                    "changed since; delete the cell, or choose another output_dir"
+                )
         return self._reports[path]
-
-    @cached_property
-    def _reports(self) -> dict[Any, RobustnessReport]:
-        return {}
 
     @property
     def plain(self) -> Key:
@@ -170,21 +177,21 @@ class Results:
         return -np.inf if ratio["value"] is None else ratio["value"]
 
     def _control(self, key: Key) -> tuple[float | None, bool]:
-        """The plain network whose accuracy is the nearest, and whether it is near."""
+        """The best plain network that is no better than this one, and whether it is as good.
+
+        The plain network that is trained to the end is as good as can be, wherever it is no better.
+        """
         goal = self.values(key, "validation", "accuracy").mean()
         known = [self.plain, *(k for k in self.keys if k[0] == STOPPED and self.whole(k))]
-        away = {k: abs(self.values(k, "validation", "accuracy").mean() - goal) for k in known}
-        nearest_one = min(away, key=away.get)
-        return nearest_one[1], bool(away[nearest_one] <= self.config.accuracy_margin + 1e-9)
+        reached = {k: self.values(k, "validation", "accuracy").mean() for k in known}
+        below = {k: accuracy for k, accuracy in reached.items() if accuracy <= goal + 1e-9}
+        if not below:
+            return min(reached, key=reached.get)[1], False
+        best = max(below, key=below.get)
+        near = goal - below[best] <= self.config.accuracy_margin + 1e-9
+        return best[1], bool(near or best == self.plain)
 
     def chosen(self) -> list[Cell]:
-        """Return the cells that get the final attacks: the plain network, the chosen, the
-        controls.
-        """
-        keys = [self.plain]
-        for choice in self.choices():
-            if choice.strength is not None:
-                keys.append((choice.method, choice.strength))
-                if choice.control is not None:
-                    keys.append((STOPPED, choice.control))
-        return [cell for key in dict.fromkeys(keys) for cell in self.cells_of(key)]
+        """Return the cells that get the final attacks: the plain network's and the chosen ones."""
+        chosen = [(c.method, c.strength) for c in self.choices() if c.strength is not None]
+        return [cell for key in [self.plain, *chosen] for cell in self.cells_of(key)]

@@ -1,0 +1,92 @@
+"""Which strength of a method is compared, and with which plain network."""
+
+import numpy as np
+import pytest
+
+from hf_specreg.study.choice import Results
+from hf_specreg.study.config import STOPPED, MethodConfig
+from tests.study.small import cells, folder, study
+
+METHODS = {
+    "none": MethodConfig(),
+    "a": MethodConfig("penalty.strength", (0.1, 0.2, 0.3)),
+}
+ACCURACY = {("none", None): 0.900, (STOPPED, 1): 0.880, (STOPPED, 2): 0.893, (STOPPED, 3): 0.897}
+RATIO = {0.1: 1.1, 0.2: 1.3, 0.3: 1.5}
+
+
+class Found(Results):
+    """What a study might have found, by method and strength."""
+
+    def __init__(self, config, accuracy, diverged=()):
+        super().__init__(cells(config), folder(config))
+        self.accuracy = {**ACCURACY, **{("a", s): a for s, a in accuracy.items()}}
+        for cell in self.cells:
+            status = "diverged" if (cell.strength, cell.seed) in diverged else "done"
+            self.records[cell.name] = {"status": status}
+
+    def values(self, key, *path):
+        assert path == ("validation", "accuracy")
+        return np.full(2, self.accuracy[key])
+
+    def _gain(self, key):
+        return RATIO[key[1]]
+
+
+@pytest.fixture
+def chosen(tmp_path):
+    """Of accuracies by strength, what is chosen."""
+
+    def choose(accuracy, diverged=()):
+        config = study(tmp_path, methods=METHODS, stopped_epochs=(1, 2, 3), accuracy_margin=0.005)
+        found = Found(config, accuracy, diverged)
+        (choice,) = found.choices()
+        return choice, found
+
+    return choose
+
+
+def test_the_farthest_of_those_within_the_margin_is_chosen(chosen):
+    choice, found = chosen({0.1: 0.901, 0.2: 0.895, 0.3: 0.8949})
+    assert choice.strength == 0.2
+    assert "the farthest on validation images of the 2 of 3 strengths" in choice.reason
+    assert {(c.method, c.strength) for c in found.chosen()} == {("none", None), ("a", 0.2)}
+
+
+def test_none_is_chosen_where_all_lose_more_and_the_least_loss_is_said(chosen):
+    choice, found = chosen({0.1: 0.88, 0.2: 0.87, 0.3: 0.5})
+    assert choice.strength is None
+    assert "no strength loses at most 0.5 points of accuracy: the least that one loses is 2" in (
+        choice.reason
+    )
+    assert {c.method for c in found.chosen()} == {"none"}
+
+
+def test_a_strength_that_diverged_with_one_seed_is_not_chosen(chosen):
+    choice, _ = chosen({0.1: 0.9, 0.2: 0.9, 0.3: 0.9}, diverged=[(0.3, 1)])
+    assert choice.strength == 0.2
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "control", "matched"),
+    [
+        (0.896, 2, True),  # of those that are no better the best, not the nearest
+        (0.898, 3, True),
+        (0.900, None, True),
+        (0.950, None, True),  # no plain network is as good
+    ],
+)
+def test_the_control_is_the_best_plain_network_that_is_no_better(
+    accuracy, control, matched, chosen
+):
+    choice, _ = chosen({0.1: 0.5, 0.2: 0.5, 0.3: accuracy})
+    assert (choice.control, choice.matched) == (control, matched)
+
+
+def test_a_control_that_is_much_worse_is_none(chosen):
+    ACCURACY[STOPPED, 2] = ACCURACY[STOPPED, 3] = 0.899
+    try:
+        choice, _ = chosen({0.1: 0.5, 0.2: 0.5, 0.3: 0.896})
+    finally:
+        ACCURACY[STOPPED, 2], ACCURACY[STOPPED, 3] = 0.893, 0.897
+    assert (choice.control, choice.matched) == (1, False)
