@@ -14,6 +14,9 @@ from recipes.study import HowConfig, run, work
 from tests.study.small import EVALUATION, cells, folder, study
 
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
+
 def test_jobs_of_a_cluster_do_the_cells_and_the_same_command_writes_what_came_out(
     tmp_path, monkeypatch
 ):

@@ -32,6 +32,9 @@ from tests.study.small import cells, folder, study
 SECONDS = ("seconds", "versions", "output_dir", "command")
 
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study that nothing interrupted: its configuration."""
