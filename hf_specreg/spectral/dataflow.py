@@ -6,9 +6,9 @@ given, and so does one of two tensors that both depend on the image. Code that t
 not show (TorchScript, functions with a backward of their own) makes tensors of unknown origin.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,92 +18,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.trace import call
+from hf_specreg.spectral.flow import (
+    CONVOLUTIONS,
+    IN_PLACE,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    QUOTIENTS,
+    SHAPED_LIKE,
+    Call,
+    Constant,
+    Flow,
+    Gain,
+    Step,
+    fills,
+    name_of,
+)
 from hf_specreg.spectral.sharding import whole
-
-PRODUCTS = frozenset({"mul", "multiply", "__rmul__", "mul_", "__imul__"})
-QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__itruediv__"})
-# Keep every entry where it is, or add to it what does not depend on the image.
-IN_PLACE = frozenset(
-    {
-        *("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"),
-        *("detach", "add", "add_", "__radd__", "__iadd__", "sub", "sub_", "subtract", "__isub__"),
-    }
-)
-MOVES = frozenset(
-    {
-        *("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "expand"),
-        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT"),
-        *("roll", "flip", "rot90", "pad", "repeat", "tile", "broadcast_to", "repeat_interleave"),
-        *("__getitem__", "select", "narrow", "index_select", "unbind", "chunk", "split"),
-        *("tensor_split", "split_with_sizes", "pixel_shuffle", "pixel_unshuffle"),
-        *("channel_shuffle", "native_channel_shuffle", "unfold"),
-    }
-)
-SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as"})  # the second argument
-CONVOLUTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d})
-NORMS = frozenset({F.batch_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.group_norm})
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """A tensor that does not depend on the image.
-
-    Attributes:
-        value: computes it from the parameters and buffers as they are, with its graph.
-        names: of these, dotted.
-    """
-
-    value: Callable[[], Tensor]
-    names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Gain:
-    """What entries are multiplied by.
-
-    Attributes:
-        shape: of the gain, as it is broadcast over what it scales.
-        weight: the factors; None for 1.
-        inverse: factors beside them: 1 / standard deviation, of running statistics.
-    """
-
-    shape: tuple[int, ...]
-    weight: Constant | None
-    inverse: Constant | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The dotted names of the parameters and buffers that it is made of."""
-        return tuple(name for c in (self.weight, self.inverse) if c is not None for name in c.names)
-
-
-@dataclass(eq=False)
-class Flow:
-    """A tensor that depends on the image.
-
-    Attributes:
-        shape: of the tensor.
-        device: of the tensor.
-        source: the tensor whose entries it holds; None for another tensor altogether.
-        move: does to a tensor of the source's shape what was done to the source.
-        gain: what was multiplied by, after the move.
-        uses: what was made of it.
-    """
-
-    shape: tuple[int, ...]
-    device: torch.device
-    source: "Flow | None" = None
-    move: Callable[[Tensor], Tensor] | None = None
-    gain: Gain | None = None
-    uses: list["Flow"] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One use of a layer: what it was fed, None for what depends on no image, and what it gave."""
-
-    inputs: tuple[Flow | None, ...]
-    output: Flow
 
 
 class Dataflow(TorchFunctionMode):
@@ -116,6 +50,7 @@ class Dataflow(TorchFunctionMode):
 
     Attributes:
         calls: of each layer, in order.
+        flows: all tensors that depend on the image, in the order in which they were made.
         is_whole: whether there was no tensor of unknown origin.
     """
 
@@ -123,6 +58,7 @@ class Dataflow(TorchFunctionMode):
         super().__init__()
         self.layers = layers
         self.calls: dict[str, list[Call]] = {name: [] for name in layers}
+        self.flows: list[Flow] = []
         self.is_whole = True
         self._within = 0
         # By id, with the tensor, so that its id stays its own, and with its version.
@@ -168,35 +104,38 @@ class Dataflow(TorchFunctionMode):
         return hook
 
     def _note(self, name: str, inputs: tuple[Flow | None, ...], output: Tensor) -> None:
-        self.calls[name].append(Call(inputs, self._other(output, inputs)))
+        flow = self._other(output, inputs, Step(name, inputs))
+        self.calls[name].append(Call(inputs, flow))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run the function, and note what it made of what it was given."""
         kwargs = kwargs or {}
         is_property = getattr(func, "__name__", "") == "__get__"
-        if self._within or (is_property and _name(func) not in MOVES | {"data"}):
+        if self._within or (is_property and name_of(func) not in MOVES | {"data"}):
             return func(*args, **kwargs)
         origins = {id(t): self._origin(t) for t in _tensors((args, kwargs))}
         output = func(*args, **kwargs)
-        name = _name(func)
+        name = name_of(func)
         made = [args[0]] if name == "__setitem__" else _tensors(output)
         made = [tensor for tensor in made if not self._is_known(tensor)]
         if not made:
             return output
         flows = {id(o): o for o in origins.values() if isinstance(o, Flow)}
+        given = tree_map(lambda a: origins[id(a)] if isinstance(a, Tensor) else a, (args, kwargs))
+        step = Step(func, *given)
         if not flows:
-            self._constants(func, args, kwargs, origins, output, made)
+            self._constants(step, origins, args, kwargs, output)
         elif func in CONVOLUTIONS or func is F.linear:
-            self._product(args, kwargs, origins, made[0])
+            self._product(args, kwargs, origins, made[0], step)
         else:
             for place, tensor in enumerate(_tensors(output)):
-                flow = self._step(func, name, args, kwargs, origins, tensor, place)
-                self._made(tensor, flow, list(flows.values()))
+                flow = self._flow(func, name, args, kwargs, origins, tensor, place)
+                self._made(tensor, flow, list(flows.values()), step)
             if name == "__setitem__":
                 self._other(args[0], flows.values())
         return output
 
-    def _step(self, func, name, args, kwargs, origins, made: Tensor, place: int) -> Flow | None:
+    def _flow(self, func, name, args, kwargs, origins, made: Tensor, place: int) -> Flow | None:
         """What a function made, if it is the entries of one tensor."""
         one = [t for t in _tensors((args, kwargs)) if isinstance(origins[id(t)], Flow)]
         first, source = one[0] is args[0] if args else False, origins[id(one[0])]
@@ -214,7 +153,7 @@ class Dataflow(TorchFunctionMode):
         summed = name in IN_PLACE and (first or ("add" in name and "alpha" not in kwargs))
         if (summed or (func is F.dropout and first)) and not dropped:
             return _moved(source, made, lambda t: t.expand(made.shape))
-        if name in MOVES and first and not (name == "pad" and _fills(*args, **kwargs)):
+        if name in MOVES and first and not (name == "pad" and fills(*args, **kwargs)):
             again = Tensor.reshape if name == "view" else func  # whatever the strides
 
             def move(labels: Tensor) -> Tensor:
@@ -223,20 +162,20 @@ class Dataflow(TorchFunctionMode):
             return _moved(source, made, move)
         return None
 
-    def _product(self, args, kwargs, origins, made: Tensor) -> None:
+    def _product(self, args, kwargs, origins, made: Tensor, step: Step) -> None:
         """Note a linear layer's or convolution's function: by its layer, if that was not called."""
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         fed = origins.get(id(args[0])) if args else None
         name = self._owners.get(id(weight))
         flows = [o for o in origins.values() if isinstance(o, Flow)]
         if name is None or flows != [fed]:
-            self._other(made, flows)
+            self._other(made, flows, step)
         else:
             self._note(name, (fed,), made)
 
-    def _constants(self, func, args, kwargs, origins, output, made) -> None:
+    def _constants(self, step: Step, origins, args, kwargs, output) -> None:
         """Note what was computed without the image, so that it can be computed again."""
-        recipe = tree_map(lambda a: origins[id(a)] if isinstance(a, Tensor) else a, (args, kwargs))
+        func, recipe = step.function, (step.args, step.kwargs)
         names = tuple(dict.fromkeys(n for o in origins.values() for n in o.names))
         for place, tensor in enumerate(_tensors(output)):
             if any(tensor is given for given in _tensors((args, kwargs))):
@@ -249,16 +188,20 @@ class Dataflow(TorchFunctionMode):
 
             self._know(tensor, Constant(value, names))
 
-    def _made(self, tensor: Tensor, flow: Flow | None, sources: list[Flow]) -> Flow:
+    def _made(
+        self, tensor: Tensor, flow: Flow | None, sources: list[Flow], step: Step | None
+    ) -> Flow:
         flow = flow or Flow(tuple(tensor.shape), tensor.device)
+        flow.step, flow.place = step, len(self.flows)
+        self.flows.append(flow)
         for source in [flow.source] if flow.source in sources else sources:
             source.uses.append(flow)
         self._know(tensor, flow)
         return flow
 
-    def _other(self, tensor: Tensor, sources) -> Flow:
+    def _other(self, tensor: Tensor, sources, step: Step | None = None) -> Flow:
         """Note another tensor altogether."""
-        return self._made(tensor, None, [s for s in sources if isinstance(s, Flow)])
+        return self._made(tensor, None, [s for s in sources if isinstance(s, Flow)], step)
 
     def _know(self, tensor: Tensor, origin: Flow | Constant) -> None:
         self._known[id(tensor)] = tensor, tensor._version, origin
@@ -272,6 +215,46 @@ class Dataflow(TorchFunctionMode):
             self.is_whole &= id(tensor) in self._known  # if only changed in place meanwhile
             self._other(tensor, ())
         return self._known[id(tensor)][2]
+
+
+def follow(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> Dataflow:
+    """Run a network in evaluation mode on a black image, or on its example inputs, and return what
+    becomes of its tensors. The network is left as it was.
+
+    Args:
+        space: whose network is run.
+        layers: as for `Dataflow`.
+    """
+    network, first = space.network, next(space.network.parameters())
+    dataflow, inputs = Dataflow(network, layers), space.example_inputs
+    if inputs is None:
+        inputs = torch.zeros(1, *space.input_size, dtype=first.dtype, device=first.device)
+    devices = [first.device] if first.device.type == "cuda" else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(left_as_it_was(network))
+        stack.enter_context(evaluating(network))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_shortcuts())
+        for hook in dataflow.hooks():
+            stack.callback(hook.remove)
+        dataflow.start(inputs)
+        stack.enter_context(dataflow)
+        dataflow.finish(call(network, inputs))
+    return dataflow
+
+
+@contextlib.contextmanager
+def _no_shortcuts() -> Iterator[None]:
+    """Have torch's attention modules compute what they say, not a whole block at once."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _moved(source: Flow, made: Tensor, move: Callable[[Tensor], Tensor]) -> Flow:
@@ -331,19 +314,9 @@ def _drops(images: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return training
 
 
-def _fills(images: Tensor, pad, mode: str = "constant", value: float | None = None) -> bool:
-    return bool(value)
-
-
 def _attribute(module: nn.Module, name: str) -> Tensor:
     return whole(getattr(module, name))
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-
-
-def _name(func: Callable) -> str:
-    """What a function is called, or the property that it gets."""
-    name = getattr(func, "__name__", "")
-    return func.__self__.__name__ if name == "__get__" else name

@@ -34,11 +34,13 @@ def linear_maps(
         split_qkv: see `linear_operators`.
 
     Raises:
-        ValueError: the head or the input size is not known, or no linear map is left.
+        ValueError: the head or the input size is not known, a name in `skip` is wrong, or no linear
+            map is left.
         RuntimeError: the model cannot be run on images of this size, or its head is not called.
         UnsupportedLayerError: a layer has weights that cannot be treated.
     """
     space = FeatureSpace.of(model, head=head, input_size=input_size)
+    _check_skip(space.network, skip)
     found = space.layers if up_to_head else space.layers_with_head
     modules = dict(space.network.named_modules(remove_duplicate=False))
     for layer in found:
@@ -134,6 +136,14 @@ def _sum_of_squares(operators: Sequence[LinearOperator]) -> float:
         v = random_vector(operator, weight, torch.Generator().manual_seed(0))
         total += top_singular_value(operator, weight, v).sigma.item() ** 2
     return total
+
+
+def _check_skip(network: nn.Module, skip: Sequence[str]) -> None:
+    if isinstance(skip, str):
+        raise ValueError(f"skip ({skip!r}) must be a sequence of names, not one string")
+    unknown = sorted(set(skip) - {name for name, _ in network.named_modules()})
+    if unknown:
+        raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
 
 
 def _within(name: str, others: Sequence[str]) -> bool:

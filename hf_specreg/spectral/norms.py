@@ -8,7 +8,6 @@ not by a class or by a name. No gain stands for what depends on the image: the s
 and layer norms after a map, global response normalisation, the norm of a sum.
 """
 
-import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.modules import evaluating, left_as_it_was
 from hf_specreg.encoders.pinned import is_pinned
-from hf_specreg.encoders.trace import call
-from hf_specreg.spectral.dataflow import Call, Constant, Dataflow, Flow, Gain
+from hf_specreg.spectral.dataflow import follow
+from hf_specreg.spectral.flow import Call, Constant, Flow, Gain
 
 NAMED = 8  # layers in a warning
 
@@ -81,7 +79,8 @@ def adjoining_norms(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> di
     dotted = {module: name for name, module in space.network.named_modules()}
     pinned = {f"{name}.running_var" for module, name in dotted.items() if is_pinned(module)}
     layers = {dotted[module]: module for module in modules.values()}
-    calls = _calls(space, layers)
+    dataflow = follow(space, layers)
+    calls = dataflow.calls if dataflow.is_whole else {name: [] for name in layers}
     after = {n: [_after(each, _channels(layers[n])) for each in calls[n]] for n in layers}
     taken = {id(flow) for chains in after.values() for chain in chains for flow, _ in chain}
     found = {}
@@ -107,39 +106,6 @@ def warn_of_unfolded(layers: Sequence[str], folded: Collection[str]) -> None:
         "of a sum), or the network runs code that cannot be followed (TorchScript)",
         stacklevel=3,
     )
-
-
-def _calls(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
-    """Run the network, and return the uses of its layers."""
-    network, first = space.network, next(space.network.parameters())
-    dataflow, inputs = Dataflow(network, layers), space.example_inputs
-    if inputs is None:
-        inputs = torch.zeros(1, *space.input_size, dtype=first.dtype, device=first.device)
-    devices = [first.device] if first.device.type == "cuda" else []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_it_was(network))
-        stack.enter_context(evaluating(network))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_no_shortcuts())
-        for hook in dataflow.hooks():
-            stack.callback(hook.remove)
-        dataflow.start(inputs)
-        stack.enter_context(dataflow)
-        dataflow.finish(call(network, inputs))
-    return dataflow.calls if dataflow.is_whole else {name: [] for name in layers}
-
-
-@contextlib.contextmanager
-def _no_shortcuts() -> Iterator[None]:
-    """Have torch's attention modules compute what they say, not a whole block at once."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _of_map(

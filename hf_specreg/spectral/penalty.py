@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.folding import folded
 from hf_specreg.spectral.followed import FollowedSum
+from hf_specreg.spectral.free_scale import FreeScales
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed
@@ -57,8 +58,9 @@ class SpectralPenalty:
     layers or used at several sizes, counts once, as the one with the largest sigma.
 
     Making it leaves the model as it is. Its first use puts a hook on one convolution, to see that
-    images of the measured size are trained on; `detach()` takes it off. Make it last: adapters,
-    parametrizations and new layers that come after it are an error.
+    images of the measured size are trained on; `detach()` takes it off. It warns there if norms
+    make the scale of most layers free (`free_scale`), which are penalised for little then. Make it
+    last: adapters, parametrizations and new layers that come after it are an error.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -135,10 +137,8 @@ class SpectralPenalty:
             )
         self.strength = strength
         self.scope = scope
-        self.every = every
-        self.burn_in = burn_in
-        self.renew_every = renew_every
-        self.lanczos_steps = lanczos_steps
+        self.every, self.burn_in = every, burn_in
+        self.renew_every, self.lanczos_steps = renew_every, lanczos_steps
         self.fold_norm = fold_norm
         self.fold_gradient = fold_gradient
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
@@ -146,8 +146,7 @@ class SpectralPenalty:
         self.step = 0
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
         self._network = self.space.network
-        self._skip = _check_skip(self._network, skip)
-        self._split_qkv = split_qkv
+        self._skip, self._split_qkv = skip, split_qkv
         self._seen = SeenInput()
         self._measure()
         if fold_norm:
@@ -157,6 +156,13 @@ class SpectralPenalty:
     def folded(self) -> dict[str, tuple[str, ...]]:
         """The layers that norms are folded into, with the names of their gains and statistics."""
         return {name: norms.names for name, norms in self._norms.items()}
+
+    @property
+    def free_scale(self) -> tuple[str, ...]:
+        """The layers that norms let be multiplied by any c > 0, bias and all, with no change of
+        what the network computes in training (`free_scale.py`); also if norms are folded in.
+        """
+        return self._free_scales.names
 
     @property
     def strength(self) -> float:
@@ -201,6 +207,7 @@ class SpectralPenalty:
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = adjoining_norms(self.space, self._modules) if self.fold_norm else {}
+        self._free_scales = FreeScales(self.space, self._modules)
         self._sum = FollowedSum(
             self.layers,
             lambda stack: self._weight(stack, self._norms),
@@ -223,6 +230,8 @@ class SpectralPenalty:
         since = self.step - self.burn_in
         self.step += 1
         self._seen.watch()
+        if self.strength and not self.fold_norm:
+            self._free_scales.warn_once()
         if since < 0 or since % self.every:
             return self._zero()
         return self.value()
@@ -266,8 +275,7 @@ class SpectralPenalty:
         norms = self._norms
         if fold_norm and not self.fold_norm:
             norms = adjoining_norms(self.space, self._modules)
-        generator = torch.Generator().manual_seed(self.seed)
-        values = {}
+        generator, values = torch.Generator().manual_seed(self.seed), {}
         no_autocast = torch.autocast(self._device.type, enabled=False)
         with torch.no_grad(), no_autocast, exact_float32():
             for stack in self._sum.stacks:
@@ -339,12 +347,3 @@ class SpectralPenalty:
         if beside is None:
             return weight
         return folded(weight, beside, bounded=self.fold_gradient == "bounded")
-
-
-def _check_skip(network: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(skip, str):
-        raise ValueError(f"skip ({skip!r}) must be a sequence of names, not one string")
-    unknown = sorted(set(skip) - {name for name, _ in network.named_modules()})
-    if unknown:
-        raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
-    return tuple(skip)

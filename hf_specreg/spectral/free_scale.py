@@ -1,0 +1,241 @@
+"""Which linear maps have a free scale: W -> c W, c > 0, with its bias, changes nothing.
+
+While a network trains, a map's output times c becomes, of what is computed from it, c^n times what
+it was, where all functions on the way are homogeneous: the degree n is 1 at the map's output, stays
+what it is through what is linear or positively homogeneous (moves, sums of equal degrees, ReLU,
+pooling, maps without bias), adds up in products, and is 0 after a norm by statistics of the images
+that it is given (but for its eps): batch, layer, group, instance and RMS norms. The scale of W is
+free if the degree is 0 wherever anything else is done, and in what the network returns. Then the
+sum of sigma^2 falls with c and the function stays (van Laarhoven 2017, arXiv:1706.05350).
+
+What is found is free, but not all that is free is found. Not seen are: norms that none of torch's
+functions computes; a bias, or another tensor's channels, that is added before the norm and taken
+out by it; q or k alone, where one matrix stacks q, k and v; networks that run code that cannot be
+followed (`dataflow.py`). A gain that could take over the scale of the map beside it (layer scale, a
+norm's before the map) is a parameter of its own, and frees nothing here.
+"""
+
+import heapq
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.pinned import is_pinned
+from hf_specreg.encoders.trace import FAILURES
+from hf_specreg.spectral.dataflow import Dataflow, follow
+from hf_specreg.spectral.flow import (
+    CONVOLUTIONS,
+    IN_PLACE,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    QUOTIENTS,
+    SHAPED_LIKE,
+    Constant,
+    Flow,
+    fills,
+    name_of,
+)
+from hf_specreg.spectral.layers import STANDARDISED_CONVOLUTIONS
+
+NAMED = 4  # layers in the warning
+UNKNOWN = math.nan  # a degree that is none: equal to nothing, and so is what is reckoned with it
+SUMS = frozenset(name for name in IN_PLACE if "add" in name or "sub" in name)
+HOMOGENEOUS = frozenset(
+    {
+        *MOVES,
+        *IN_PLACE,
+        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "neg", "abs"),
+        *("mean", "sum", "amax", "amin", "cat", "concat", "stack", "interpolate"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d"),
+        *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    }
+)
+BILINEAR = PRODUCTS | {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum"}
+
+
+class FreeScales:
+    """The maps of a network whose scale is free, while it is in the mode that it trains in.
+
+    Args:
+        space: whose network is run once, in evaluation mode.
+        modules: that the maps are of, by the maps' names.
+    """
+
+    def __init__(self, space: FeatureSpace, modules: Mapping[str, nn.Module]):
+        self._network = space.network
+        self._maps = tuple(modules)
+        self._by: dict[str, frozenset[str]] = _freed(space, modules)
+        self._has_warned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of these maps. A batch norm that is pinned, or in evaluation mode while the network is in
+        training mode, has fixed statistics and frees nothing.
+        """
+        norms = {name: self._network.get_submodule(name) for by in self._by.values() for name in by}
+        kept = self._network.training
+        fixed = {n for n, m in norms.items() if is_pinned(m) or (kept and not m.training)}
+        return tuple(name for name, by in self._by.items() if not by & fixed)
+
+    def warn_once(self) -> None:
+        """Warn, the first time, if these are more than half of the maps."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        names = self.names
+        if 2 * len(names) <= len(self._maps):
+            return
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        warnings.warn(
+            f"a norm after them makes the scale free of {len(names)} of the {len(self._maps)} maps "
+            "that are penalised: the sum of sigma^2 can fall while the function stays as it is "
+            f"({', '.join(names[:NAMED])}{more}). With batch norms pass fold_norm=True or pin "
+            "them, or take an encoder without norms, or SensitivityPenalty, which is of the function",
+            stacklevel=4,  # past torch.compiler.disable
+        )
+
+
+def _freed(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> dict[str, frozenset[str]]:
+    """The maps with a free scale, and the batch norms that make it so, by name."""
+    dotted = {module: name for name, module in space.network.named_modules()}
+    layers = {dotted[module]: module for module in modules.values()}
+    try:
+        dataflow = follow(space, layers)
+    except FAILURES:  # of the network's own code, on one image in evaluation mode
+        return {}
+    if not dataflow.is_whole:
+        return {}
+    by = {name: _Scaling(space.network, dataflow, name).by for name in layers}
+    found = {
+        name: by[dotted[module]] for name, module in modules.items() if _has_scale(name, module)
+    }
+    return {name: norms for name, norms in found.items() if norms is not None}
+
+
+def _has_scale(name: str, module: nn.Module) -> bool:
+    """Whether a map is multiplied by what its weight, or its gain, is multiplied by, and its
+    module's output with it.
+    """
+    if type(module).__name__ in STANDARDISED_CONVOLUTIONS and not hasattr(module, "gain"):
+        return False
+    return not isinstance(module, nn.MultiheadAttention) or name.endswith(".out_proj")
+
+
+class _Scaling:
+    """What becomes of a network's tensors when the weight and bias of one layer are multiplied.
+
+    Attributes:
+        by: names of the batch norms that undo it; None where something does not.
+    """
+
+    def __init__(self, network: nn.Module, dataflow: Dataflow, name: str):
+        self._network, self._dataflow, self._name = network, dataflow, name
+        own = {id(p) for p in dataflow.layers[name].parameters()}
+        named = network.named_parameters(remove_duplicate=False)
+        self._own = {n for n, parameter in named if id(parameter) in own}
+        self._norms: set[str] = set()
+        self._degrees: dict[int, float] = {}  # by place; 0 where there is none
+        self.by = frozenset(self._norms) if self._is_undone() else None
+
+    def _is_undone(self) -> bool:
+        """Go through all that is made of the layer's output, in order, until the degree is 0."""
+        pending = [call.output.place for call in self._dataflow.calls[self._name]]
+        if not pending:
+            return False
+        heapq.heapify(pending)
+        while pending:
+            flow = self._dataflow.flows[heapq.heappop(pending)]
+            if flow.place in self._degrees:
+                continue
+            degree = self._degree(flow)
+            if math.isnan(degree):
+                return False
+            self._degrees[flow.place] = degree
+            if degree:
+                for use in flow.uses:
+                    heapq.heappush(pending, use.place)
+        return True
+
+    def _of(self, argument: Flow | Constant | float | None) -> float:
+        """The degree of an argument of a function."""
+        if isinstance(argument, Flow):
+            return self._degrees.get(argument.place, 0)
+        own = isinstance(argument, Constant) and not self._own.isdisjoint(argument.names)
+        return UNKNOWN if own else 0
+
+    def _degree(self, flow: Flow) -> float:
+        """The degree of a tensor, by the function that made it; those of what is made before are
+        known.
+        """
+        if flow.step is None:  # what the network returns, or has not been seen
+            return UNKNOWN
+        function, args, kwargs = flow.step.function, flow.step.args, flow.step.kwargs
+        if isinstance(function, str):
+            return self._of_layer(function, args)
+        if function in CONVOLUTIONS or function is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            product = self._of(given["input"]) + self._of(given["weight"])
+            return product if given.get("bias") is None else _none([product])
+        if function in NORMS:
+            return self._of_norm(function, args, kwargs)
+        if function is F.scaled_dot_product_attention:
+            query, key, value, *_ = args
+            return self._of(value) + _none([self._of(query), self._of(key)])
+        name = name_of(function)
+        degrees = [
+            self._of(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Flow | Constant)
+        ]
+        if name in SUMS:
+            terms = [a for k, a in (*enumerate(args), *kwargs.items()) if k != "alpha"]
+            return _same([self._of(term) for term in terms])
+        if name in BILINEAR:
+            return sum(degrees)
+        if name in QUOTIENTS and len(args) == 2 and not kwargs:
+            return self._of(args[0]) - self._of(args[1])
+        if name in SHAPED_LIKE:
+            return self._of(args[0])
+        if name in HOMOGENEOUS and not (name == "pad" and fills(*args, **kwargs)):
+            return _same(degrees)
+        return _none(degrees)
+
+    def _of_layer(self, name: str, fed: tuple[Flow | None, ...]) -> float:
+        layer = self._dataflow.layers[name]
+        layer = getattr(layer, "base_layer", layer)
+        degree = _same([self._of(flow) for flow in fed])
+        if getattr(layer, "bias", None) is not None or isinstance(layer, nn.MultiheadAttention):
+            degree = _none([degree])
+        return degree + (name == self._name)
+
+    def _of_norm(self, function, args, kwargs) -> float:
+        given = inspect.signature(function).bind(*args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        gains = [self._of(given.get(name)) for name in ("weight", "bias")]
+        if self._of(given["input"]) == 0 or any(gains):
+            return _none([self._of(given["input"]), *gains])
+        variance = given.get("running_var")
+        if isinstance(variance, Constant) and not given.get(
+            "training", given.get("use_input_stats")
+        ):
+            name = "".join(variance.names[:1]).rpartition(".")[0]
+            if not isinstance(self._network.get_submodule(name), nn.modules.batchnorm._NormBase):
+                return UNKNOWN  # a frozen one, of a class of its own
+            self._norms.add(name)
+        return 0
+
+
+def _same(degrees: Sequence[float]) -> float:
+    """The degree that all have."""
+    return degrees[0] if all(degree == degrees[0] for degree in degrees) else UNKNOWN
+
+
+def _none(degrees: Sequence[float]) -> float:
+    """0 if all are."""
+    return UNKNOWN if any(degrees) else 0

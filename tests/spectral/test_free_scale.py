@@ -1,0 +1,191 @@
+"""Which maps have a free scale: what is found agrees with what networks compute."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.layers import ScaledStdConv2d, StdConv2d, freeze_batch_norm_2d
+from timm.models.vgg import VGG
+from torch import nn
+from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hf_specreg import SpectralPenalty
+from hf_specreg.encoders.pinned import pin_norms
+from tests.spectral.test_norms import CONVNEXT, SWIN, VIT, Net, OwnBackward, convolution
+
+RESNET = {"layers": (1, 1, 1, 1), "channels": (32, 32, 32, 32)}
+STAGES = {"depths": CONVNEXT["depths"], "dims": CONVNEXT["hidden_sizes"]}
+VGG_ARGS = {"cfg": [8, "M", 8, "M"], "mlp_ratio": 0.01, "num_classes": 5}
+HF = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "layer_type": "basic"}
+
+
+def by_name(name, **options):
+    return lambda: timm.create_model(name, num_classes=5, **options)
+
+
+# Of each network how many maps have a free scale, and of how many.
+NETWORKS = {
+    "resnet": (by_name("resnet10t", channels=(8, 12, 16, 20)), 15, 15),
+    "cifar": (by_name("resnet20_cifar", layers=(1, 1, 1)), 9, 9),
+    "frozen": (lambda: freeze_batch_norm_2d(by_name("resnet10t", channels=[8] * 4)()), 0, 15),
+    "pre-activation": (by_name("resnetv2_18", channels=(8, 12, 16, 20), stem_chs=8), 8, 20),
+    "group norms": (by_name("resnet50_gn", **RESNET), 17, 17),
+    "without norms": (by_name("resnet50_gn", norm_layer=nn.Identity, **RESNET), 0, 17),
+    "transformers": (lambda: ResNetForImageClassification(ResNetConfig(**HF)), 12, 12),
+    "vgg": (lambda: VGG(**VGG_ARGS), 0, 4),
+    "vgg with norms": (lambda: VGG(norm_layer=nn.BatchNorm2d, **VGG_ARGS), 2, 4),
+    "convnext": (by_name("convnext_atto", **STAGES), 5, 16),
+    "vit": (by_name("vit_tiny_patch16_224", **VIT), 0, 5),
+    "swin": (by_name("swin_tiny_patch4_window7_224", drop_path_rate=0, **SWIN), 1, 14),
+    "norms at the end": (by_name("swinv2_tiny_window8_256", drop_path_rate=0, **SWIN), 8, 14),
+    "mlp": (by_name("mlp_2000", img_size=8, hidden_features=20), 0, 1),
+}
+
+
+@pytest.mark.parametrize(("build", "count", "of"), NETWORKS.values(), ids=NETWORKS)
+@torch.no_grad()
+def test_a_free_scale_is_found_where_three_times_the_map_changes_nothing(build, count, of):
+    torch.manual_seed(0)
+    network = in_general_position(build())
+    penalty = of_any(network)
+    modules = {module: name for name, module in network.named_modules()}
+    modules = {modules[module]: module for module in penalty._modules.values()}
+    images = torch.randn(4, *penalty.input_size, dtype=torch.double)
+    before, free = logits(network, images), set()
+    for name, module in modules.items():
+        parameters = list(module.parameters(recurse=False))
+        for parameter in parameters:
+            parameter *= 3
+        if torch.allclose(logits(network, images), before, rtol=1e-6, atol=1e-8):
+            free.add(name)
+        for parameter in parameters:
+            parameter /= 3
+    found = penalty.free_scale
+    assert set(found) == free
+    assert (len(found), len(modules)) == (count, of)
+
+
+def of_any(network, **options):
+    """A penalty at a size that is quick, where a network takes any."""
+    if isinstance(network, VGG):
+        options |= {"head": "head", "input_size": (3, 28, 28)}
+    elif hasattr(network, "layer4") or hasattr(network, "stages"):
+        options |= {"input_size": (3, 64, 64)}
+    return SpectralPenalty(network, **options)
+
+
+def in_general_position(network):
+    """In double precision, with norms that have no eps, and gains and biases that are not 0."""
+    for module in network.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = 1e-30
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point() and (tensor.ndim == 1 or not tensor.any()):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    return network.double().train()
+
+
+def logits(network, images):
+    output = network(images)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def free(forward, **parts):
+    network = Net(forward, **parts).train()
+    return SpectralPenalty(network, head="head", input_size=(3, 8, 8)).free_scale
+
+
+BIASED = {"conv": convolution(), "two": convolution(4), "norm": nn.BatchNorm2d(4)}
+PLAIN = {"conv": convolution(), "two": convolution(4, bias=False), "norm": nn.BatchNorm2d(4)}
+STEPS = {
+    "map": (lambda m, x: m.norm(m.two(m.conv(x))), PLAIN, ("conv", "two")),
+    "bias": (lambda m, x: m.norm(m.two(m.conv(x))), BIASED, ("two",)),
+    "relu": (lambda m, x: m.norm(F.max_pool2d(m.conv(x).relu(), 2)), PLAIN, ("conv",)),
+    "gelu": (lambda m, x: m.norm(F.gelu(m.conv(x))), PLAIN, ()),
+    "shift": (lambda m, x: m.norm((m.conv(x) + 1).relu()), PLAIN, ()),
+    "past": (lambda m, x: m.norm(y := m.conv(x)) + y, PLAIN, ()),
+    "twice": (lambda m, x: m.norm(y := m.conv(x)) + m.norm(y.relu() + y), PLAIN, ("conv",)),
+    "other": (lambda m, x: m.norm(m.conv(x) + x.mean(1, keepdim=True)), PLAIN, ()),
+    "gate": (lambda m, x: m.norm(m.conv(x) * x.mean()), PLAIN, ("conv",)),
+    "square": (lambda m, x: m.norm((y := m.conv(x)) * y), PLAIN, ("conv",)),
+    "quotient": (lambda m, x: (y := m.conv(x)) / y.mean(), PLAIN, ("conv",)),
+    "own": (lambda m, x: m.norm(m.two(m.two(m.conv(x)))), PLAIN, ("conv", "two")),
+    "opaque": (lambda m, x: m.norm(y := m.conv(x)) * OwnBackward.apply(y), PLAIN, ()),
+}
+
+
+@pytest.mark.parametrize(("forward", "parts", "found"), STEPS.values(), ids=STEPS)
+def test_scales_are_followed_through_homogeneous_functions_only(forward, parts, found):
+    assert free(forward, **parts) == found
+
+
+def test_a_weight_that_two_layers_share_is_scaled_in_both():
+    one, two = convolution(4, bias=False), convolution(4, bias=False)
+    two.weight = one.weight
+    parts = {"stem": convolution(), "one": one, "two": two, "norm": nn.BatchNorm2d(4)}
+    assert free(lambda m, x: m.two(m.norm(m.one(m.stem(x).sin()))), **parts) == ()
+    assert "one" in free(lambda m, x: m.norm(m.one(m.stem(x).sin())), **parts)
+
+
+def test_a_standardised_weight_has_no_scale_but_that_of_its_gain():
+    def forward(m, x):
+        return m.norm(m.conv(x))
+
+    norm = nn.GroupNorm(2, 4)
+    assert free(forward, conv=StdConv2d(3, 4, 3), norm=norm) == ()
+    assert free(forward, conv=ScaledStdConv2d(3, 4, 3), norm=norm) == ("conv",)
+
+
+def test_fixed_statistics_free_nothing():
+    network = timm.create_model("test_resnet", num_classes=5)
+    penalty = of_any(network)
+    assert len(penalty.free_scale) == len(penalty.layers) == 15
+    for module in network.layer4.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert penalty.free_scale == tuple(
+        layer.name for layer in penalty.layers if not layer.name.startswith("layer4")
+    )
+    network.eval()  # to be trained later: not a mode of its own
+    assert len(penalty.free_scale) == 15
+    pin_norms(network)
+    assert penalty.free_scale == ()
+
+
+def of_three(norm, **options):
+    """A penalty on two maps with a norm after them, and one without."""
+    parts = {"one": convolution(), "two": convolution(4), "three": convolution(4), "norm": norm}
+    network = Net(lambda m, x: m.three(m.norm(m.two(m.norm(m.one(x)).sin())).sin()), **parts)
+    return SpectralPenalty(network.train(), head="head", input_size=(3, 8, 8), **options)
+
+
+def test_the_penalty_warns_at_its_first_use_and_names_layers_and_remedy():
+    penalty = of_three(nn.BatchNorm2d(4), burn_in=1)
+    said = r"free of 2 of the 3 maps .*\(one, two\).* fold_norm=True.* without norms"
+    with pytest.warns(UserWarning, match=said) as caught:
+        penalty()
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty()
+
+
+@pytest.mark.parametrize(
+    ("norm", "fixed", "options"),
+    [
+        (nn.BatchNorm2d(4), False, {"strength": 0}),
+        (nn.BatchNorm2d(4), False, {"fold_norm": True}),
+        (nn.BatchNorm2d(4), True, {}),
+        (nn.Identity(), False, {}),
+    ],
+    ids="strength folded fixed none".split(),
+)
+def test_it_does_not_warn_where_no_scale_is_free_or_norms_are_folded_in(norm, fixed, options):
+    penalty = of_three(norm, **options)
+    if fixed:
+        norm.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty()
