@@ -13,7 +13,6 @@ from hf_specreg.study.timing import time_methods
 from recipes.study import HowConfig, run, work
 from tests.study.small import EVALUATION, cells, folder, study
 
-
 pytestmark = pytest.mark.usefixtures("without_page")
 
 
