@@ -73,7 +73,7 @@ class Evaluation:
         with subject.frozen():
             logits = {name: self._logits(subject, name) for name in SPLITS}
             outside = self._logits(subject, "outside")[0] if self.outside else None
-        warmth = temperature(*logits["validation"])
+        fitted = temperature(*logits["validation"])
         answers, found = {}, {}
         for name, (own, labels) in logits.items():
             report = self.attack(model, folder / name, name, self.config.attacks)
@@ -89,7 +89,7 @@ class Evaluation:
                 "robust_accuracy": robust,
                 "mean_robust_accuracy": float(np.mean([p["value"] for p in points])),
                 "calibration": calibration(own, labels),
-                "calibrated": {"temperature": warmth, **calibration(own / warmth, labels)},
+                "calibrated": {"temperature": fitted, **calibration(own / fitted, labels)},
                 "ood_auroc": None if outside is None else ood_auroc(own, outside),
             }
         np.savez_compressed(folder / "answers.npz", **answers)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hf_specreg.robustness.page import render, svg
-from hf_specreg.study.dots import figures
+from hf_specreg.study.chosen_plots import figures
 from hf_specreg.study.plots import frontier, panels, robust_panels
 from hf_specreg.study.text import caution, facts, sections
 from hf_specreg.study.verdict import summary, verdicts
