@@ -72,6 +72,7 @@ TIMM = {
     "xception41": {},
     "xcit_nano_12_p16_224": {"depth": 2},
     "resnet20_cifar": {},
+    "resnet20_cifar_fixup": {},
     "mlp_2000": {"hidden_features": 20},
 }
 TINY = {

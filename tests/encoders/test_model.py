@@ -39,10 +39,19 @@ def make_transformers(**kwargs):
     return SpecRegModel.from_transformers(config, **arguments).eval()
 
 
+def make_fixup():
+    model = make_timm("resnet20_cifar_fixup")
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 MAKERS = {
     "timm-vit": make_timm,
     "timm-resnet": lambda: make_timm("resnet10t"),
     "timm-registered": lambda: make_timm("resnet20_cifar"),
+    "timm-fixup": make_fixup,
     "transformers-vit": make_transformers,
 }
 
@@ -237,11 +246,18 @@ def test_the_papers_network_is_made_as_in_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("resnet18_cifar", 11_173_962), ("resnet20_cifar", 272_474)]
+    ("name", "parameters"),
+    [
+        ("resnet18_cifar", 11_173_962),
+        ("resnet20_cifar", 272_474),
+        ("resnet18_cifar_fixup", 11_173_962 - 9_600 + 5 * 8 + 2),
+        ("resnet20_cifar_fixup", 272_474 - 1_568 + 5 * 9 + 2),
+    ],
 )
 def test_cifar_resnets_have_the_published_sizes(name, parameters):
     """ResNet-18 as in much CIFAR work: 11,173,962. ResNet-20: 269,722 with padded shortcuts; its
-    two 1x1 convolutions with batch norm have 2,752 weights more.
+    two 1x1 convolutions with batch norm have 2,752 weights more. Fixup has 5 scalars a block and 2
+    for gains and biases of 4,800 and 784 channels.
     """
     network = timm.create_model(name)
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -249,6 +265,33 @@ def test_cifar_resnets_have_the_published_sizes(name, parameters):
         network.forward_features(torch.rand(1, 3, 32, 32)).shape[-1]
         == {"18": 4, "20": 8}[name[6:8]]
     )
+
+
+def test_fixup_begins_with_blocks_that_are_their_shortcuts_and_a_head_of_zeros():
+    torch.manual_seed(0)
+    network = timm.create_model("resnet20_cifar_fixup", layers=(2, 1), channels=(32, 64))
+    images = torch.rand(2, 3, 8, 8)
+    x = network.conv1(images).relu()
+    x = network.stages[1][0].downsample(x).relu()
+    torch.testing.assert_close(network.forward_features(images), x)
+    assert not network(images).any()
+    assert network.reset_classifier(3) is None
+    assert not network(images).any()
+    he = (2 / (9 * 32)) ** 0.5
+    for block in network.stages[0]:
+        assert block.conv1.weight.std().item() == pytest.approx(he * 3**-0.5, rel=0.05)
+
+
+def test_a_block_of_fixup_adds_to_its_shortcut_what_the_paper_says():
+    torch.manual_seed(0)
+    (block,) = timm.create_model("resnet20_cifar_fixup", layers=(1,), channels=(8,)).stages[0]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.rand(2, 8, 6, 6)
+    with torch.no_grad():
+        inner = (block.conv1(x + block.bias1a) + block.bias1b).relu() + block.bias2a
+        expected = (x + block.conv2(inner) * block.scale + block.bias2b).relu()
+        torch.testing.assert_close(block(x), expected)
 
 
 def test_metadata_goes_into_specreg_json(tmp_path):

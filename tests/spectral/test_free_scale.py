@@ -29,6 +29,7 @@ def by_name(name, **options):
 NETWORKS = {
     "resnet": (by_name("resnet10t", channels=(8, 12, 16, 20)), 15, 15),
     "cifar": (by_name("resnet20_cifar", layers=(1, 1, 1)), 9, 9),
+    "fixup": (by_name("resnet20_cifar_fixup", layers=(1, 1, 1)), 0, 9),
     "frozen": (lambda: freeze_batch_norm_2d(by_name("resnet10t", channels=[8] * 4)()), 0, 15),
     "pre-activation": (by_name("resnetv2_18", channels=(8, 12, 16, 20), stem_chs=8), 8, 20),
     "group norms": (by_name("resnet50_gn", **RESNET), 17, 17),
