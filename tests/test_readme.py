@@ -53,6 +53,36 @@ def test_the_penalty_on_the_function_is_added_to_a_loss():
     assert names["sensitivity"].step == 1
 
 
+@pytest.mark.parametrize("name", ["vit", "convnext", "bare_vit", "bare_convnext"])
+def test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_scale(name):
+    (snippet,) = [s for s in snippets() if "DynamicTanh" in s]
+    names = {"nn": nn, "torch": torch, "timm": timm}
+    exec(snippet, names)
+    model = names[name]
+    penalty = SpectralPenalty(model)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    of_stacks = 2 * sum(n.endswith("qkv") for n in layers)
+    assert len(penalty.layers) == len(layers) - 1 + of_stacks  # but for the head
+    assert penalty.free_scale == ()
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert ("DynamicTanh" in kinds) == (not name.startswith("bare"))
+    assert not [kind for kind in kinds if kind.startswith(("LayerNorm", "BatchNorm"))]
+    if name == "bare_convnext":
+        scales = [p for n, p in model.named_parameters() if n.endswith("gamma")]
+        assert scales
+        assert all(scale.max() < 1e-5 for scale in scales)
+
+
+@pytest.mark.parametrize("name", ["resmlp_12_224", "nf_resnet26", "nf_regnet_b0", "vgg11"])
+def test_timms_encoders_without_norms_are_as_said(name):
+    assert f"`{name}`" in README.read_text()
+    with torch.device("meta"):
+        penalties = [
+            SpectralPenalty(timm.create_model(n, num_classes=5)) for n in (name, "vgg11_bn")
+        ]
+    assert [len(penalty.free_scale) for penalty in penalties] == [0, 8]
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_the_penalty_enters_a_step_once_however_many_micro_batches_it_has(micro_batches):
     (snippet,) = [s for s in snippets() if "accumulate" in s]
