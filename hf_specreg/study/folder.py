@@ -32,7 +32,7 @@ from hf_specreg.training.resume import differences
 
 # What changes no cell, or is looked at cell by cell: a cell's record has its whole configuration.
 MAY_CHANGE = ("output_dir:", "description:", "base:")
-MAY_CHANGE += tuple(f"evaluation.{key}:" for key in ("final", "final_attacks", "timing_steps"))
+MAY_CHANGE += ("evaluation.final", "evaluation.timing_steps:")
 MAY_GROW = ("methods", "seeds", "stopped_epochs")  # further cells are no other study
 
 

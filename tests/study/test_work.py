@@ -224,6 +224,7 @@ def test_images_that_have_changed_since_are_noticed(whole, tmp_path):
 
 def test_final_attacks_can_be_changed_and_are_then_made_anew(whole, tmp_path):
     config = copied(whole, tmp_path)
+    folder(config).begin(config)
     attacks = {"tangent": {"iterations": 3}}
     config = replace(config, evaluation=replace(config.evaluation, final_attacks=attacks, final=15))
     run(config, HowConfig(), "command")
