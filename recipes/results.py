@@ -6,6 +6,7 @@ A study's folder that is named is kept first: its study.json goes to recipes/stu
 is written depends on those files alone.
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,18 @@ from typing import Any
 
 from hf_specreg.arguments import errors_in_one_line
 from hf_specreg.hub.citation import public
-from hf_specreg.robustness.documents import to_json
 from hf_specreg.robustness.text import number, percent, table
 from hf_specreg.study.result import Study
-from hf_specreg.study.text import caution, maybe, ratio, signs, step_time, strength, to_markdown
+from hf_specreg.study.text import (
+    attacks,
+    caution,
+    maybe,
+    ratio,
+    signs,
+    step_time,
+    strength,
+    to_markdown,
+)
 from hf_specreg.study.verdict import not_chosen, verdicts
 
 HERE = Path(__file__).parent
@@ -44,7 +53,7 @@ def keep(folders: Sequence[str]) -> None:
     KEPT.mkdir(exist_ok=True)
     for folder in folders:
         content = public(Study.load(folder).content)
-        (KEPT / f"{content['name']}.json").write_bytes(to_json(content))
+        (KEPT / f"{content['name']}.json").write_text(json.dumps(content, allow_nan=False) + "\n")
 
 
 def studies() -> list[Mapping[str, Any]]:
@@ -65,10 +74,8 @@ def results(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def headline(content: Mapping[str, Any]) -> str:
-    """Return the README's table: every method at equal accuracy, by the strongest attacks."""
-    rows = content["final"] or content["table"]
-    control = {row["method"]: row["control"] for row in content["table"]}
-    data, attacked = content["data"], content["attacked"]["final" if content["final"] else "test"]
+    """Return the README's table: every method at equal accuracy."""
+    data = content["data"]
     lines = [
         table(
             [
@@ -89,16 +96,16 @@ def headline(content: Mapping[str, Any]) -> str:
                     number(row["distance"]),
                     ratio(row["ratio"]),
                     signs(row["signs"]),
-                    maybe(_stopped, control[row["method"]]),
-                    step_time(_time(content, row["method"])),
+                    maybe(_stopped, row["control"]),
+                    step_time(row["step_time"]),
                 ]
-                for row in rows
+                for row in content["table"]
             ],
         ),
         "",
         f"{data['id']}, {maybe('{:,}'.format, data['train'])} images to train, "
-        f"{len(content['seeds'])} seeds, "
-        f"{attacked:,} of {data['test']:,} test images attacked. {caution(content)} "
+        f"{len(content['seeds'])} seeds; {attacks(content, 'cells')} on "
+        f"{content['attacked']['test']:,} of {data['test']:,} test images. {caution(content)} "
         f"`{content['command']}`",
     ]
     lost = [entry["method"] for entry in not_chosen(content)]
@@ -110,10 +117,6 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def _stopped(control: Mapping[str, Any]) -> str:
     return ratio(control["ratio"]) if control["matched"] else "none as accurate"
-
-
-def _time(content: Mapping[str, Any], method: str) -> Any:
-    return next((row["step_time"] for row in content["table"] if row["method"] == method), None)
 
 
 def with_headline(text: str, content: Mapping[str, Any]) -> str:
