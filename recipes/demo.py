@@ -34,7 +34,7 @@ BLACK_BOX = {"tangent": {"iterations": 12}}
 SAMPLES, BLACK_BOX_SAMPLES = 360, 30
 EPS = [0.25, 0.5, 1.0]
 PLAIN = ["--penalty.strength", "0"]
-SENSITIVITY = ["--regularizers.sensitivity.strength", "0.3"]
+SENSITIVITY = ["--regularizers.sensitivity.strength", "0.1"]
 SENSITIVITY += ["--regularizers.sensitivity.burn_in_epochs", "10"]
 RUNS = {"baseline": PLAIN, "sensitivity": [*PLAIN, *SENSITIVITY]}
 

@@ -106,6 +106,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "mode": "L" if model.input_size[0] == 1 else "RGB",
         "classes": model.num_classes,
         "penalty": encoder.penalty,
+        "others": [name for name, _ in _regularized(encoder) if "penalty" not in name],
         "trained": bool(encoder.config),
         "pinned": encoder.run.get("norms") == "pinned",
         "data": encoder.data,
@@ -185,6 +186,8 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
     if adversarial.get("method", "none") != "none":
         ball = f"{norm_name(adversarial['norm'])} eps {adversarial['eps']:g}"
         rows.append(("adversarial training", f"{adversarial['method']}, {ball}"))
+    if noise := encoder.config.get("augment", {}).get("noise"):
+        rows.append(("noise", f"{noise:g} in [0, 1] pixels"))
     share = encoder.run.get("penalty_share")
     if encoder.penalty and share is not None:
         rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))

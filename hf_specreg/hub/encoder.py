@@ -58,6 +58,7 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                         "norms": _TEXT,
                     },
                 },
+                "augment": {**_OBJECT, "properties": {"noise": _NUMBER}},
                 "optimizer": {**_OBJECT, "properties": {"opt": _TEXT, "lr": _NUMBER}},
                 "penalty": {
                     **_OBJECT,

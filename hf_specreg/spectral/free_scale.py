@@ -186,7 +186,8 @@ class _Scaling:
         if function in NORMS:
             return self._of_norm(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            query, key, value, *_ = args
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key, value = (given[name] for name in ("query", "key", "value"))
             return self._of(value) + _none([self._of(query), self._of(key)])
         name = name_of(function)
         degrees = [

@@ -103,6 +103,12 @@ class SensitivityPenalty:
         self._generator.manual_seed(self.seed + step)
         return self._term(images, None, (), step=step)
 
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise TypeError(
+            "a penalty belongs to its model and cannot be copied or pickled: make one for the "
+            "other model, and give it the state_dict() of this one"
+        )
+
     def state_dict(self) -> dict[str, int]:
         """Return the count: with it, a resumed run goes on bit for bit."""
         return {"step": self.step}

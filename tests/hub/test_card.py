@@ -72,6 +72,19 @@ def test_a_baseline_claims_no_penalty(tmp_path):
     assert "- rep-spectral" not in card
 
 
+def test_what_was_trained_with_something_else_is_no_baseline(tmp_path):
+    model = make_model()
+    config = model.metadata["config"]
+    config["penalty"]["strength"] = 0.0
+    config["regularizers"] = {"sensitivity": {"strength": 0.1, "every": 1, "burn_in_steps": 5}}
+    config["augment"] = {"noise": 0.25}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "with sensitivity and noise (see the settings below)" in card
+    assert "0.25 in [0, 1] pixels" in card
+    assert "a baseline" not in card
+
+
 def test_without_a_report_nothing_is_claimed(tmp_path):
     make_model().save_pretrained(tmp_path)
     card = card_of(tmp_path)

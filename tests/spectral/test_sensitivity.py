@@ -1,5 +1,6 @@
 """log ||J^T u|| - log spread: closed forms, the explicit Jacobian, laws; and as a penalty."""
 
+import copy
 import math
 
 import pytest
@@ -297,3 +298,25 @@ def test_one_image_has_no_spread():
     with pytest.raises(ValueError, match="2 images or more, and there are 1"):
         penalty(images(1))
     assert math.isfinite(penalty(images(2)).item())
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"direction": "nearest"}, r"direction \(nearest\) must be one of \['top', 'neighbour'"),
+        ({"spread": "between"}, r"spread \(between\) must be one of \['total', 'neighbour'"),
+        ({"by": "double"}, r"by \(double\) must be one of \['double_backprop'"),
+    ],
+)
+def test_a_setting_that_is_none_of_its_kinds_is_named(setting, said):
+    with pytest.raises(ValueError, match=said):
+        SensitivityConfig(**setting)
+    assert SensitivityConfig(spread="margin").spread == "margin"
+    assert SensitivityConfig().spread is None
+
+
+def test_a_penalty_cannot_be_copied():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3))
+    penalty = SensitivityPenalty(net, strength=1.0, head="2", input_size=(1, 8, 8))
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(penalty)

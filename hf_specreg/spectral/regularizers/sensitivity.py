@@ -31,7 +31,7 @@ arXiv:2405.17181, sec. 4.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +197,12 @@ class SensitivityConfig(RegularizerConfig):
         require(self, "at least 2", "part")
         require(self, "not negative", "power_steps", "ramp_epochs")
         require(self, "positive", "step")
+        kinds = get_type_hints(type(self))
+        for name in ("direction", "spread", "by"):
+            known = [k for k in get_args(kinds[name]) if isinstance(k, str)]
+            known = known or [k for kind in get_args(kinds[name]) for k in get_args(kind)]
+            if getattr(self, name) not in (*known, *([None] if name == "spread" else [])):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be one of {known}")
 
     def ramp(self, steps_per_epoch: int) -> int:
         """Return the ramp in optimizer steps."""
