@@ -79,7 +79,8 @@ class LabelledImages(Dataset):
                 self._pictures = _within(budget, pictures)
             elif keep:
                 self._pixels = torch.stack([evaluate(picture) for picture in pictures])
-                _held[key] = self._pixels
+                if not skip_unreadable:  # else rows are missing
+                    _held[key] = self._pixels
             for _ in pictures if skip_unreadable else ():  # to the end, to know which can be read
                 pass
             if not skip_unreadable:

@@ -510,3 +510,13 @@ def test_a_folder_that_looks_like_a_hub_id_is_told_from_one(tmp_path, monkeypatc
     assert place("data/patients") == "./data/patients"
     for source in ("org/name", "digits", "./data/patients", str(tmp_path), "hf-hub:org/name@v1"):
         assert place(source) == source
+
+
+def test_what_one_has_in_memory_the_next_does_not_decode_again(monkeypatch):
+    rows = load_splits("digits").test
+    how = {"input_size": (1, 8, 8), "evaluate": evaluation_transform((1, 8, 8))}
+    first = LabelledImages(rows, **how)
+    monkeypatch.setattr("hf_specreg.data.images.decode", None)
+    second = LabelledImages(load_splits("digits").test, augment="crop_flip", **how)
+    assert second._pixels is first._pixels
+    assert torch.equal(second.labels, first.labels)

@@ -1,7 +1,5 @@
 import copy
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -21,6 +19,7 @@ from hf_specreg.robustness.classifier import Classifier, ClassifierError
 from hf_specreg.robustness.evaluate import CHECK_IMAGES, Measures
 from hf_specreg.robustness.images import ImageSet, draw
 from hf_specreg.robustness.work import Processes
+from tests.forks import forks
 from tests.unchanged import unchanged
 
 QUICK = {"tangent": {"iterations": 4}}
@@ -100,17 +99,24 @@ def test_two_processes_share_the_images_out(trained, tmp_path):
         evaluate(net, images, labels, processes=Processes(0, 2), **arguments)
     first = {p.name for p in (tmp_path / "chunks").glob("*.npz")}
     assert len(first) == 4  # of 7 chunks
-    barrier = threading.Barrier(2, timeout=60)
-
-    def work(rank):
-        processes = Processes(rank, 2, barrier.wait)
-        return evaluate(copy.deepcopy(net), images, labels, processes=processes, **arguments)
-
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(work, range(2)))
+    context, found = forks(), []
+    barrier = context.Barrier(2, timeout=60)
+    for rank in range(2):
+        receive, send = context.Pipe(duplex=False)
+        context.Process(target=share, args=(rank, barrier, trained, arguments, send)).start()
+        send.close()
+        found.append(receive)
+    found = [receive.recv() for receive in found]
     assert len(list((tmp_path / "chunks").glob("*.npz"))) == 2 * 7
     expected = without_times(evaluate(*trained, batch_size=16).content)
-    assert [without_times(report.content) for report in found] == [expected] * 2
+    assert [without_times(content) for content in found] == [expected] * 2
+
+
+def share(rank, barrier, trained, arguments, send):
+    """One of two processes that share the images out; sends what its report says."""
+    torch.set_num_threads(1)
+    report = evaluate(*trained, processes=Processes(rank, 2, barrier.wait), **arguments)
+    send.send(report.content)
 
 
 def test_a_rank_beyond_the_processes_is_an_error():

@@ -118,7 +118,8 @@ def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     config, _ = parse(["--config", str(path)])
-    assert len(cells(config)) >= 3 * len(config.methods) * len(config.seeds)
+    assert len(config.seeds) >= 3
+    assert len(cells(replace(config, seeds=(0,)))) >= 3 * len(config.methods)
 
 
 @pytest.mark.parametrize(
