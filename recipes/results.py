@@ -27,7 +27,7 @@ from hf_specreg.study.text import (
     strength,
     to_markdown,
 )
-from hf_specreg.study.verdict import not_chosen, verdicts
+from hf_specreg.study.verdict import not_chosen, summary
 
 HERE = Path(__file__).parent
 KEPT = HERE / "studies/results"
@@ -63,11 +63,11 @@ def studies() -> list[Mapping[str, Any]]:
 
 
 def results(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return results.md: what was found in sentences, then every study in full."""
+    """Return results.md: what was found in a few lines, then every study in full."""
     lines = [INTRODUCTION]
     for content in found:
         lines += [f"## {content['name']}: what was found", "", content["description"], ""]
-        lines += [f"- {said}" for said in verdicts(content)] + [""]
+        lines += [f"- {said}" for said in summary(content)] + [""]
     for content in found:
         lines.append(re.sub(r"^(#+) ", r"#\1 ", to_markdown(content), flags=re.MULTILINE))
     return "\n".join(lines)
