@@ -97,7 +97,7 @@ class FreeScales:
             f"a norm after them makes the scale free of {len(names)} of the {len(self._maps)} maps "
             "that are penalised: the sum of sigma^2 can fall while the function stays as it is "
             f"({', '.join(names[:NAMED])}{more}). With batch norms pass fold_norm=True or pin "
-            "them, or take an encoder without norms, or SensitivityPenalty, of the function itself",
+            "them, or take an encoder without norms, or SensitivityPenalty, of the derivative",
             stacklevel=4,  # past torch.compiler.disable
         )
 

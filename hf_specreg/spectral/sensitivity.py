@@ -3,7 +3,7 @@
     penalty = strength * mean over images of [log ||J^T u|| - log spread]
 
 with J the Jacobian of the features by the image and u a direction in the feature space. What that
-is, and why no rescaling changes it: `regularizers/sensitivity.py`.
+is, and which rescalings leave it as it is: `regularizers/sensitivity.py`.
 """
 
 from collections.abc import Sequence

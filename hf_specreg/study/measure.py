@@ -4,7 +4,7 @@ report.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,16 +176,14 @@ def kept_report(
     return report if same else None
 
 
-def nearest(report: RobustnessReport, attacks: Sequence[str] | None = None) -> np.ndarray:
+def nearest(report: RobustnessReport) -> np.ndarray:
     """Return the nearest distance in L2 over attacks, by image; inf where none found any.
 
     Args:
         report: with per-image results.
-        attacks: those of L2; default: all.
     """
     names = [n for n, a in report.content["attacks"].items() if a["norm"] == "l2"]
-    chosen = [name for name in names if attacks is None or name in attacks]
-    return np.min([report.images[f"{name}/distances"] for name in chosen], axis=0).astype(float)
+    return np.min([report.images[f"{name}/distances"] for name in names], axis=0).astype(float)
 
 
 def distances(report: RobustnessReport) -> dict[str, Any]:

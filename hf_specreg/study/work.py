@@ -101,7 +101,8 @@ class Worker:
                 except Exception as error:
                     said = f"failed: {error} ({type(error).__name__}, see {task.folder})"
                     self.failed[task.label] = f"{task.label}: {error}"
-                    traceback.print_exc(file=(task.folder / "log.txt").open("a"))
+                    with (task.folder / "log.txt").open("a") as log:
+                        traceback.print_exc(file=log)
                 self._say(task.label, said, time.perf_counter() - start, tasks)
                 return "did"
         if left:
