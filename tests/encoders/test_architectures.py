@@ -97,3 +97,12 @@ def test_transformers_features_are_the_classifiers_input_and_the_penalty_covers_
     reaching = weights_that_reach(model, features)
     assert names == reaching
     assert not [n for n in reaching if n.startswith(head)]
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet20_cifar_fixup"])
+def test_a_stem_of_stride_2_halves_the_resolution(name):
+    sizes = [
+        timm.create_model(name, stem_stride=stride).forward_features(torch.rand(1, 3, 32, 32)).shape
+        for stride in (1, 2)
+    ]
+    assert sizes == [(1, 64, 8, 8), (1, 64, 4, 4)]

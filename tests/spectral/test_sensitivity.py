@@ -39,7 +39,7 @@ def norm_of(features):
 
 
 def softened(norms, distances, features):
-    floor = norm_of(features) / 100
+    floor = norm_of(features - features.mean(0)) / 100
     return ((norms + floor).log() - (distances + floor).log()).mean()
 
 
@@ -158,6 +158,19 @@ def test_no_rescaling_changes_it_or_has_a_gradient(direction):
         with torch.no_grad():
             layer.weight.mul_(10)
         torch.testing.assert_close(of(net, x, direction, head), before, rtol=1e-6, atol=1e-6)
+
+
+@DIRECTIONS
+def test_a_shift_of_all_features_that_the_heads_bias_absorbs_changes_nothing(smooth, direction):
+    net, head, x = smooth
+    before = of(net, x, direction, head)
+    (gradient,) = torch.autograd.grad(before, net[3].bias)
+    if direction != "margin":  # without its head, a shift moves the features to hyperplanes
+        torch.testing.assert_close(gradient, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        net[3].bias += 5
+        head.bias -= head.weight.sum(1) * 5
+    torch.testing.assert_close(of(net, x, direction, head), before, rtol=1e-6, atol=1e-6)
 
 
 def test_a_few_power_steps_find_the_top_direction(smooth):

@@ -20,9 +20,9 @@ With "margin" for both the term is log ||J^T (w_y - w_k)|| - log (z_y - z_k). Be
 the direction in which features move most, the top left singular vector of J, and "total" the root
 mean square distance of the features from their mean.
 
-In both logarithms 0.01 of the features' root mean square norm is added. Of images whose features do
-not move, or lie on each other's or on a hyperplane, the gradient is bounded by that; of a network
-that has just been initialised, all features may.
+In both logarithms 0.01 of the "total" is added: it bounds the gradient of images whose features do
+not move, or lie on each other's or on a hyperplane. A shift of all features alike, which a head's
+bias absorbs, changes nothing either.
 
 Source: the distance to a hyperplane over the gradient's norm is the first-order distance to the
 decision boundary of Elsayed, Krishnan, Mobahi, Regan, Bengio, "Large Margin Deep Networks for
@@ -50,8 +50,8 @@ from hf_specreg.spectral.regularizers.derivative import (
 )
 from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
-FLOOR = 1e-2  # of the features' norm, in the logarithms
-TINY = 1e-12  # where those are 0
+FLOOR = 1e-2  # of the total spread, in the logarithms
+TINY = 1e-12  # where that is 0
 
 
 def sensitivity(
@@ -95,18 +95,14 @@ def sensitivity(
     else:
         u = F.normalize(displacement(features, direction, head), dim=1).detach()
     norms = pulled_back_norms(function, images, features, u, by=by, step=step)
-    if spread == "total":
-        distances = _root_mean_square(features - features.mean(0))
-    else:
+    # Of centred features, since the head's bias absorbs what all have in common.
+    total = torch.linalg.vector_norm(features - features.mean(0)) / len(features) ** 0.5
+    distances = total
+    if spread != "total":
         distances = torch.linalg.vector_norm(displacement(features, spread, head), dim=1)
-    floor = FLOOR * _root_mean_square(features) + TINY
+    floor = FLOOR * total + TINY
     # A finite difference can be below 0.
     return ((norms.clamp(min=0) + floor).log() - (distances + floor).log()).mean()
-
-
-def _root_mean_square(vectors: Tensor) -> Tensor:
-    """Return that of the norms of [B, D], 0-d."""
-    return torch.linalg.vector_norm(vectors) / len(vectors) ** 0.5
 
 
 def power_method(
