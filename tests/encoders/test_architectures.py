@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 
