@@ -37,6 +37,7 @@ from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.encoders.merging import merged
 from hf_specreg.encoders.pinned import is_pinned, pin_norms
+from hf_specreg.encoders.resize import resize
 
 if TYPE_CHECKING:
     from hf_specreg.hub.publish import Pushed
@@ -250,6 +251,7 @@ class SpecRegModel(nn.Module):
         local_files_only: bool = False,
         subfolder: str | None = None,
         label_names: Sequence[str] | None = None,
+        input_size: tuple[int, int, int] | None = None,
     ) -> "SpecRegModel":
         """Load a model; only safetensors are read, and nothing is executed.
 
@@ -263,8 +265,10 @@ class SpecRegModel(nn.Module):
             local_files_only: take what is in the cache, and ask the Hub nothing.
             subfolder: of the folder or repository, where the model is.
             label_names: of the fresh head's classes.
+            input_size: (C, H, W) of the images from now on; default: as it was saved.
 
         Raises:
+            ValueError: it takes no images of that size.
             FileNotFoundError: no such folder or repository, or no safetensors weights in it.
             FolderError: its configuration is neither timm's nor transformers', is malformed, or is
                 not that of its weights.
@@ -295,6 +299,8 @@ class SpecRegModel(nn.Module):
             if metadata.get("norms") == "pinned":
                 pin_norms(model)
         model.metadata = metadata
+        if input_size is not None:
+            resize(model, input_size)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

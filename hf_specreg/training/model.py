@@ -62,9 +62,11 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
     """Create the model with a head for these classes; without one where there are none."""
     head = {"num_classes": len(label_names), "label_names": label_names or None}
     if config.library == "saved":
-        if config.args or config.input_size:
-            raise ValueError("model.args and model.input_size are not for a saved encoder")
-        return SpecRegModel.from_pretrained(config.name, revision=config.revision, **head)
+        if config.args:
+            raise ValueError("model.args are not for a saved encoder")
+        return SpecRegModel.from_pretrained(
+            config.name, revision=config.revision, input_size=config.input_size, **head
+        )
     shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
         _check_is_of_timm(config.name)
