@@ -11,6 +11,7 @@ from hf_specreg.spectral.sensitivity import SensitivityPenalty
 if TYPE_CHECKING:
     from hf_specreg.robustness.evaluate import evaluate_robustness
     from hf_specreg.robustness.report import RobustnessReport
+    from hf_specreg.training.callback import SpectralPenaltyCallback
     from hf_specreg.training.trainer import SpecRegTrainer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SpecRegModel",
     "SpecRegTrainer",
     "SpectralPenalty",
+    "SpectralPenaltyCallback",
     "evaluate_robustness",
 ]
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 _ON_FIRST_USE = {
     "RobustnessReport": "hf_specreg.robustness.report",
     "SpecRegTrainer": "hf_specreg.training.trainer",
+    "SpectralPenaltyCallback": "hf_specreg.training.callback",
     "evaluate_robustness": "hf_specreg.robustness.evaluate",
 }
 

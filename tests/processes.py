@@ -14,7 +14,7 @@ import torch
 
 from recipes import evaluate, self_supervised, supervised, transfer  # noqa: F401
 from tests.forks import forks
-from tests.training import sharded_data  # noqa: F401
+from tests.training import sharded_data, stock_trainers  # noqa: F401
 
 
 def run(script, *arguments, processes=2):

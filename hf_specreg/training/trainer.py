@@ -9,7 +9,6 @@ the penalty is multiplied by k before.
 A SpecRegModel, which maps images in [0, 1] to logits, is trained by cross-entropy.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -29,12 +28,8 @@ from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.distributed import averages_gradients
-
-VECTORS, COUNT = "penalty.safetensors", "penalty.json"
-
-
-logger = logging.getLogger(__name__)
 
 
 class SpecRegTrainer(Trainer):
@@ -197,25 +192,12 @@ class SpecRegTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self.penalty.state_dict()  # by all processes, which share the layers out
-        if self.args.should_save:
-            save_file(state.pop("vectors"), Path(output_dir) / VECTORS)
-            write_json(Path(output_dir) / COUNT, state)
+        save_penalty(self.penalty, Path(output_dir), write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        if not (folder / VECTORS).is_file():
-            logger.warning(
-                "%s has no %s, as those of Trainer and of save_only_model: the penalty's vectors "
-                "start anew, so this run does not go on exactly as the one that was stopped",
-                *(folder, VECTORS),
-            )
-            return
-        state = read_json(folder / COUNT)
-        self.penalty.load_state_dict({**state, "vectors": load_file(folder / VECTORS)})
+        if checkpoint is not None:
+            load_penalty(self.penalty, Path(checkpoint))
 
 
 class _FromTheStart(TrainerCallback):
