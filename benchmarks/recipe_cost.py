@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe, bare = loops()
     pairs = [(seconds(recipe), seconds(bare)) for _ in range(arguments.rounds + 1)][1:]
-    both = "import torch, timm", "import hf_specreg"
+    both = "import torch, timm", "from hf_specreg import SpecRegModel, SpectralPenalty"
     starts = [tuple(imported(code) for code in both) for _ in range(arguments.rounds + 1)][1:]
     rows = []
     for name, times in (("an epoch", pairs), ("import", starts)):

@@ -3,14 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.sensitivity import SensitivityPenalty
-
 if TYPE_CHECKING:
+    from hf_specreg.encoders.features import FeatureSpace
+    from hf_specreg.encoders.model import SpecRegModel
     from hf_specreg.robustness.evaluate import evaluate_robustness
     from hf_specreg.robustness.report import RobustnessReport
+    from hf_specreg.spectral.penalty import SpectralPenalty
+    from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.callback import SpectralPenaltyCallback
     from hf_specreg.training.trainer import SpecRegTrainer
 
@@ -26,16 +25,26 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Imported on first use: a training loop that adds the penalty needs no data sets, scipy or schemas.
-_ON_FIRST_USE = {
-    "RobustnessReport": "hf_specreg.robustness.report",
-    "SpecRegTrainer": "hf_specreg.training.trainer",
-    "SpectralPenaltyCallback": "hf_specreg.training.callback",
-    "evaluate_robustness": "hf_specreg.robustness.evaluate",
+# Where each name is imported from on its first use: the command's help needs no torch, and a loop
+# that adds the penalty no data sets, scipy or schemas.
+_PLACES = {
+    "FeatureSpace": "encoders.features",
+    "RobustnessReport": "robustness.report",
+    "SensitivityPenalty": "spectral.sensitivity",
+    "SpecRegModel": "encoders.model",
+    "SpecRegTrainer": "training.trainer",
+    "SpectralPenalty": "spectral.penalty",
+    "SpectralPenaltyCallback": "training.callback",
+    "evaluate_robustness": "robustness.evaluate",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ON_FIRST_USE[name]), name)
+    import_module(f"{__name__}.encoders.small")  # registers its architectures with timm
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,10 +12,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from hf_specreg.spectral.layers import UnsupportedLayerError
-
 PACKAGE = Path(__file__).parent
-REFUSED = (OSError, ValueError, ImportError, UnsupportedLayerError)  # exit code 2
+REFUSED = (OSError, ValueError, ImportError)  # exit code 2
 
 UNKNOWN = (
     r"unrecognized arguments: (?P<key>--\S+)",

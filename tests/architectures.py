@@ -4,6 +4,7 @@ import timm
 import torch
 import transformers
 
+import hf_specreg.encoders.small  # noqa: F401  registers the CIFAR networks
 from hf_specreg.encoders.input_size import find_input_size
 
 TIMM = {

@@ -12,7 +12,9 @@ import lightly.transforms
 import lightly.utils.benchmarking  # noqa: F401
 import torch
 
-from recipes import evaluate, self_supervised, supervised, transfer  # noqa: F401
+import hf_specreg.cli
+import hf_specreg.recipes.evaluate  # noqa: F401
+from recipes import self_supervised, supervised, transfer  # noqa: F401
 from tests.forks import forks
 from tests.training import sharded_data, stock_trainers  # noqa: F401
 

@@ -1,17 +1,25 @@
 import json
 import re
+import runpy
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import hf_specreg
 from hf_specreg import SpecRegModel
 from hf_specreg.cli import COMMANDS, main
+from hf_specreg.commands.models import evaluate
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.load import load_model
 from hf_specreg.hub.publish import push
-from recipes import evaluate as recipe
+from hf_specreg.robustness.attacks import DEFAULT_ATTACKS
 from tests.hub.conftest import hub  # noqa: F401  fixture
 
+ROOT = Path(__file__).parents[1]
 ARGUMENTS = ["digits", "--samples", "12", "--attacks", "{tangent: {iterations: 2}}"]
 
 
@@ -39,16 +47,35 @@ def test_evaluate_and_compare_leave_reports_and_pages(folders, tmp_path, capsys)
     assert "that all models classify correctly" in capsys.readouterr().out
 
 
-def test_the_recipe_is_the_same_evaluation(folders, tmp_path):
-    main(["evaluate", folders[0], *ARGUMENTS, "--output", str(tmp_path / "command")])
-    report = recipe.main(
-        ["--model", folders[0], "--data", *ARGUMENTS, "--output", str(tmp_path / "recipe")]
-    )
-    by_command = json.loads((tmp_path / "command/robustness.json").read_text())
-    assert (
-        report.content["attacks"]["tangent"]["distance"]
-        == (by_command["attacks"]["tangent"]["distance"])
-    )
+SILENT = """
+import contextlib, io, sys
+import hf_specreg
+from hf_specreg.cli import main
+assert set(hf_specreg.__all__) <= set(dir(hf_specreg))
+for arguments in ([], ["evaluate"], ["push"]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        main([*arguments, "--help"])
+    assert "usage: hf-specreg" in said.getvalue()
+assert not {"torch", "timm", "transformers", "huggingface_hub", "numpy"} & set(sys.modules)
+"""
+
+
+def test_the_import_and_the_help_need_no_torch_and_every_name_is_there():
+    subprocess.run([sys.executable, "-c", SILENT], check=True, cwd=ROOT)
+    for name in hf_specreg.__all__:
+        assert getattr(hf_specreg, name).__name__ == name
+
+
+def test_the_attacks_that_the_help_states_are_those_of_the_evaluation():
+    assert signature(evaluate).parameters["attacks"].default == list(DEFAULT_ATTACKS)
+
+
+@pytest.mark.parametrize(("script", "command"), [("evaluate", "evaluate"), ("publish", "push")])
+def test_a_script_is_its_command(script, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, "a", "b"])
+    monkeypatch.setattr("hf_specreg.cli.main", asked := Mock())
+    runpy.run_path(str(ROOT / f"recipes/{script}.py"), run_name="__main__")
+    asked.assert_called_once_with([command, "a", "b"])
 
 
 @pytest.mark.parametrize(

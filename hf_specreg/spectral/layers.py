@@ -45,7 +45,7 @@ NO_LINEAR_MAP = re.compile(f"{POSITIONS}|{GAINS}")
 OF_ATTENTION = re.compile(rf"^(?!.*(?:weight|kernel|matrix|proj)).*(?:{POSITIONS})")
 
 
-class UnsupportedLayerError(TypeError):
+class UnsupportedLayerError(ValueError):
     """A layer has weights that cannot be treated as a linear operator."""
 
 

@@ -9,13 +9,13 @@ from tests.processes import run
 def test_two_processes_give_the_report_of_one(tmp_path):
     """The processes share the chunks and wait for each other."""
     SpecRegModel.from_timm("resnet20_cifar", input_size=(1, 8, 8)).save_pretrained(tmp_path / "m")
-    settings = ["--model", str(tmp_path / "m"), "--data", "digits", "--samples", "40"]
+    settings = ["evaluate", str(tmp_path / "m"), "digits", "--samples", "40"]
     settings += ["--attacks", "{tangent: {iterations: 2}, pgd-l2: {steps: 3}}"]
     settings += ["--batch_size", "8"]
     reports = {}
     for processes, name in ((1, "one"), (2, "two")):
         arguments = [*settings, "--output", str(tmp_path / name)]
-        printed = run("recipes.evaluate", *arguments, processes=processes)
+        printed = run("hf_specreg.cli", *arguments, processes=processes)
         assert printed.count("robustness.json") == 1  # said once
         reports[name] = RobustnessReport.load(tmp_path / name)
     one, two = reports["one"], reports["two"]

@@ -1,0 +1,122 @@
+"""Commands that publish encoders and list what is published."""
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def card(
+    folder: str,
+    repo_id: str | None = None,
+    report: str | None = None,
+    baseline: str | None = None,
+    license: str | None = None,
+    study: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Write the model card of a saved encoder, README.md with its plots.
+
+    Args:
+        folder: of the saved model.
+        repo_id: org/name, for the snippets; default: your-name/ and the folder's name.
+        report: folder or robustness.json; default: the one in the folder, if there is one.
+        baseline: a report of another model on the same images, to compare with.
+        license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+        study: folder or study.json of the study that trained the encoder, for the card to cite.
+        output: where the card is written; default: the folder.
+    """
+    from hf_specreg.hub.card import write_card
+    from hf_specreg.hub.encoder import Encoder
+
+    encoder = Encoder.open(folder, report=report, baseline=baseline, license=license, study=study)
+    repo_id = repo_id or f"your-name/{Path(folder).resolve().name}"
+    for path in write_card(encoder, repo_id, Path(output or folder)):
+        print(path)
+
+
+def push(
+    folder: str,
+    repo_id: str,
+    report: str | None = None,
+    baseline: str | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Publish encoder, report and card",
+    eval_results: bool = False,
+    notes: Literal["folder", "hub"] | None = None,
+    study: str | None = None,
+) -> None:
+    """Publish a saved encoder with its report and card on the Hub, in one commit.
+
+    The token is the one of `hf auth login`, or HF_TOKEN: it is no argument, so that no list of
+    processes shows it. Of several processes the first publishes, and the others wait.
+
+    Args:
+        folder: of the saved model.
+        repo_id: org/name, or name in your own namespace; made if it is not there.
+        report: folder or robustness.json; default: the one in the folder, if there is one.
+        baseline: a report of another model on the same images, to compare with.
+        license: SPDX identifier, such as apache-2.0; default: the one on the card that is there.
+        private: make the repository private.
+        revision: branch; default: main.
+        create_pr: open a pull request instead of committing.
+        commit_message: of the commit.
+        eval_results: also write .eval_results/hf_specreg.yaml.
+        notes: which to keep where those on the folder's card and on the Hub's differ.
+        study: folder or study.json of the study that trained the encoder, for the card to cite.
+    """
+    from hf_specreg.hub import publish
+    from hf_specreg.recipes.launched import launched
+
+    state = launched()
+    pushed = publish.push(
+        folder,
+        repo_id,
+        report=report,
+        baseline=baseline,
+        license=license,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        eval_results=eval_results,
+        notes=notes,
+        study=study,
+    )
+    if pushed is not None:
+        what = pushed.pull_request or ("published" if pushed.changed else "nothing has changed")
+        print(f"{pushed.repo_id} at {pushed.commit}: {what}")
+    state.wait_for_everyone()
+
+
+def list_encoders(source: str, sort: str = "accuracy") -> None:
+    """List encoders with their accuracy and robustness, by the metadata on their cards.
+
+    Args:
+        source: a folder that holds encoders' folders, or a namespace on the Hub.
+        sort: a column's name; the largest first.
+    """
+    from hf_specreg.hub.collection import collect, columns_of, sort_rows
+
+    rows = collect(source)
+    if not rows:
+        print(f"no encoders of hf_specreg in {source}")
+        return
+    table = Table(*map(escape, columns_of(rows)), title=f"{escape(source)}: {len(rows)} encoders")
+    for row in sort_rows(rows, sort):
+        table.add_row(*(_cell(name, row.get(name)) for name in columns_of(rows)))
+    Console(width=None if Console().is_terminal else 200).print(table)
+    print("Compare numbers of the same data and the same attack only: the cards have the settings.")
+
+
+def _cell(column: str, value: str | float | None) -> str:
+    if value is None:
+        return ""
+    if column == "accuracy" or column.startswith("robust"):
+        return f"{value:.1%}"
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))

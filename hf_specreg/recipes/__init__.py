@@ -1,0 +1,1 @@
+"""What the recipes do: train by supervision, by self-supervision or by transfer, evaluate."""
