@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= python3
 
-.PHONY: demo test lint test-slow sweep bench clean
+.PHONY: demo test lint test-slow sweep bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -34,6 +34,10 @@ bench: $(VENV)/ready
 	$(PYTHON) benchmarks/attack_cost.py
 	$(PYTHON) benchmarks/coverage.py
 
+# README.md and docs/ as a site in site/; stops at a link that leads nowhere.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV)
 
@@ -42,4 +46,8 @@ $(VENV)/ready: pyproject.toml
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(PYTHON) -m pip install --quiet -e '.[docs]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Write recipes/results.md and the README's headline from the studies that are kept.
+"""Write docs/results.md, and the README's table and picture, from the studies that are kept.
 
     python recipes/results.py [runs/studies/mnist ...]
 
@@ -15,7 +15,10 @@ from typing import Any
 
 from hf_specreg.arguments import errors_in_one_line
 from hf_specreg.hub.citation import public
+from hf_specreg.robustness.page import svg
+from hf_specreg.robustness.plots import need_matplotlib
 from hf_specreg.robustness.text import number, percent, table
+from hf_specreg.study.plots import frontier
 from hf_specreg.study.result import Study
 from hf_specreg.study.text import (
     attacks,
@@ -31,8 +34,9 @@ from hf_specreg.study.verdict import not_chosen, summary
 
 HERE = Path(__file__).parent
 KEPT = HERE / "studies/results"
-RESULTS = HERE / "results.md"
+RESULTS = HERE.parent / "docs/results.md"
 README = HERE.parent / "README.md"
+PICTURE = HERE.parent / "docs/frontier.svg"
 HEADLINE = "mnist"  # the study of the README
 MARKS = "<!-- made by recipes/results.py -->", "<!-- end -->"
 INTRODUCTION = """# Results of the recipes
@@ -127,6 +131,17 @@ def with_headline(text: str, content: Mapping[str, Any]) -> str:
     return f"{before}{begin}\n{headline(content)}\n{end}{after}"
 
 
+def picture(content: Mapping[str, Any]) -> str:
+    """Return the README's picture, accuracy against distance, as an SVG file on a ground of its
+    own, so that it is read on a light and on a dark page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    need_matplotlib()
+    return svg(frontier(content)[0], text=True)
+
+
 def main(folders: Sequence[str]) -> None:
     """Keep the studies that are named, and write what is made of all."""
     with errors_in_one_line():
@@ -136,6 +151,7 @@ def main(folders: Sequence[str]) -> None:
     for content in found:
         if content["name"] == HEADLINE:
             README.write_text(with_headline(README.read_text("utf-8"), content), "utf-8")
+            PICTURE.write_text(picture(content), "utf-8")
     print(f"{RESULTS}: {', '.join(content['name'] for content in found)}")
 
 

@@ -117,18 +117,24 @@ def render(template: Path, **values: Any) -> str:
     return environment.get_template(template.name).render(values)
 
 
-def svg(figure: "Figure") -> str:
-    """Return the figure as an SVG element, the same bytes for the same figure."""
+def svg(figure: "Figure", *, text: bool = False) -> str:
+    """Return the figure as an SVG element, the same bytes for the same figure.
+
+    Args:
+        figure: is closed.
+        text: write letters as text, in the reader's own font; else as outlines.
+    """
     import matplotlib
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "hf_specreg", "svg.fonttype": "path"}):
+    letters = "none" if text else "path"
+    with matplotlib.rc_context({"svg.hashsalt": "hf_specreg", "svg.fonttype": letters}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :]
 
 
 def _twins(report: Report, scale: float) -> str | None:

@@ -14,6 +14,7 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.training.model import build_model
 from recipes import self_supervised, supervised, transfer
 from recipes.supervised import main, parse
+from tests.pages import page
 from tests.processes import run
 
 RECIPES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
@@ -43,15 +44,13 @@ def test_every_configuration_is_valid_and_its_model_can_be_built(path):
 
 
 @pytest.mark.parametrize("name", ["one_node", "two_nodes"])
-def test_accelerates_configurations_are_read_and_named_in_the_readme(name):
+def test_accelerates_configurations_are_read_and_named_in_the_docs(name):
     path = ROOT / f"recipes/configs/accelerate/{name}.yaml"
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 * config.num_machines
     assert config.distributed_type == "MULTI_GPU"
     assert f"--config_file recipes/configs/accelerate/{path.name}" in path.read_text()
-    assert (
-        f"--config_file recipes/configs/accelerate/{path.name}" in (ROOT / "README.md").read_text()
-    )
+    assert f"--config_file recipes/configs/accelerate/{path.name}" in page("training")
 
 
 def test_command_line_overrides_the_file():

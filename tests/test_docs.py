@@ -1,25 +1,51 @@
-"""The README's snippets run as they stand."""
+"""The snippets of README.md and docs/ run as they stand, and what the pages name is there."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from torch import nn
 
-from hf_specreg import SpecRegModel, SpectralPenalty
+from hf_specreg import SpecRegModel, SpectralPenalty, __version__
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
+from tests.pages import PAGES, README, ROOT, only, page, snippets
 
-README = Path(__file__).parents[1] / "README.md"
+FOLDERS = ("hf_specreg", "recipes", "benchmarks", "tests", "docs", "model_cards", ".github")
+FILES = [str(file) for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")]
+FILES += [str(file) for file in ROOT.glob("*.*")]
+NOT_OF_THE_REPOSITORY = {
+    "ssl.py",
+    "hf_specreg/robustness/attacks/NAME.py",
+    "hf_specreg/spectral/regularizers/NAME.py",
+}
 
-
-def snippets(text=None):
-    return re.findall(r"```python\n(.*?)```", text or README.read_text(), re.DOTALL)
+HERE = "tests/test_docs.py"
+# The test that runs each Python snippet of a page, in order.
+RUN_BY = {
+    "README.md": [f"{HERE}::test_three_lines_add_the_penalty_to_a_loss"],
+    "penalty.md": [
+        f"{HERE}::test_the_feature_space_is_as_shown",
+        f"{HERE}::test_the_trainer_is_a_drop_in",
+        f"{HERE}::test_the_penalty_enters_a_step_once_however_many_micro_batches_it_has",
+    ],
+    "norms.md": [
+        f"{HERE}::test_batch_norms_are_pinned_and_fused_as_shown",
+        f"{HERE}::test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_scale",
+    ],
+    "regularizers.md": [f"{HERE}::test_the_penalty_on_the_function_is_added_to_a_loss"],
+    "robustness.md": [f"{HERE}::test_the_evaluation_runs_as_shown"],
+    "hub.md": [
+        f"{HERE}::test_what_is_saved_loads_as_shown",
+        f"{HERE}::test_what_is_saved_loads_as_shown",
+        "tests/hub/test_snippets.py::test_from_an_encoder_on_the_hub_to_one_of_your_own",
+    ],
+}
 
 
 def test_three_lines_add_the_penalty_to_a_loss():
@@ -31,7 +57,8 @@ def test_three_lines_add_the_penalty_to_a_loss():
         "images": torch.rand(2, 3, 160, 160),
         "labels": torch.tensor([0, 1]),
     }
-    exec(snippets()[0], names)
+    (snippet,) = snippets(README.read_text())
+    exec(snippet, names)
     names["loss"].backward()
     assert model.layer4[0].conv1.weight.grad.abs().max() > 0
     assert names["penalty"].step == 1
@@ -39,7 +66,7 @@ def test_three_lines_add_the_penalty_to_a_loss():
 
 def test_the_penalty_on_the_function_is_added_to_a_loss():
     torch.manual_seed(0)
-    (snippet,) = [s for s in snippets() if "SensitivityPenalty" in s]
+    snippet = only(page("regularizers"), "SensitivityPenalty")
     model = timm.create_model("test_vit", img_size=32, num_classes=5)
     names = {
         "model": model,
@@ -55,7 +82,7 @@ def test_the_penalty_on_the_function_is_added_to_a_loss():
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "bare_vit", "bare_convnext"])
 def test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_scale(name):
-    (snippet,) = [s for s in snippets() if "DynamicTanh" in s]
+    snippet = only(page("norms"), "DynamicTanh")
     names = {"nn": nn, "torch": torch, "timm": timm}
     exec(snippet, names)
     model = names[name]
@@ -75,7 +102,7 @@ def test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_
 
 @pytest.mark.parametrize("name", ["resmlp_12_224", "nf_resnet26", "nf_regnet_b0", "vgg11"])
 def test_timms_encoders_without_norms_are_as_said(name):
-    assert f"`{name}`" in README.read_text()
+    assert f"`{name}`" in page("norms")
     with torch.device("meta"):
         penalties = [
             SpectralPenalty(timm.create_model(n, num_classes=5)) for n in (name, "vgg11_bn")
@@ -83,9 +110,22 @@ def test_timms_encoders_without_norms_are_as_said(name):
     assert [len(penalty.free_scale) for penalty in penalties] == [0, 8]
 
 
+def test_the_feature_space_is_as_shown():
+    torch.manual_seed(0)
+    names = {
+        "model": timm.create_model("test_resnet", num_classes=5).eval(),
+        "images": torch.rand(2, 3, 160, 160),
+        "SpectralPenalty": SpectralPenalty,
+    }
+    exec(only(page("penalty"), "FeatureSpace"), names)
+    torch.testing.assert_close(names["model"].fc(names["features"]), names["logits"])
+    assert {layer.name for layer in names["penalty"].layers} < set(names["names"])
+    assert "fc" not in names["names"]
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_the_penalty_enters_a_step_once_however_many_micro_batches_it_has(micro_batches):
-    (snippet,) = [s for s in snippets() if "accumulate" in s]
+    snippet = only(page("penalty"), "accumulate")
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro_batches)
     names = {
@@ -116,7 +156,7 @@ def test_the_trainer_is_a_drop_in(tmp_path):
         ),
         "images": [{"pixel_values": torch.rand(3, 8, 8), "labels": 1}] * 8,
     }
-    (snippet,) = [s for s in snippets() if "SpecRegTrainer" in s]
+    snippet = only(page("penalty"), "SpecRegTrainer")
     exec(snippet, names)
     names["trainer"].train()
     assert names["trainer"].penalty.step == 1
@@ -129,9 +169,7 @@ def test_what_is_saved_loads_as_shown(tmp_path):
     saved.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 64, 64)
     names = {"images": images, "timm": timm, "transformers": transformers}
-    text = README.read_text()
-    section = text[text.index("## Load, fine-tune, publish") :]
-    for snippet in snippets(section)[:2]:
+    for snippet in snippets(page("hub"))[:2]:
         exec(snippet.replace("runs/digits/model", str(tmp_path)), names)
     assert names["model"].num_classes == 3
     assert names["tuned"].num_classes == 5
@@ -142,7 +180,7 @@ def test_what_is_saved_loads_as_shown(tmp_path):
 
 
 def test_batch_norms_are_pinned_and_fused_as_shown():
-    (snippet,) = [s for s in snippets() if "fuse_norms" in s]
+    snippet = only(page("norms"), "fuse_norms")
     names = {name: timm.create_model("test_resnet") for name in ("model", "fresh", "pretrained")}
     exec(snippet, names)
     assert {"bn1", "layer1.0.bn1"} <= set(names["names"])
@@ -163,10 +201,76 @@ def test_the_evaluation_runs_as_shown(tmp_path):
         nn.functional.cross_entropy(model(images / 255), labels).backward()
         optimizer.step()
     model.save_pretrained(tmp_path / "model")
-    (snippet,) = [s for s in snippets() if "evaluate_robustness" in s]
+    snippet = only(page("robustness"), "evaluate_robustness")
     names = {}
-    exec(snippet.replace("runs/digits", str(tmp_path)), names)
-    assert names["report"].content["clean"]["accuracy"]["value"] > 0.9
-    assert names["report"].content["n"] == 50
+    quick = snippet.replace("samples=50", "samples=10")
+    assert quick != snippet
+    exec(quick.replace("runs/digits", str(tmp_path)), names)
+    assert names["report"].content["clean"]["accuracy"]["value"] > 0.7
+    assert names["report"].content["n"] == 10
     assert (tmp_path / "robustness.json").exists()
     assert "How robust is" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_snippet_of_a_page_is_run_by_a_test(path):
+    tests = RUN_BY.get(path.name, [])
+    assert len(snippets(path.read_text("utf-8"))) == len(tests)
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there(path):
+    text = path.read_text("utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)|^\[[\w-]+\]: (\S+)", text, re.MULTILINE)
+    for target in (inline or defined for inline, defined in links):
+        if not target.startswith("https://"):
+            found = (path.parent / target).resolve()
+            assert found.exists(), target
+            if path.parent != ROOT:  # the site holds nothing from elsewhere
+                assert found.is_relative_to(ROOT / "docs"), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_files_that_a_page_names_are_there(path):
+    """By their whole path, or its end where a row of a table has named the folder."""
+    named = re.findall(r"[\w./-]+\.(?:py|yaml|yml|jinja|cff)\b", path.read_text("utf-8"))
+    missing = {name for name in named if not any(file.endswith(f"/{name}") for file in FILES)}
+    assert missing <= NOT_OF_THE_REPOSITORY
+
+
+def test_the_site_begins_with_the_readme_and_leads_to_the_same_pages():
+    """README.md and docs/index.md, which takes its text, each say where its links lead."""
+    links = [
+        dict(re.findall(r"^\[([\w-]+)\]: (\S+)", text.read_text("utf-8"), re.MULTILINE))
+        for text in (README, ROOT / "docs/index.md")
+    ]
+    readme, index = links
+    assert readme == {name: f"docs/{target}" for name, target in index.items()}
+    used = re.findall(r"\]\[([\w-]+)\]|\[([\w-]+)\]\[\]", README.read_text("utf-8"))
+    assert {a or b for a, b in used} == set(readme)
+
+
+def test_every_page_is_in_the_sites_navigation():
+    named = re.findall(r"- ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text("utf-8"))
+    docs = ROOT / "docs"
+    assert sorted(named) == sorted(str(p.relative_to(docs)) for p in docs.rglob("*.md"))
+
+
+def test_the_readme_is_short_and_its_first_table_has_numbers_that_were_measured():
+    text = README.read_text("utf-8")
+    assert len(text.split()) < 2500
+    table = text[text.index("| network, data |") : text.index("\nGain:")]
+    rows = table.strip().splitlines()[2:]
+    assert 1 <= len(rows) <= 8
+    measured = page("results") + text[text.index("## Measured") :]
+    for number in re.findall(r"[-+]?\d+\.\d+ (?:points )?\([^)]*\)|\d\.\d{3}", table):
+        assert number in measured, number
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == __version__
+    assert "arXiv:2405.17181" in str(citation["references"])

@@ -1,8 +1,7 @@
-"""The README's way from an encoder on the Hub to one of your own, and the snippets on a card."""
+"""The way of docs/hub.md from the Hub to the Hub, and the snippets on a card."""
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,9 +12,9 @@ from hf_specreg.hub.publish import push
 from hf_specreg.robustness.evaluate import Measures
 from recipes import transfer
 from tests.hub.conftest import make_model
+from tests.pages import page
 
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-README = Path(__file__).parents[2] / "README.md"
 
 
 def python_in(text):
@@ -24,8 +23,8 @@ def python_in(text):
 
 @pytest.fixture
 def section():
-    text = README.read_text()
-    return text[text.index("## Load, fine-tune, publish") : text.index("## Attack")]
+    text = page("hub")
+    return text[text.index("## From the Hub to the Hub") :]
 
 
 def test_from_an_encoder_on_the_hub_to_one_of_your_own(hub, section, tmp_path, monkeypatch, capsys):
