@@ -27,7 +27,7 @@ def spectrum(
 
     loaded = load_model(model)
     size = input_size or loaded.input_size
-    penalty = SpectralPenalty(loaded, scope=scope, input_size=size)
+    penalty = SpectralPenalty(loaded, strength=0, scope=scope, input_size=size)
     values = penalty.top_singular_values(tolerance=tolerance)
     title = f"{model}: top singular values at {'x'.join(map(str, size))}"
     table = Table("layer", "kind", "input", "sigma", "residual", title=title)

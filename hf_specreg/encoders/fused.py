@@ -9,6 +9,8 @@ frozen, so that no scale is free: what a penalty says of W' it says of the funct
 """
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from hf_specreg.encoders.graph import (
     is_batch_norm,
     outputs_of,
 )
-from hf_specreg.encoders.pinned import BatchNorm, batch_norms, pin_norms
+from hf_specreg.encoders.pinned import BatchNorm, batch_norms, is_pinned, pin, pinnable
 
 TOLERANCE = 1e-3  # of the largest output: float32 on the CPU is far below, TF32 below
 NAMED = 8  # norms in a warning
@@ -42,12 +44,12 @@ def fuse_norms(model: nn.Module | FeatureSpace) -> tuple[str, ...]:
         The dotted names of the norms that were fused; a warning names the others.
 
     Raises:
-        ValueError: none can be fused, or they cannot be pinned (see `pin_norms`), or the outputs
-            are not the same as before: the model is then as it was.
+        ValueError: one cannot be pinned (see `pin_norms`), or none can be fused, or the outputs are
+            not the same as before: the model is then as it was.
     """
     space = FeatureSpace.of(model)
     network = space.network
-    norms = batch_norms(network)
+    norms = pinnable(network)
     found = _fusible(space, norms)
     if not found:
         raise ValueError(
@@ -69,11 +71,53 @@ def fuse_norms(model: nn.Module | FeatureSpace) -> tuple[str, ...]:
             f"with its batch norms fused {type(network).__name__} gives other outputs, by "
             f"{difference:.1e} of the largest: it is left as it was. Pin them instead"
         )
-    pin_norms(network)
+    pin(norms.values())
     for name in found:
         norms[name].weight.requires_grad_(False)
     _warn_of_others([name for name in norms if name not in found], len(norms))
     return tuple(found)
+
+
+def with_pins(metadata: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """Return what specreg.json says, with which of a network's batch norms are pinned."""
+    metadata = {key: metadata[key] for key in metadata if key not in ("norms", "pinned")}
+    norms = _named_without_prefix(network)
+    pinned = [name for name, norm in norms.items() if is_pinned(norm)]
+    if len(pinned) == len(norms):
+        return metadata | ({"norms": "pinned"} if pinned else {})
+    return metadata | ({"norms": "partly pinned", "pinned": pinned} if pinned else {})
+
+
+def pin_again(network: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Pin a loaded network's batch norms as its specreg.json says, and freeze the gains of those
+    that were fused, which their values tell.
+
+    Raises:
+        ValueError: it has no batch norm of that name, or none at all.
+    """
+    if metadata.get("norms") not in ("pinned", "partly pinned"):
+        return
+    pinnable(network)
+    norms = _named_without_prefix(network)
+    names = metadata["pinned"] if metadata["norms"] == "partly pinned" else list(norms)
+    if unknown := [name for name in names if name not in norms]:
+        raise ValueError(f"specreg.json has batch norms pinned that are not there: {unknown[:4]}")
+    pin(norms[name] for name in names)
+    for name in names:
+        if _is_fused(norms[name]):
+            norms[name].weight.requires_grad_(False)
+
+
+def _named_without_prefix(network: nn.Module) -> dict[str, BatchNorm]:
+    """The batch norms by names that those of transformers have with a head and without."""
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    return {name.removeprefix(prefix): norm for name, norm in batch_norms(network).items()}
+
+
+def _is_fused(norm: BatchNorm) -> bool:
+    if norm.weight is None or norm.running_mean.any() or not (norm.weight == 1).all():
+        return False
+    return torch.equal(norm.running_var, torch.full_like(norm.running_var, 1 - norm.eps))
 
 
 def _fusible(space: FeatureSpace, norms: dict[str, BatchNorm]) -> dict[str, tuple]:

@@ -33,10 +33,10 @@ from hf_specreg.encoders.formats import (
     save_transformers,
     write_json,
 )
+from hf_specreg.encoders.fused import pin_again, with_pins
 from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.encoders.merging import merged
-from hf_specreg.encoders.pinned import is_pinned, pin_norms
 from hf_specreg.encoders.resize import resize
 
 if TYPE_CHECKING:
@@ -293,11 +293,9 @@ class SpecRegModel(nn.Module):
                 model = cls(network, label_names=label_names, **data)
             else:
                 check_drawing(lambda: draw_transformers(config), name_or_folder, weights)
-                model = cls.from_transformers(
-                    str(folder), num_classes=num_classes, label_names=label_names
-                )
-            if metadata.get("norms") == "pinned":
-                pin_norms(model)
+                head = {"num_classes": num_classes, "label_names": label_names}
+                model = cls.from_transformers(str(folder), **head)
+            pin_again(model.network, metadata)
         model.metadata = metadata
         if input_size is not None:
             resize(model, input_size)
@@ -306,8 +304,8 @@ class SpecRegModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configuration, preprocessing and specreg.json into a folder.
 
-        LoRA is merged and parametrizations are computed: the folder holds plain weights. That batch
-        norms are pinned is in specreg.json, and `from_pretrained` pins them again.
+        LoRA is merged and parametrizations are computed: the folder holds plain weights. Which
+        batch norms are pinned is in specreg.json, and `from_pretrained` pins them again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -319,8 +317,7 @@ class SpecRegModel(nn.Module):
             save_timm(network, folder, **arguments, data=data)
         else:
             save_transformers(network, folder, label_names=self.label_names, data=data)
-        pinned = {"norms": "pinned"} if any(map(is_pinned, network.modules())) else {}
-        write_json(folder / RUN_FILE, self.metadata | pinned)
+        write_json(folder / RUN_FILE, with_pins(self.metadata, network))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "Pushed | None":
         """Publish the model with its report and card in one commit; see `hf_specreg.hub.publish`.

@@ -17,6 +17,8 @@ Source: Zhang, Dauphin, Ma, "Fixup initialization: residual learning without nor
 ICLR 2019, section 3.
 """
 
+import warnings
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -43,13 +45,24 @@ def is_pinned(module: nn.Module) -> bool:
 def pin_norms(model: nn.Module) -> None:
     """Keep a model's batch norms in evaluation mode, with the statistics that they have, in place.
 
-    `model.train()` leaves them there from now on, also in copies of the model.
+    `model.train()` leaves them there from now on, also in copies of the model. What puts other
+    modules in their place, as torch's and timm's convert_sync_batchnorm do, unpins them: convert
+    first. The recipes leave those that are pinned.
 
     Args:
         model: any module; to be pinned before a `SpectralPenalty` is made of it.
 
     Raises:
-        ValueError: it has no batch norm, or one without running statistics.
+        ValueError: it has no batch norm, or one without running statistics; none is pinned then.
+    """
+    pin(pinnable(model).values())
+
+
+def pinnable(model: nn.Module) -> dict[str, BatchNorm]:
+    """Return a model's batch norms by their dotted names.
+
+    Raises:
+        ValueError: see `pin_norms`.
     """
     norms = batch_norms(model)
     if not norms:
@@ -57,7 +70,12 @@ def pin_norms(model: nn.Module) -> None:
     for name, norm in norms.items():
         if norm.running_var is None:
             raise ValueError(f"the batch norm {name!r} has no running statistics to be pinned at")
-    for norm in norms.values():
+    return norms
+
+
+def pin(norms: Iterable[BatchNorm]) -> None:
+    """Pin these batch norms, which have running statistics."""
+    for norm in norms:
         norm.eval()
         norm.train = partial(_stay, norm)  # a partial, which can be pickled and copied
 
@@ -73,8 +91,9 @@ def initialize_pinned(model: nn.Module | FeatureSpace) -> None:
 
     Residual branches are found by what is computed: of two tensors that are added, the branch is
     the one with more linear maps on its way. Where a branch ends in a norm its gain is 0 at first,
-    where it ends in a map, that map. Linear layers and heads are left as they are, unless a branch
-    ends in one. Nothing holds down what grows by sums of equal branches (RepVGG's).
+    where it ends in a map, that map; a warning says how many end in neither (a ReLU, say), and do
+    not start at 0. Linear layers and heads are left as they are, unless a branch ends in one.
+    Nothing holds down what grows by sums of equal branches (RepVGG's).
 
     Args:
         model: a fresh one, or its `FeatureSpace`; changed in place. Draws from torch's global
@@ -85,16 +104,17 @@ def initialize_pinned(model: nn.Module | FeatureSpace) -> None:
     """
     space = FeatureSpace.of(model)
     pin_norms(space.network)
-    for module in space.network.modules():
+    for name, module in space.network.named_modules():
         if isinstance(module, BatchNorm):
             module.reset_parameters()  # and the statistics
-        elif isinstance(module, CONVOLUTIONS):
+        elif isinstance(module, CONVOLUTIONS) and not space.of_head(f"{name}.weight"):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     graph = OperationGraph(space)
     branches = _residual_branches(graph)
     drawn: set[Node] = set()
+    ends = []  # what branches end in that do not start at 0
     for branch in sorted(branches, key=len):  # of nested ones the innermost counts
         count = max(branch.values())
         for node in branch.keys() - drawn:
@@ -102,7 +122,15 @@ def initialize_pinned(model: nn.Module | FeatureSpace) -> None:
             if found is not None:
                 found[0].mul_(len(branches) ** (-1 / (2 * count - 2)))
         drawn |= branch.keys()
-        _end_in_zero(graph, branch)
+        end = _end_in_zero(graph, branch)
+        ends += [end.name()] if end is not None else []
+    if ends:
+        warnings.warn(
+            f"{len(ends)} of {len(branches)} residual branches end in neither a norm nor a linear "
+            f"map ({', '.join(sorted(set(ends)))}) and do not start at 0, as Fixup has it: warm "
+            "the learning rate up, or take blocks without a function after their last norm",
+            stacklevel=3,  # past torch.no_grad
+        )
 
 
 def _residual_branches(graph: OperationGraph) -> list[dict[Node, int]]:
@@ -147,8 +175,10 @@ def _ungated(graph: OperationGraph, node: Node) -> list[Node]:
     return fed
 
 
-def _end_in_zero(graph: OperationGraph, branch: dict[Node, int]) -> None:
-    """Set what a branch is multiplied by last to 0, the gain of a norm or a linear map."""
+def _end_in_zero(graph: OperationGraph, branch: dict[Node, int]) -> Node | None:
+    """Set what a branch is multiplied by last to 0, the gain of a norm or a linear map; return what
+    it ends in where that is neither.
+    """
     *_, node = branch
     while node.name() == "MulBackward0" and len(fed := _ungated(graph, node)) == 1:
         node = fed[0]
@@ -156,6 +186,7 @@ def _end_in_zero(graph: OperationGraph, branch: dict[Node, int]) -> None:
         zero = (graph.parameter(node, 1),)
     else:
         zero = graph.linear_map(node) or ()
+    zero = [parameter for parameter in zero if parameter is not None]
     for parameter in zero:
-        if parameter is not None:
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(parameter)
+    return None if zero else node

@@ -108,7 +108,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "penalty": encoder.penalty,
         "others": [name for name, _ in _regularized(encoder) if "penalty" not in name],
         "trained": bool(encoder.config),
-        "pinned": encoder.run.get("norms") == "pinned",
+        "pinned": {"pinned": "Its", "partly pinned": "Some of its"}.get(encoder.run.get("norms")),
         "data": encoder.data,
         "training": [(name, str(v)) for name, v in _training(encoder) if v is not None],
         "baseline": encoder.baseline is not None,

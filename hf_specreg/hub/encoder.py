@@ -42,6 +42,7 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
         "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
         "penalty_share": _NUMBER,
         "norms": _TEXT,
+        "pinned": {"type": "array", "items": _TEXT},
         "config": {
             **_OBJECT,
             "properties": {

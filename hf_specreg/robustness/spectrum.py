@@ -49,7 +49,7 @@ def measure_spectrum(subject: Subject, size: tuple[int, int, int], *, fold_norm:
     spectrum = Spectrum()
     try:
         space = FeatureSpace.of(subject.space or subject.model, input_size=size)
-        penalty = SpectralPenalty(space)
+        penalty = SpectralPenalty(space, strength=0)
         spectrum.layers = _layers(penalty, fold_norm)
         spectrum.bound = _bound(penalty, spectrum.layers)
     except NoBoundError as error:

@@ -213,8 +213,19 @@ class Dataflow(TorchFunctionMode):
     def _origin(self, tensor: Tensor) -> Flow | Constant:
         if not self._is_known(tensor):
             self.is_whole &= id(tensor) in self._known  # if only changed in place meanwhile
-            self._other(tensor, ())
+            self._other(tensor, self._in_its_memory(tensor))
         return self._known[id(tensor)][2]
+
+    def _in_its_memory(self, tensor: Tensor) -> list[Flow]:
+        """What changed a tensor through a view of it, or what it is a view of; else all of them."""
+        with torch._C.DisableTorchFunction():
+            place = tensor.untyped_storage()._cdata
+            known = [
+                (other._version == version, origin)
+                for other, version, origin in self._known.values()
+                if isinstance(origin, Flow) and other.untyped_storage()._cdata == place
+            ]
+        return [o for is_current, o in known if is_current] or [origin for _, origin in known]
 
 
 def follow(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> Dataflow:

@@ -8,11 +8,15 @@ that it is given (but for its eps): batch, layer, group, instance and RMS norms.
 free if the degree is 0 wherever anything else is done, and in what the network returns. Then the
 sum of sigma^2 falls with c and the function stays (van Laarhoven 2017, arXiv:1706.05350).
 
+Of channels that are concatenated each has the degree of the tensor that it is from, up to a batch
+or instance norm, which takes each by itself (DenseNet).
+
 What is found is free, but not all that is free is found. Not seen are: norms that none of torch's
-functions computes; a bias, or another tensor's channels, that is added before the norm and taken
-out by it; q or k alone, where one matrix stacks q, k and v; networks that run code that cannot be
-followed (`dataflow.py`). A gain that could take over the scale of the map beside it (layer scale, a
-norm's before the map) is a parameter of its own, and frees nothing here.
+functions computes; a bias, or another tensor, that is added before the norm and taken out by it;
+what is changed in place through a view; q or k alone, where one matrix stacks q, k and v; networks
+that run code that cannot be followed (`dataflow.py`). A gain that could take over the scale of the
+map beside it (layer scale, a norm's before the map) is a parameter of its own, and frees nothing
+here.
 """
 
 import heapq
@@ -20,13 +24,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.pinned import is_pinned
 from hf_specreg.encoders.trace import FAILURES
 from hf_specreg.spectral.dataflow import Dataflow, follow
 from hf_specreg.spectral.flow import (
@@ -43,46 +47,53 @@ from hf_specreg.spectral.flow import (
     name_of,
 )
 from hf_specreg.spectral.layers import STANDARDISED_CONVOLUTIONS
+from hf_specreg.spectral.sharding import check_whole
 
 NAMED = 4  # layers in the warning
 UNKNOWN = math.nan  # a degree that is none: equal to nothing, and so is what is reckoned with it
+BY_CHANNEL = math.inf  # the degree is each channel's own
 SUMS = frozenset(name for name in IN_PLACE if "add" in name or "sub" in name)
-HOMOGENEOUS = frozenset(
+OF_EACH_CHANNEL = frozenset(
     {
-        *MOVES,
-        *IN_PLACE,
-        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "neg", "abs"),
-        *("mean", "sum", "amax", "amin", "cat", "concat", "stack", "interpolate"),
-        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d"),
+        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "neg", "abs", "interpolate"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "contiguous", "clone"),
         *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
     }
+)
+CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
+HOMOGENEOUS = (
+    OF_EACH_CHANNEL | MOVES | IN_PLACE | CONCATENATIONS | {"mean", "sum", "amax", "amin", "stack"}
 )
 BILINEAR = PRODUCTS | {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum"}
 
 
 class FreeScales:
-    """The maps of a network whose scale is free, while it is in the mode that it trains in.
+    """The maps of a network whose scale is free.
 
     Args:
         space: whose network is run once, in evaluation mode.
         modules: that the maps are of, by the maps' names.
+        at_once: run it now, while weights are whole; else when it is first asked about.
     """
 
-    def __init__(self, space: FeatureSpace, modules: Mapping[str, nn.Module]):
-        self._network = space.network
-        self._maps = tuple(modules)
-        self._by: dict[str, frozenset[str]] = _freed(space, modules)
+    def __init__(
+        self, space: FeatureSpace, modules: Mapping[str, nn.Module], *, at_once: bool = False
+    ):
+        self._space, self._modules = space, modules
+        self._found = _freed(space, modules) if at_once else None
         self._has_warned = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of these maps. A batch norm that is pinned, or in evaluation mode while the network is in
-        training mode, has fixed statistics and frees nothing.
+        """Of these maps, as the network is now. A batch norm in evaluation mode, as those that are
+        pinned always are, has fixed statistics and frees nothing.
         """
-        norms = {name: self._network.get_submodule(name) for by in self._by.values() for name in by}
-        kept = self._network.training
-        fixed = {n for n, m in norms.items() if is_pinned(m) or (kept and not m.training)}
-        return tuple(name for name, by in self._by.items() if not by & fixed)
+        if self._found is None:
+            self._found = _freed(self._space, self._modules)
+        norms = {name for by in self._found.values() for name in by}
+        network = self._space.network
+        fixed = {name for name in norms if not network.get_submodule(name).training}
+        return tuple(name for name, by in self._found.items() if not by & fixed)
 
     def warn_once(self) -> None:
         """Warn, the first time, if these are more than half of the maps."""
@@ -90,23 +101,26 @@ class FreeScales:
             return
         self._has_warned = True
         names = self.names
-        if 2 * len(names) <= len(self._maps):
+        if 2 * len(names) <= len(self._modules):
             return
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         warnings.warn(
-            f"a norm after them makes the scale free of {len(names)} of the {len(self._maps)} maps "
-            "that are penalised: the sum of sigma^2 can fall while the function stays as it is "
-            f"({', '.join(names[:NAMED])}{more}). With batch norms pass fold_norm=True or pin "
+            f"a norm after them makes the scale free of {len(names)} of the {len(self._modules)} "
+            "maps that are penalised: the sum of sigma^2 can fall while the function stays as it "
+            f"is ({', '.join(names[:NAMED])}{more}). With batch norms pass fold_norm=True or pin "
             "them, or take an encoder without norms, or SensitivityPenalty, of the derivative",
             stacklevel=4,  # past torch.compiler.disable
         )
 
 
 def _freed(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> dict[str, frozenset[str]]:
-    """The maps with a free scale, and the batch norms that make it so, by name."""
+    """The maps with a free scale, and the batch norms that make it so, by name; none of a network
+    that cannot be followed, as one whose weights are sharded.
+    """
     dotted = {module: name for name, module in space.network.named_modules()}
     layers = {dotted[module]: module for module in modules.values()}
     try:
+        check_whole(space.network)
         dataflow = follow(space, layers)
     except FAILURES:  # of the network's own code, on one image in evaluation mode
         return {}
@@ -177,6 +191,15 @@ class _Scaling:
         if flow.step is None:  # what the network returns, or has not been seen
             return UNKNOWN
         function, args, kwargs = flow.step.function, flow.step.args, flow.step.kwargs
+        name = name_of(function)
+        leaves = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Flow | Constant)]
+        degrees = [self._of(leaf) for leaf in leaves]
+        channels = 1, 1 - len(flow.shape)
+        together = name in CONCATENATIONS and _dimension(*args, **kwargs) in channels
+        if BY_CHANNEL in degrees and not (
+            together or name in OF_EACH_CHANNEL or function in (F.batch_norm, F.instance_norm)
+        ):
+            return UNKNOWN
         if isinstance(function, str):
             return self._of_layer(function, args)
         if function in CONVOLUTIONS or function is F.linear:
@@ -189,10 +212,8 @@ class _Scaling:
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             query, key, value = (given[name] for name in ("query", "key", "value"))
             return self._of(value) + _none([self._of(query), self._of(key)])
-        name = name_of(function)
-        degrees = [
-            self._of(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Flow | Constant)
-        ]
+        if together and len(set(degrees)) > 1 and not any(map(math.isnan, degrees)):
+            return BY_CHANNEL
         if name in SUMS:
             terms = [a for k, a in (*enumerate(args), *kwargs.items()) if k != "alpha"]
             return _same([self._of(term) for term in terms])
@@ -230,6 +251,11 @@ class _Scaling:
                 return UNKNOWN  # a frozen one, of a class of its own
             self._norms.add(name)
         return 0
+
+
+def _dimension(tensors: Any, dim: int = 0, **options: Any) -> int:
+    """Along which these arguments have tensors concatenated."""
+    return options.get("axis", dim)
 
 
 def _same(degrees: Sequence[float]) -> float:

@@ -149,6 +149,9 @@ class SpectralPenalty:
         self._skip, self._split_qkv = skip, split_qkv
         self._seen = SeenInput()
         self._measure()
+        self._free_scales = FreeScales(
+            self.space, self._modules, at_once=strength > 0 and not fold_norm
+        )
         if fold_norm:
             warn_of_unfolded([layer.name for layer in self.layers], self._norms)
 
@@ -159,8 +162,8 @@ class SpectralPenalty:
 
     @property
     def free_scale(self) -> tuple[str, ...]:
-        """The layers that norms let be multiplied by any c > 0, bias and all, with no change of
-        what the network computes in training (`free_scale.py`); also if norms are folded in.
+        """The layers that norms, in the modes that they are in, let be multiplied by any c > 0,
+        bias and all, with no change of the function (`free_scale.py`); also if norms are folded in.
         """
         return self._free_scales.names
 
@@ -207,7 +210,6 @@ class SpectralPenalty:
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = adjoining_norms(self.space, self._modules) if self.fold_norm else {}
-        self._free_scales = FreeScales(self.space, self._modules)
         self._sum = FollowedSum(
             self.layers,
             lambda stack: self._weight(stack, self._norms),

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForImageClassification
 
-from hf_specreg import FeatureSpace
+from hf_specreg import FeatureSpace, SpecRegModel
 from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.encoders.pinned import batch_norms, is_pinned
 from tests.tiny import images, tiny
@@ -127,6 +127,10 @@ def test_the_saved_folder_is_of_the_same_architecture(tmp_path):
     ):
         output = stock.eval()(normal)
         torch.testing.assert_close(getattr(output, "logits", output), expected)
+    again = SpecRegModel.from_pretrained(tmp_path)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert one.requires_grad == other.requires_grad
+    assert not again.network.bn1.weight.requires_grad
 
 
 def test_a_network_that_would_not_be_the_same_is_left_as_it_was():
@@ -145,6 +149,18 @@ def test_a_network_that_would_not_be_the_same_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not is_pinned(network.norm)
     assert network.norm.weight.requires_grad
+
+
+def test_nothing_is_changed_where_a_norm_cannot_be_pinned():
+    convolutions = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3)
+    norms = nn.BatchNorm2d(4), nn.BatchNorm2d(2, track_running_stats=False)
+    network = nn.Sequential(convolutions[0], norms[0], convolutions[1], norms[1])
+    nn.init.constant_(norms[0].running_var, 4)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="batch norm '3' has no running statistics"):
+        fuse_norms(space_of(network, 1, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not is_pinned(norms[0])
 
 
 def test_nothing_to_fuse_is_an_error():

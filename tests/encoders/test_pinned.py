@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -11,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 from hf_specreg import FeatureSpace, SpecRegModel
-from hf_specreg.encoders.pinned import batch_norms, initialize_pinned, is_pinned, pin_norms
+from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.encoders.pinned import batch_norms, initialize_pinned, is_pinned, pin, pin_norms
 from tests.tiny import SIZE, images, tiny
 
 
@@ -82,6 +84,31 @@ def test_stock_libraries_load_what_was_trained_pinned_with_the_same_logits(build
     torch.testing.assert_close(again(images()), expected)
 
 
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: tiny("resnet20_cifar"), ["bn1", "stages.0.0.bn2"]),
+        (small_resnet, ["embedder.embedder.normalization"]),
+    ],
+)
+@pytest.mark.parametrize("classes", [None, 0])
+def test_those_that_were_pinned_come_back_pinned_and_no_others(build, names, classes, tmp_path):
+    model = build()
+    prefix = "" if model.is_timm else "resnet."
+    pin(model.network.get_submodule(prefix + name) for name in names)
+    model.save_pretrained(tmp_path)
+    again = SpecRegModel.from_pretrained(tmp_path, num_classes=classes).train()
+    found = {name for name, norm in batch_norms(again.network).items() if is_pinned(norm)}
+    assert {name.removeprefix("resnet.") for name in found} == set(names)
+    again.save_pretrained(tmp_path / "again")
+    description = json.loads((tmp_path / "again" / "specreg.json").read_text())
+    assert description == {"norms": "partly pinned", "pinned": names}
+    description["pinned"] = ["another"]
+    (tmp_path / "specreg.json").write_text(json.dumps(description))
+    with pytest.raises(FolderError, match=r"pinned that are not there: \['another'\]"):
+        SpecRegModel.from_pretrained(tmp_path)
+
+
 def test_fixup_scales_the_branches_by_their_number_and_starts_them_at_zero():
     model = tiny("resnet20_cifar", channels=[64, 64, 128], layers=[2, 1, 1])
     initialize_pinned(model)
@@ -106,15 +133,20 @@ def test_fixup_scales_the_branches_by_their_number_and_starts_them_at_zero():
     ("name", "zero"),
     [
         ("mobilenetv2_035", "blocks.1.1.bn3.weight"),
-        ("resnetv2_18", "stages.0.blocks.0.conv2.weight"),  # ends in a convolution
+        ("resnetv2_18", "stages.0.blocks.0.conv2.weight"),  # so is its head; ends in a convolution
         ("regnetx_002", "s1.b1.conv3.bn.weight"),
         ("skresnet18", "layer1.0.conv2.bn.weight"),
     ],
 )
 def test_branches_are_found_whatever_the_blocks_are_called(name, zero):
     network = timm.create_model(name, num_classes=2)
-    initialize_pinned(FeatureSpace.of(network, input_size=(3, 32, 32)))
+    space = FeatureSpace.of(network, input_size=(3, 32, 32))
+    head = [p.clone() for n, p in network.named_parameters() if space.of_head(n)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        initialize_pinned(space)
     parameters = dict(network.named_parameters())
+    assert all(map(torch.equal, head, (p for n, p in parameters.items() if space.of_head(n))))
     assert zero in parameters
     assert not parameters[zero].any()
     zeros = [n for n, m in batch_norms(network).items() if not m.weight.any()]
@@ -145,3 +177,22 @@ def test_gates_count_for_no_layer_of_their_branch():
     for conv in (network.one, network.two, network.gate):  # one branch: scaled by 1
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     torch.testing.assert_close(drawn, (network.one.weight.data, network.gate.weight.data))
+
+
+def test_branches_that_do_not_start_at_zero_are_told_of():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x + self.norm(self.conv(x)).relu()
+
+    space = FeatureSpace.of(Residual(), head=(), input_size=SIZE)
+    said = r"1 of 1 residual branches end in neither .* \(ReluBackward0\) and do not start at 0"
+    with pytest.warns(UserWarning, match=said) as caught:
+        initialize_pinned(space)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert (space.network.norm.weight == 1).all()

@@ -6,18 +6,20 @@ import pytest
 import timm
 import torch
 from timm.layers import ScaledStdConv2d, StdConv2d, freeze_batch_norm_2d
+from timm.models.densenet import DenseNet
 from timm.models.vgg import VGG
 from torch import nn
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_specreg import SpectralPenalty
+from hf_specreg import FeatureSpace, SpectralPenalty
 from hf_specreg.encoders.pinned import pin_norms
 from tests.spectral.test_norms import CONVNEXT, SWIN, VIT, Net, OwnBackward, convolution
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (32, 32, 32, 32)}
 STAGES = {"depths": CONVNEXT["depths"], "dims": CONVNEXT["hidden_sizes"]}
 VGG_ARGS = {"cfg": [8, "M", 8, "M"], "mlp_ratio": 0.01, "num_classes": 5}
+DENSE = {"block_config": (2, 1), "growth_rate": 4, "num_classes": 5}
 HF = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "layer_type": "basic"}
 
 
@@ -41,6 +43,7 @@ NETWORKS = {
     "vit": (by_name("vit_tiny_patch16_224", **VIT), 0, 5),
     "swin": (by_name("swin_tiny_patch4_window7_224", drop_path_rate=0, **SWIN), 1, 14),
     "norms at the end": (by_name("swinv2_tiny_window8_256", drop_path_rate=0, **SWIN), 8, 14),
+    "densenet": (lambda: DenseNet(**DENSE), 8, 8),
     "mlp": (by_name("mlp_2000", img_size=8, hidden_features=20), 0, 1),
 }
 
@@ -72,6 +75,8 @@ def of_any(network, **options):
     """A penalty at a size that is quick, where a network takes any."""
     if isinstance(network, VGG):
         options |= {"head": "head", "input_size": (3, 28, 28)}
+    elif isinstance(network, DenseNet):
+        options |= {"head": "classifier", "input_size": (3, 64, 64)}
     elif hasattr(network, "layer4") or hasattr(network, "stages"):
         options |= {"input_size": (3, 64, 64)}
     return SpectralPenalty(network, **options)
@@ -100,6 +105,19 @@ def free(forward, **parts):
 
 BIASED = {"conv": convolution(), "two": convolution(4), "norm": nn.BatchNorm2d(4)}
 PLAIN = {"conv": convolution(), "two": convolution(4, bias=False), "norm": nn.BatchNorm2d(4)}
+WIDE = {"conv": convolution(), "norm": nn.BatchNorm2d(7)}
+
+
+def together(m, x):
+    return F.max_pool2d(torch.cat([m.conv(x), x], dim=1).relu(), 1)
+
+
+def changed_through_a_view(m, x):
+    y = m.conv(x)
+    y[:, :2].mul_(0.5)
+    return y
+
+
 STEPS = {
     "map": (lambda m, x: m.norm(m.two(m.conv(x))), PLAIN, ("conv", "two")),
     "bias": (lambda m, x: m.norm(m.two(m.conv(x))), BIASED, ("two",)),
@@ -112,6 +130,11 @@ STEPS = {
     "gate": (lambda m, x: m.norm(m.conv(x) * x.mean()), PLAIN, ("conv",)),
     "square": (lambda m, x: m.norm((y := m.conv(x)) * y), PLAIN, ("conv",)),
     "quotient": (lambda m, x: (y := m.conv(x)) / y.mean(), PLAIN, ("conv",)),
+    "beside": (lambda m, x: m.norm(together(m, x))[:, 3:], WIDE, ("conv",)),
+    "across": (lambda m, x: F.layer_norm(together(m, x), [7, 8, 8])[:, 3:], WIDE, ()),
+    "mixed": (lambda m, x: m.norm(together(m, x).flip(1))[:, 3:], WIDE, ()),
+    "below": (lambda m, x: m.norm(torch.cat([m.conv(x), m.two(m.conv(x)).sin()])), PLAIN, ()),
+    "a view": (changed_through_a_view, PLAIN, ()),
     "own": (lambda m, x: m.norm(m.two(m.two(m.conv(x)))), PLAIN, ("conv", "two")),
     "opaque": (lambda m, x: m.norm(y := m.conv(x)) * OwnBackward.apply(y), PLAIN, ()),
 }
@@ -149,7 +172,9 @@ def test_fixed_statistics_free_nothing():
     assert penalty.free_scale == tuple(
         layer.name for layer in penalty.layers if not layer.name.startswith("layer4")
     )
-    network.eval()  # to be trained later: not a mode of its own
+    network.eval()  # and trained so
+    assert penalty.free_scale == ()
+    network.train()
     assert len(penalty.free_scale) == 15
     pin_norms(network)
     assert penalty.free_scale == ()
@@ -171,6 +196,28 @@ def test_the_penalty_warns_at_its_first_use_and_names_layers_and_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         penalty()
+        penalty.set_input_size((3, 6, 6))
+        penalty()
+
+
+def test_a_penalty_that_cannot_warn_runs_the_network_no_more_than_its_layers_ask_for():
+    runs = []
+
+    def forward(m, x):
+        runs.append(torch.is_grad_enabled())
+        return m.norm(m.conv(x))
+
+    network = Net(forward, **PLAIN).train()
+    space = FeatureSpace.of(network, head="head", input_size=(3, 8, 8))
+    assert space.layers
+    counts = []
+    for strength in (0, 1):
+        runs.clear()
+        penalty = SpectralPenalty(space, strength=strength)
+        counts.append(len(runs))
+        assert penalty.free_scale == ("conv",)
+        assert len(runs) == counts[-1] + (not strength)
+    assert counts[1] == counts[0] + 1
 
 
 @pytest.mark.parametrize(
