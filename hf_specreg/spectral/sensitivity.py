@@ -26,13 +26,15 @@ class SensitivityPenalty:
         penalty = SensitivityPenalty(model, strength=0.1)
         loss = criterion(model(images), labels) + penalty(images)
 
-    It is of the first `part` images, in evaluation mode: batch norms use their running statistics
-    and leave them as they are. It costs passes over them: by double backprop a forward and a
-    backward pass, and in `loss.backward()` the derivative of both; by finite differences a second
-    forward pass in the place of second derivatives. Each power step of "top" adds a backward and a
-    forward pass. The head gets no gradient from it. The arithmetic is that of the weights, also
-    under autocast. With gradient accumulation, call it in one of the micro-batches only, as
-    `SpectralPenalty`; with several processes each has its own images.
+    It is of a batch's first images (`images`), in evaluation mode: batch norms use their running
+    statistics and leave them as they are. It costs passes over them: by double backprop a forward
+    and a backward pass, and in `loss.backward()` the derivative of both; by finite differences a
+    second forward pass in the place of second derivatives. Each power step of "top" adds a backward
+    and a forward pass. They run uncompiled and, of timm's models, without activation checkpointing;
+    checkpointing in code of your own is not derived twice. The head gets no gradient from it. The
+    arithmetic is that of the weights, also under autocast. With gradient accumulation, call it in
+    one of the micro-batches only, as `SpectralPenalty`; with several processes each has its own
+    images.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -44,7 +46,7 @@ class SensitivityPenalty:
         head: dotted name or names of the head, () for a model that is all encoder; default: found
             for timm and transformers.
         seed: of the first directions; torch's own random numbers are left alone.
-        **settings: `every`, `direction`, `spread`, `part`, `power_steps`, `by` and `step`, as
+        **settings: `every`, `direction`, `spread`, `images`, `power_steps`, `by` and `step`, as
             `SensitivityConfig` describes them.
 
     Attributes:

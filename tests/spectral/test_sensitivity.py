@@ -10,6 +10,7 @@ from torch import nn
 from hf_specreg import FeatureSpace, SensitivityPenalty
 from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
 from hf_specreg.spectral.regularizers.derivative import tracked
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.sensitivity import (
     SensitivityConfig,
     displacement,
@@ -227,10 +228,10 @@ def test_a_model_is_left_as_it_was_but_for_gradients_before_its_head(name, direc
 
 def test_the_recipes_term_is_the_same_as_the_penalty():
     encoder = tiny()
-    config = RegularizersConfig(sensitivity=SensitivityConfig(0.5, direction="margin", part=3))
+    config = RegularizersConfig(sensitivity=SensitivityConfig(0.5, direction="margin", images=3))
     (term,) = build_regularizers(encoder, config, steps_per_epoch=10, epochs=4)
     found = term(images(), None, [])
-    penalty = SensitivityPenalty(encoder, strength=0.5, direction="margin", part=3)
+    penalty = SensitivityPenalty(encoder, strength=0.5, direction="margin", images=3)
     torch.testing.assert_close(penalty(images()), found, rtol=0, atol=0)
     torch.testing.assert_close(penalty(images()[:3]), found, rtol=0, atol=0)
     network = encoder.eval().requires_grad_(False)
@@ -275,6 +276,38 @@ def test_autocast_does_not_round_it():
         torch.testing.assert_close(penalty(images()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("case", ["checkpointing", "compiled", "compiled within"])
+def test_it_is_the_same_of_a_model_that_is_compiled_or_checkpointed(case):
+    encoder, found = tiny("vit_tiny_patch16_224").train(), []
+    penalty = SensitivityPenalty(encoder, strength=1)
+    for change in (False, True):
+        if change and case == "checkpointing":
+            encoder.network.set_grad_checkpointing()
+        elif change:
+            (encoder if case == "compiled" else encoder.network).compile(backend="aot_eager")
+        encoder.zero_grad()
+        penalty.step = 0
+        value = penalty(images())
+        value.backward()
+        found.append([value, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert encoder.network.grad_checkpointing == (case == "checkpointing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_finite_differences_of_weights_in_half_precision_are_refused(dtype):
+    encoder, x = tiny().to(dtype), images().to(dtype)
+    said = f"weights in {dtype} are noise: .* train under torch.autocast"
+    for settings in ({}, {"direction": "neighbour", "by": "finite_difference"}):
+        with pytest.raises(ValueError, match=said):
+            SensitivityPenalty(encoder, strength=1, **settings)(x)
+    assert SensitivityPenalty(encoder, strength=1, direction="neighbour")(x).isfinite()
+    config = RegularizersConfig(input_gradient=InputGradientConfig(1, by="finite_difference"))
+    (term,) = build_regularizers(encoder, config, steps_per_epoch=1, epochs=1)
+    with pytest.raises(ValueError, match=said):
+        term(x, torch.arange(len(x)) % 3, [])
+
+
 def test_a_wrapped_model_and_one_without_a_head():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.GELU(), nn.Linear(6, 5))
     wrapped = SensitivityPenalty(
@@ -292,7 +325,7 @@ def test_a_wrapped_model_and_one_without_a_head():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"part": 1}, r"part \(1\) must be at least 2"),
+        ({"images": 1}, r"images \(1\) must be at least 2"),
         ({"step": 0.0}, r"step \(0.0\) must be positive"),
         ({"power_steps": -1}, r"power_steps \(-1\)"),
         ({"ramp": -1}, r"ramp \(-1\) counts calls"),

@@ -56,9 +56,31 @@ class DerivativeConfig(RegularizerConfig):
 
 @contextmanager
 def derivable_twice(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, with attention in the one form that is derived twice."""
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
-        yield
+    """Run the model in evaluation mode, as it can be derived twice: uncompiled, with attention in
+    the one form for that, and without the activation checkpointing of timm's models (that of
+    transformers' is off in evaluation mode), whose memory is not saved here.
+    """
+    attributes = [vars(module) for module in model.modules()]
+    checkpointing = [own for own in attributes if own.get("grad_checkpointing")]
+    eager = torch.compiler.set_stance("force_eager")
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), eager:
+        try:
+            for own in checkpointing:
+                own["grad_checkpointing"] = False
+            yield
+        finally:
+            for own in checkpointing:
+                own["grad_checkpointing"] = True
+
+
+def check_differences(model: nn.Module) -> None:
+    """Raise ValueError if the model's weights are too coarse for finite differences."""
+    coarse = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise ValueError(
+            f"finite differences of a model with weights in {coarse.pop()} are noise: keep the "
+            "weights in float32 and train under torch.autocast (mixed_precision of recipes)"
+        )
 
 
 def tracked(function: Function, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,12 @@ from hf_specreg.ranges import require
 from hf_specreg.spectral.regularizers.derivative import (
     By,
     Function,
+    check_differences,
     derivable_twice,
     pulled_back_norms,
     tracked,
 )
-from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
+from hf_specreg.spectral.regularizers.term import Compute, RampedConfig
 
 
 def input_gradient_norm(
@@ -63,7 +64,7 @@ def input_gradient_norm(
 
 
 @dataclass(frozen=True)
-class InputGradientConfig(RegularizerConfig):
+class InputGradientConfig(RampedConfig):
     """Norm of the loss's gradient by the image (Drucker, LeCun 1992; Ross, Doshi-Velez 2018).
 
     Args:
@@ -72,14 +73,12 @@ class InputGradientConfig(RegularizerConfig):
             2019).
         step: of the finite difference, L2 in [0, 1] pixels.
         images: how many of each micro-batch it is taken at, the first; default: all.
-        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
     """
 
     norm: Literal["l2", "l1"] = "l2"
     by: By = "double_backprop"
     step: float = 1e-2
     images: int | None = None
-    ramp_epochs: float = 0.0
 
     of_labels: ClassVar[bool] = True
 
@@ -87,18 +86,18 @@ class InputGradientConfig(RegularizerConfig):
         super().__post_init__()
         require(self, "positive", "step")
         require(self, "at least 1", "images")
-        require(self, "not negative", "ramp_epochs")
-
-    def ramp(self, steps_per_epoch: int) -> int:
-        """Return the ramp in optimizer steps."""
-        return round(self.ramp_epochs * steps_per_epoch)
 
     def term(self, space: FeatureSpace) -> Compute:
         """Return `input_gradient_norm` of a batch, with the network in evaluation mode: batch norms
         use their running statistics.
+
+        Raises:
+            ValueError: when it is computed, by finite differences of weights in half precision.
         """
 
         def compute(images: Tensor, labels: Tensor, features: Sequence[Tensor]) -> Tensor:
+            if self.by == "finite_difference":
+                check_differences(space.model)
             images, labels = images[: self.images], labels[: self.images]
             settings = {"norm": self.norm, "by": self.by, "step": self.step}
             with derivable_twice(space.model):

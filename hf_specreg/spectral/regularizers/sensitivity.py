@@ -43,12 +43,13 @@ from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.regularizers.derivative import (
     By,
     Function,
+    check_differences,
     derivable_twice,
     moved,
     pulled_back_norms,
     tracked,
 )
-from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
+from hf_specreg.spectral.regularizers.term import Compute, RampedConfig
 
 FLOOR = 1e-2  # of the total spread, in the logarithms
 TINY = 1e-12  # where that is 0
@@ -163,7 +164,7 @@ def displacement(
 
 
 @dataclass(frozen=True)
-class SensitivityConfig(RegularizerConfig):
+class SensitivityConfig(RampedConfig):
     """Sensitivity of the features relative to their spread; see `hf_specreg.SensitivityPenalty`.
 
     Args:
@@ -172,26 +173,24 @@ class SensitivityConfig(RegularizerConfig):
         spread: "total", the features' root mean square distance from their mean; "neighbour" or
             "margin", each feature's distance to that. Default: the direction's own, of "top"
             "total".
-        part: how many of each micro-batch it is taken at, the first, among which neighbours and
+        images: how many of each micro-batch it is taken at, the first, among which neighbours and
             spread are too.
         power_steps: of "top".
         by: "double_backprop", or "finite_difference", without second derivatives.
         step: of finite differences, L2 in [0, 1] pixels.
-        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
     """
 
     direction: Literal["top", "neighbour", "margin"] = "top"
     spread: Literal["total", "neighbour", "margin"] | None = None
-    part: int = 16
+    images: int = 16
     power_steps: int = 1
     by: By = "double_backprop"
     step: float = 1e-2
-    ramp_epochs: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "at least 2", "part")
-        require(self, "not negative", "power_steps", "ramp_epochs")
+        require(self, "at least 2", "images")
+        require(self, "not negative", "power_steps")
         require(self, "positive", "step")
         kinds = get_type_hints(type(self))
         for name in ("direction", "spread", "by"):
@@ -199,10 +198,6 @@ class SensitivityConfig(RegularizerConfig):
             known = known or [k for kind in get_args(kinds[name]) for k in get_args(kind)]
             if getattr(self, name) not in (*known, *([None] if name == "spread" else [])):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be one of {known}")
-
-    def ramp(self, steps_per_epoch: int) -> int:
-        """Return the ramp in optimizer steps."""
-        return round(self.ramp_epochs * steps_per_epoch)
 
     def term(self, space: FeatureSpace, *, generator: torch.Generator | None = None) -> Compute:
         """Return `sensitivity` of a batch, with the network in evaluation mode: batch norms use
@@ -213,7 +208,8 @@ class SensitivityConfig(RegularizerConfig):
             generator: of random numbers, on the CPU; default: torch's own.
 
         Raises:
-            ValueError: it is of a margin, and the head is not one linear layer.
+            ValueError: it is of a margin, and the head is not one linear layer; or, when it is
+                computed, finite differences are taken of weights in half precision.
         """
         spread = self.spread or ("total" if self.direction == "top" else self.direction)
         head = linear_head(space) if "margin" in (self.direction, spread) else None
@@ -221,8 +217,12 @@ class SensitivityConfig(RegularizerConfig):
         def features(images: Tensor) -> Tensor:
             return full_precision(space.features(images))
 
+        steps = self.power_steps if self.direction == "top" else 0
+
         def compute(images: Tensor, *_) -> Tensor:
-            images = images[: self.part]
+            if steps or self.by == "finite_difference":
+                check_differences(space.model)
+            images = images[: self.images]
             no_autocast = torch.autocast(images.device.type, enabled=False)
             with derivable_twice(space.model), no_autocast:
                 return sensitivity(

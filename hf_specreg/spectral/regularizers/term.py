@@ -65,6 +65,25 @@ class RegularizerConfig:
 
 
 @dataclass(frozen=True)
+class RampedConfig(RegularizerConfig):
+    """A term whose strength rises when it has entered.
+
+    Args:
+        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
+    """
+
+    ramp_epochs: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "not negative", "ramp_epochs")
+
+    def ramp(self, steps_per_epoch: int) -> int:
+        """Return the ramp in optimizer steps."""
+        return round(self.ramp_epochs * steps_per_epoch)
+
+
+@dataclass(frozen=True)
 class Regularizer:
     """A term beside the loss.
 
