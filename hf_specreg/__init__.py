@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_specreg.spectral.penalty import SpectralPenalty
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.callback import SpectralPenaltyCallback
+    from hf_specreg.training.timm_task import regularize_task
     from hf_specreg.training.trainer import SpecRegTrainer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SpectralPenalty",
     "SpectralPenaltyCallback",
     "evaluate_robustness",
+    "regularize_task",
 ]
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ _PLACES = {
     "SpectralPenalty": "spectral.penalty",
     "SpectralPenaltyCallback": "training.callback",
     "evaluate_robustness": "robustness.evaluate",
+    "regularize_task": "training.timm_task",
 }
 
 

@@ -184,8 +184,8 @@ class SpecRegModel(nn.Module):
         return cls(
             network,
             input_size=size,
-            pixel_mean=pixel_mean or _for_channels(cfg["mean"], size[0]),
-            pixel_std=pixel_std or _for_channels(cfg["std"], size[0]),
+            pixel_mean=pixel_mean or for_channels(cfg["mean"], size[0]),
+            pixel_std=pixel_std or for_channels(cfg["std"], size[0]),
             label_names=label_names,
             preprocessing=preprocessing,
             model_args=model_args,
@@ -233,8 +233,8 @@ class SpecRegModel(nn.Module):
         return cls(
             network,
             input_size=size,
-            pixel_mean=pixel_mean or _for_channels(mean, size[0]),
-            pixel_std=pixel_std or _for_channels(std, size[0]),
+            pixel_mean=pixel_mean or for_channels(mean, size[0]),
+            pixel_std=pixel_std or for_channels(std, size[0]),
             label_names=label_names,
             preprocessing=data,
         )
@@ -344,7 +344,7 @@ def _read(folder: Path, name: str | Path) -> tuple[dict[str, Any], dict[str, Any
     return config, read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """The values; or their mean for each channel, where the number of channels is another."""
     values = tuple(values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels

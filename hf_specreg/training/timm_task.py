@@ -1,0 +1,228 @@
+"""timm's training tasks with the spectral penalty and the other regularizers in their loss.
+
+    task = regularize_task(ClassificationTask(model, criterion), penalty={"strength": 1e-2})
+
+A task is timm's forward pass and loss (`timm.task`); its train.py calls one for each micro-batch,
+divides the loss by their number, and says by `update_ema` that an optimizer step is done. Terms of
+the weights are in each micro-batch whole, so that they enter the step once and whole. The penalty
+is computed once an optimizer step; its gradient is kept and given to each micro-batch.
+"""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.head import fed_to, flat
+from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.model import SpecRegModel, for_channels
+from hf_specreg.encoders.modules import unwrap, without_trainers
+from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+
+logger = logging.getLogger(__name__)
+STATE = "specreg"
+
+
+def regularize_task(
+    task: TrainingTask,
+    *,
+    penalty: Mapping[str, Any] | None = None,
+    regularizers: RegularizersConfig | None = None,
+) -> TrainingTask:
+    """Let a task of timm add the penalty and other regularizers to its loss, in place.
+
+    Call it when the task has been made, before it resumes, makes its average of weights, is
+    compiled or prepared for several processes, and freeze what shall be frozen before. The task
+    stays what it was in all else; what it returns has a "penalty" and each regularizer by name
+    beside the "loss", which contains them. Its checkpoint (`task_state`) has the step and the
+    penalty's vectors. In evaluation mode it adds nothing.
+
+    An optimizer step begins when `update_ema` was called, whose count it follows, or else when a
+    weight has changed. So a step that fp16's scaler skips counts as in timm's train.py, and in a
+    loop that does not call `update_ema` not at all. A gradient of the penalised weights is kept.
+
+    Args:
+        task: of timm; its model is a timm network on images that are normalised as its
+            `pretrained_cfg` says, or a `SpecRegModel`.
+        penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
+            steps), scope, head and input_size; none: no penalty. Each process computes all of it,
+            for timm saves checkpoints from one alone.
+        regularizers: their settings, with burn-in in steps; terms of the data are of images in
+            [0, 1], as in the recipes, outside autocast, and of a micro-batch. `bss` looks at what
+            the head is fed by a hook, which torch.compile does not call.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: burn-in or ramp in epochs, `penalty` is shared, spectral_norm is on, or the
+            head or the input size is not known.
+    """
+    penalty, config = dict(penalty or {}), regularizers or RegularizersConfig()
+    if penalty.get("shared"):
+        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
+    _check_units(config)
+    task.__class__ = type(f"Regularized{type(task).__name__}", (_Regularized, type(task)), {})
+    task._regularize(penalty, config)
+    return task
+
+
+def _check_units(config: RegularizersConfig) -> None:
+    """Raise ValueError for what a task, which does not know the epochs, cannot do."""
+    if config.spectral_norm:
+        raise ValueError("spectral_norm changes the model: set it up before the task is made")
+    for name, settings in config.terms().items():
+        for item in fields(settings):
+            epochs = item.name in ("burn_in_epochs", "burn_in_fraction", "ramp_epochs")
+            if epochs and getattr(settings, item.name):
+                raise ValueError(
+                    f"{name}.{item.name} is of epochs, which a task does not know: give "
+                    f"{name}.burn_in_steps"
+                )
+
+
+class _Regularized(TrainingTask):
+    """What `regularize_task` puts before a task's class."""
+
+    def _regularize(self, penalty: dict[str, Any], config: RegularizersConfig) -> None:
+        model = without_trainers(self.get_eval_model())
+        self._network = [unwrap(model)]  # in a list, lest it be a module of the task once more
+        self.penalty = SpectralPenalty(model, **penalty) if penalty else None
+        self._pixels, self._terms, self._fed = None, [], None
+        if config.terms():
+            known = {key: penalty[key] for key in ("head", "input_size") if key in penalty}
+            self._pixels = _Pixels(model, known.get("input_size"))
+            space = FeatureSpace.of(self._pixels.model, **known)
+            self._terms = build_regularizers(space, config, steps_per_epoch=1, epochs=1)
+            self._fed = space if config.bss.strength else None
+        self._step, self._next, self._seen = 0, 0, None
+        self._value, self._gradients, self._weights = torch.zeros(()), (), ()
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return what the task returns, with the regularizers in its loss and beside it."""
+        training = self.get_trainable_module().training and torch.is_grad_enabled()
+        looking = (
+            fed_to(self._fed.head, self._fed.network)
+            if self._fed and training
+            else contextlib.nullcontext([])
+        )
+        with looking as fed:
+            result = super().forward(input, target)
+        if not training:
+            return result
+        self._begin_step()
+        terms = {}
+        if self.penalty is not None:
+            terms["penalty"] = _Known.apply(self._value, self._gradients, *self._weights)
+        with torch.autocast(input.device.type, enabled=False):
+            terms |= self._regularizers(input, target, [flat(fed)] if fed else [])
+        added = {name: term.detach() for name, term in terms.items()}
+        return {**result, "loss": sum(terms.values(), result["loss"]), **added}
+
+    def _begin_step(self) -> None:
+        """Compute the penalty and its gradient, if an optimizer step has begun."""
+        parameters = list(self._network[0].parameters())
+        seen = [p._version for p in parameters]
+        if seen == self._seen:
+            return
+        self._seen, self._step = seen, self._next
+        self._next += 1
+        if self.penalty is None:
+            return
+        self.penalty.step = self._step
+        value = self.penalty()
+        self._value, self._weights, self._gradients = value.detach(), (), ()
+        if value.requires_grad:
+            weights = [p for p in parameters if p.requires_grad]
+            found = torch.autograd.grad(value, weights, allow_unused=True)
+            pairs = [pair for pair in zip(weights, found, strict=True) if pair[1] is not None]
+            self._weights, self._gradients = zip(*pairs, strict=True)
+
+    def _regularizers(
+        self, images: Tensor, labels: Tensor, features: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The regularizers beside the spectral penalty, by name; 0 where not due."""
+        due = [term for term in self._terms if term.due(self._step)]
+        if due:
+            images = self._pixels.of(images)
+        found = {term.name: term(images, labels, features, step=self._step) for term in due}
+        zero = torch.zeros((), device=images.device)
+        return {term.name: found.get(term.name, zero) for term in self._terms}
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Update the average of weights, if any; an optimizer step is done."""
+        super().update_ema(step)
+        self._next = self._next if step is None else step
+        self._seen = None
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the task's own state, with the step and the penalty's vectors."""
+        state = super().get_task_state(module, ema)
+        if ema:
+            return state
+        penalty = {"penalty": self.penalty.state_dict()} if self.penalty else {}
+        return {**state, STATE: {"step": self._next, **penalty}}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Take over the task's own state; without the penalty's, its vectors start anew."""
+        super().load_task_state(state, strict, module, ema)
+        if ema:
+            return
+        own = (state or {}).get(STATE, {})
+        self._next, self._seen = own.get("step", 0), None
+        if "penalty" in own and self.penalty:
+            self.penalty.load_state_dict(own["penalty"])
+        elif self.penalty:
+            logger.warning("the checkpoint has no state of the penalty: its vectors start anew")
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient is known, for several backward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * upstream.to(gradient) for gradient in ctx.gradients)
+
+
+class _Pixels:
+    """A task's model on images in [0, 1], and its images as such."""
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int] | None):
+        self.model, self.normalised = model, not isinstance(model, SpecRegModel)
+        if not self.normalised:
+            return
+        cfg = getattr(unwrap(model), "pretrained_cfg", None)
+        if not cfg:
+            raise ValueError(
+                f"{type(model).__name__} does not say how its images are normalised, which "
+                "regularizers of the data must know: make a SpecRegModel of it"
+            )
+        size = input_size or find_input_size(model)
+        mean, std = (for_channels(cfg[name], size[0]) for name in ("mean", "std"))
+        self.model = SpecRegModel(model, input_size=size, pixel_mean=mean, pixel_std=std)
+
+    def of(self, images: Tensor) -> Tensor:
+        """Return images [B, C, H, W] in [0, 1]."""
+        if not self.normalised:
+            return images
+        self.model.pixel_mean = self.model.pixel_mean.to(images)
+        self.model.pixel_std = self.model.pixel_std.to(images)
+        return images * self.model.pixel_std + self.model.pixel_mean
