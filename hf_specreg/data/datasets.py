@@ -14,6 +14,7 @@ is cut from the training split: stratified, and the same for the same seed.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict
 from datasets.exceptions import DatasetsError
 
+from hf_specreg.data.fingerprint import fingerprint
 from hf_specreg.data.labels import (
     DataError,
     check_labels,
@@ -89,7 +91,6 @@ class ImageSplits:
         test: held out, to report.
         label_names: of the classes, in order.
         source: the Hub id, folder or name.
-        fingerprints: of the splits' contents by split name; empty when streaming.
         cut: the splits that the source does not have, and that were cut from its training split.
     """
 
@@ -98,8 +99,13 @@ class ImageSplits:
     test: Dataset | datasets.IterableDataset
     label_names: list[str]
     source: str
-    fingerprints: dict[str, str]
     cut: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the splits' contents by split name (`fingerprint.py`); empty when streaming."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {n: fingerprint(rows) for n, rows in splits.items() if isinstance(rows, Dataset)}
 
 
 def load_splits(
@@ -264,10 +270,7 @@ def _whole_splits(
     cut = tuple(name for name in ("test", "validation") if name not in splits)
     for name in cut:
         splits["train"], splits[name] = cut_stratified(splits["train"], fraction, seed, source)
-    fingerprints = {name: split._fingerprint for name, split in splits.items()}
-    return ImageSplits(
-        **splits, label_names=label_names, source=source, fingerprints=fingerprints, cut=cut
-    )
+    return ImageSplits(**splits, label_names=label_names, source=source, cut=cut)
 
 
 def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -> ImageSplits:
@@ -294,4 +297,4 @@ def _streamed_splits(splits: dict[str, datasets.IterableDataset], source: str) -
                 f"empty or not labelled with 0 to {label.num_classes - 1}; to do without that "
                 "split, name it in ignore_splits"
             )
-    return ImageSplits(**splits, label_names=label.names, source=source, fingerprints={})
+    return ImageSplits(**splits, label_names=label.names, source=source)

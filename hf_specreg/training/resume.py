@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "probe.",
     "report.",
 )
+# Where the data is: checked by what it is, once it is read (`RunState.load`).
+PLACE = ("data.source", "data.configuration", "data.revision")
 
 
 def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
@@ -60,7 +62,9 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
     checkpoint = latest_checkpoint(output / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{output / 'checkpoints'} has no whole checkpoint to resume from")
-    changed = changes_of_the_run(read_progress(checkpoint)["config"], config)
+    progress = read_progress(checkpoint)
+    free = MAY_CHANGE + (PLACE if progress.get("fingerprints") else ())
+    changed = changes_of_the_run(progress["config"], config, free=free)
     if changed:
         raise CheckpointError(
             f"{checkpoint} is of a run with another configuration (there and here): "

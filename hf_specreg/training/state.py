@@ -98,6 +98,11 @@ class RunState:
             "processes": self.accelerator.num_processes,
         }
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the contents of the splits, by name; none of streams."""
+        return self.metadata.get("data", {}).get("fingerprints", {})
+
     def advance(self) -> None:
         """Count an optimizer step, which was taken; average the weights and set the next rate."""
         self.step += 1
@@ -121,10 +126,12 @@ class RunState:
         """Go on from a checkpoint; return its epoch and the batch within.
 
         Raises:
-            CheckpointError: the precision is another, or the encoder that the run began with.
+            CheckpointError: the precision is another, the images, or the encoder that the run began
+                with.
         """
         progress = read_progress(checkpoint)
         self._check_conditions(checkpoint, progress.get("conditions", {}))
+        self._check_images(checkpoint, progress.get("fingerprints", {}))
         if self.start_sha256 != progress.get("start_sha256"):
             raise CheckpointError(
                 f"{self.config.model.name} is no longer the encoder that the run of {checkpoint} "
@@ -164,6 +171,19 @@ class RunState:
                 "weights will not be those of an uninterrupted run, bit for bit"
             )
 
+    def _check_images(self, checkpoint: Path, before: dict[str, str]) -> None:
+        changed = [
+            name
+            for name, content in self.fingerprints.items()
+            if before.get(name, content) != content
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.config.data.source} holds other images or labels than the run of "
+                f"{checkpoint} began with, in {' and '.join(changed)}: give those back, or start "
+                "the run anew"
+            )
+
     def save(self, epoch: int, batch: int) -> None:
         """Write a checkpoint to go on from at a batch of an epoch; all processes must call it.
 
@@ -200,6 +220,7 @@ class RunState:
             "config": self.config.as_dict(),
             "conditions": self.conditions,
             "start_sha256": self.start_sha256,
+            "fingerprints": self.fingerprints,
         }
         save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
 
