@@ -256,6 +256,8 @@ class TrainingLoop:
 
     def _told_to_stop(self) -> bool:
         """Whether SIGTERM came, to any of the processes, which must all ask."""
+        if self.accelerator.num_processes == 1:  # without waiting for the device, at every step
+            return self.told_to_stop.came
         came = torch.tensor([self.told_to_stop.came], device=self.accelerator.device)
         return bool(self.accelerator.gather(came).any())
 

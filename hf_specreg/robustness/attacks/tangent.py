@@ -17,6 +17,7 @@ Hard-label Attacks", NeurIPS 2021 (arXiv:2111.07492); the normal's estimate is H
 Jordan, Wainwright, S&P 2020). It is the measure of arXiv:2405.17181, with T = 40.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -121,7 +122,8 @@ class _Run:
         self.device = classifier.device
         self.x = images.to(self.device).flatten(1).double()
         d = self.x.shape[1]
-        self.tolerance = settings.tolerance or max(min(1e-5, d**-1.5), 1e-7)
+        tolerance = settings.tolerance or max(min(1e-5, d**-1.5), 1e-7)
+        self.bisections = math.ceil(-math.log2(tolerance))
         self.batch_size = settings.batch_size or max(BLOCK, min(1024, 2**25 // d))
         self.wanted = (labels if targets is None else targets).to(self.device)
         self.targeted = targets is not None
@@ -133,14 +135,14 @@ class _Run:
     def run(self, starts: Tensor | None) -> AttackResult:
         everyone = torch.arange(len(self.x), device=self.device)
         done = self.adversarial(self.x, everyone)
-        self.distances[done] = 0
+        self.distances.masked_fill_(done, 0)
         active = self.start(everyone[~done], starts)
         steps = [self.snapshot()]
         for t in range(1, self.settings.iterations + 1):
             if len(active):
                 self.step(active, t)
                 # A normal from less than a quarter of the probes is not worth its queries.
-                active = active[self.affordable(active, self.settings.probes(t + 1) // 4)]
+                active = self.those_that_afford(active, self.settings.probes(t + 1) // 4)
             steps.append(self.snapshot())
         return AttackResult(
             self.boundary.float().reshape(-1, *self.shape),
@@ -174,11 +176,27 @@ class _Run:
             return torch.ones_like(index, dtype=torch.bool)
         return self.queries[index] + count <= self.settings.max_queries
 
+    def those_that_afford(self, index: Tensor, count: int) -> Tensor:
+        """Return of the images those that may make so many queries more; reads only a limit."""
+        if self.settings.max_queries is None:
+            return index
+        return index[self.affordable(index, count)]
+
+    def ask(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether points [M, d] are adversarial, and whether they were asked about: each [M]."""
+        asked = self.affordable(index, 1)
+        if self.settings.max_queries is None:
+            return self.adversarial(points, index), asked
+        found = torch.zeros_like(asked)
+        if asked.any():
+            found[asked] = self.adversarial(points[asked], index[asked])
+        return found, asked
+
     def start(self, index: Tensor, starts: Tensor | None) -> Tensor:
         """Bring images to the boundary; return those for which a start was found."""
         missing = index
         for candidates in self.start_candidates(starts):
-            missing = missing[self.affordable(missing, 1)]
+            missing = self.those_that_afford(missing, 1)
             if not len(missing):
                 break
             points = candidates(missing)
@@ -199,23 +217,23 @@ class _Run:
     def uniform(self, index: Tensor) -> Tensor:
         """Noise [M, d], drawn for these images only: the others' streams stay where they are."""
         d = self.x.shape[1]
-        rows = [torch.rand(d, generator=self.generators[i], device=self.device) for i in index]
-        return torch.stack(rows).double()
+        drawing = [self.generators[i] for i in index.tolist()]
+        return torch.stack(
+            [torch.rand(d, generator=g, device=self.device) for g in drawing]
+        ).double()
 
     def to_boundary(self, index: Tensor, points: Tensor) -> None:
         """Bisect from the images to adversarial points [M, d], and keep what is nearer."""
+        if not len(index):
+            return
         x = self.x[index]
         low = x.new_zeros(len(index), 1)
         high = torch.ones_like(low)
-        while True:
+        for _ in range(self.bisections):
             middle = (low + high) / 2
-            may = self.affordable(index, 1) & ((high - low)[:, 0] > self.tolerance)
-            if not may.any():
-                break
-            found = torch.zeros_like(may)
-            found[may] = self.adversarial(torch.lerp(x, points, middle)[may], index[may])
+            found, asked = self.ask(torch.lerp(x, points, middle), index)
             high = torch.where(found[:, None], middle, high)
-            low = torch.where((may & ~found)[:, None], middle, low)
+            low = torch.where((asked & ~found)[:, None], middle, low)
         nearest = torch.where(high < 1, torch.lerp(x, points, high), points).float().double()
         distances = torch.linalg.vector_norm(nearest - x, dim=1)
         better = distances < self.distances[index]
@@ -237,28 +255,29 @@ class _Run:
             tangent = tangent_points(
                 b[trying], towards[trying], across[trying], radius[trying], distance[trying]
             )
-            adversarial = self.adversarial(tangent, index[trying])
-            points[trying[adversarial]] = tangent[adversarial]
-            found[trying[adversarial]] = True
+            found[trying] = adversarial = self.adversarial(tangent, index[trying])
+            points[trying] = torch.where(adversarial[:, None], tangent, points[trying])
             radius[trying] = radius[trying] / 2
-        self.to_boundary(index[found], points[found])
+        kept = found.nonzero()[:, 0]
+        self.to_boundary(index[kept], points[kept])
 
     def estimate_normal(self, index: Tensor, t: int) -> Tensor:
         """The boundary's normal at each image's boundary point, [M, d], of unit length."""
         settings, d = self.settings, self.x.shape[1]
+        drawing = [self.generators[i] for i in index.tolist()]
         counts = torch.full_like(index, settings.probes(t))
+        each = [settings.probes(t)] * len(index)
         if settings.max_queries is not None:
             counts = counts.minimum(settings.max_queries - self.queries[index])
-        self.queries[index] += counts
+            each = counts.tolist()
+        self.queries.index_add_(0, index, counts)
         if t == 1:
-            deltas = [0.1] * len(index)
+            deltas = torch.full_like(self.distances[index], 0.1)
         else:
-            smallest = d**0.5 * SMALLEST_STEP
-            deltas = (self.distances[index] / d).clamp(min=smallest).tolist()
-        counts = counts.tolist()
+            deltas = (self.distances[index] / d).clamp(min=d**0.5 * SMALLEST_STEP)
         pieces = [
             (i, min(BLOCK, count - first))
-            for i, count in enumerate(counts)
+            for i, count in enumerate(each)
             for first in range(0, count, BLOCK)
         ]
         sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
@@ -272,8 +291,7 @@ class _Run:
             while pieces and filled + pieces[0][1] <= rows:
                 i, size = pieces.pop(0)
                 span = slice(filled, filled + size)
-                generator = self.generators[index[i]]
-                self.draw(noise[span], probes[span], boundary[i], deltas[i], generator)
+                self.draw(noise[span], probes[span], boundary[i], deltas[i], drawing[i])
                 spans.append((i, span))
                 filled = span.stop
             owner = torch.cat([index[i].expand(span.stop - span.start) for i, span in spans])
@@ -283,7 +301,7 @@ class _Run:
                 sums[i] += weights[:, span] @ noise[span]
                 total[i] += decisions[span].sum()
         signed, plain = sums.unbind(1)
-        mean = (total / self.x.new_tensor(counts).clamp(min=1))[:, None]
+        mean = (total / counts.clamp(min=1))[:, None]
         # Where all decisions are alike there is nothing to subtract.
         normal = torch.where(mean.abs() == 1, mean * plain, signed - mean * plain)
         return normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True).clamp(min=1e-12)
@@ -293,7 +311,7 @@ class _Run:
         noise: Tensor,
         probes: Tensor,
         b: Tensor,
-        delta: float,
+        delta: Tensor | float,
         generator: torch.Generator,
     ) -> None:
         """Fill noise [n, d] with steps of length delta, cut to the box, and probes with b + them.
@@ -304,7 +322,8 @@ class _Run:
         if self.settings.authors_compatible:
             noise.mul_(delta)
         else:
-            noise.mul_(delta / torch.linalg.vector_norm(noise, dim=1, keepdim=True))
+            norms = torch.linalg.vector_norm(noise, dim=1, keepdim=True)
+            noise.mul_(norms.reciprocal() * delta)
         torch.clamp(noise, -b, 1 - b, out=noise)
         torch.add(noise, b, out=probes).clamp_(0, 1)
 

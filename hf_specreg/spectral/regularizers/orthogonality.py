@@ -37,7 +37,8 @@ def orthogonality(
         matrix = weight.flatten(1)
         if matrix.shape[0] > matrix.shape[1]:
             matrix = matrix.T
-        excess = matrix @ matrix.T - torch.eye(len(matrix), dtype=weight.dtype).to(weight)
+        eye = torch.eye(len(matrix), dtype=weight.dtype, device=weight.device)
+        excess = matrix @ matrix.T - eye
         v = torch.randn(len(matrix), generator=generator, device=weight.device).to(weight)
         with torch.no_grad():
             for _ in range(iterations):
