@@ -29,6 +29,7 @@ bench: $(VENV)/ready
 	$(PYTHON) benchmarks/penalty_cost.py --all
 	$(PYTHON) benchmarks/against.py
 	$(PYTHON) benchmarks/growth.py
+	$(PYTHON) benchmarks/optimizers.py
 	$(PYTHON) benchmarks/recipe_cost.py
 	$(PYTHON) benchmarks/tracking.py
 	$(PYTHON) benchmarks/attack_cost.py

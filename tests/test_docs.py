@@ -23,9 +23,13 @@ NOT_OF_THE_REPOSITORY = {
     "ssl.py",
     "hf_specreg/robustness/attacks/NAME.py",
     "hf_specreg/spectral/regularizers/NAME.py",
+    "train.py",
+    "specreg_train.py",
+    "run_image_classification.py",
+    "specreg_run.py",
 }
 
-HERE = "tests/test_docs.py"
+HERE, STOCK = "tests/test_docs.py", "tests/test_stock_scripts.py"
 # The test that runs each Python snippet of a page, in order.
 RUN_BY = {
     "README.md": [f"{HERE}::test_three_lines_add_the_penalty_to_a_loss"],
@@ -40,6 +44,14 @@ RUN_BY = {
     ],
     "regularizers.md": [f"{HERE}::test_the_penalty_on_the_function_is_added_to_a_loss"],
     "robustness.md": [f"{HERE}::test_the_evaluation_runs_as_shown"],
+    "stock-scripts.md": [
+        f"{STOCK}::test_timms_train_script_has_the_penalty",
+        f"{STOCK}::test_a_task_has_the_penalty_and_a_regularizer",
+        f"{STOCK}::test_transformers_script_fine_tunes_what_is_saved_and_resumes",
+        f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer",
+        f"{STOCK}::test_lightning_adds_it_once_a_step_and_keeps_its_state",
+        f"{STOCK}::test_a_loop_of_lightly_has_it_on_the_backbone",
+    ],
     "hub.md": [
         f"{HERE}::test_what_is_saved_loads_as_shown",
         f"{HERE}::test_what_is_saved_loads_as_shown",

@@ -1,0 +1,206 @@
+"""docs/stock-scripts.md: every snippet runs as it stands, in the script that it is for."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import timm
+import timm.task
+import torch
+import transformers
+from lightly.loss import NTXentLoss
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_specreg import SpecRegModel, SpectralPenalty
+from tests.pages import only, page
+from tests.tiny import vit_config
+from tests.training import as_timm_trains, as_transformers_fine_tunes
+from tests.training.test_trainer import Digits, arguments, vit
+
+LABELS = ["cow", "hen", "owl"]
+
+
+def snippet(part):
+    return only(page("stock-scripts"), part)
+
+
+def test_timms_train_script_has_the_penalty(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm.task, "ClassificationTask", timm.task.ClassificationTask)
+    script = [as_timm_trains.__file__, "images", "--output", str(tmp_path), "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["specreg_train.py", *script])
+    exec(snippet("specreg_train.py"), {})
+    state = torch.load(tmp_path / "last.pth.tar", weights_only=True)["task_state"]["specreg"]
+    assert state["step"] == as_timm_trains.BATCHES
+    assert state["penalty"]["vectors"]
+
+
+def test_a_task_has_the_penalty_and_a_regularizer():
+    torch.manual_seed(0)
+    names = {
+        "model": timm.create_model("test_vit", img_size=32, num_classes=5),
+        "criterion": nn.CrossEntropyLoss(),
+        "images": torch.randn(4, 3, 32, 32),
+        "labels": torch.tensor([0, 1, 2, 3]),
+    }
+    exec(snippet("SensitivityConfig"), names)
+    assert names["task"].penalty.burn_in == 1000
+    assert names["result"]["penalty"] == 0
+    assert names["result"]["sensitivity"] != 0
+    assert names["model"].blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Pictures of three kinds, in folders of that name."""
+    folder, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for label in LABELS:
+            (folder / split / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    return folder
+
+
+def of_timm():
+    return SpecRegModel.from_timm("test_vit", num_classes=5, input_size=(3, 32, 32), img_size=32)
+
+
+def of_transformers():
+    config = vit_config(image_size=32, patch_size=8, num_channels=3, num_labels=5)
+    return SpecRegModel.from_transformers(config, label_names=list("uvwxy"))
+
+
+@pytest.mark.parametrize("make", [of_timm, of_transformers])
+def test_transformers_script_fine_tunes_what_is_saved_and_resumes(
+    tmp_path, monkeypatch, pictures, make
+):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "saved")
+    script = [as_transformers_fine_tunes.__file__, "--model_name_or_path", str(tmp_path / "saved")]
+    script += ["--train_dir", f"{pictures}/train", "--validation_dir", f"{pictures}/validation"]
+    script += ["--ignore_mismatched_sizes", "True", "--remove_unused_columns", "False"]
+    script += ["--do_train", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    script += ["--gradient_accumulation_steps", "2", "--use_cpu", "True", "--disable_tqdm", "True"]
+    script += ["--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1"]
+    code = snippet("specreg_run.py")
+
+    def run(folder, steps):
+        monkeypatch.setattr(transformers, "Trainer", transformers.Trainer)
+        more = ["--output_dir", str(folder), "--max_steps", str(steps)]
+        monkeypatch.setattr(sys, "argv", ["specreg_run.py", *script, *more])
+        exec(code, {})
+        monkeypatch.undo()
+
+    run(tmp_path / "tuned", 2)
+    tuned = SpecRegModel.from_pretrained(tmp_path / "tuned")
+    assert tuned.label_names == LABELS
+    stock = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
+    assert list(stock.config.id2label.values()) == LABELS
+    images = torch.rand(2, 3, 32, 32)
+    logits = stock.eval()(tuned.normalize(images)).logits
+    torch.testing.assert_close(tuned.eval()(images), logits)
+    log = json.loads((tmp_path / "tuned/trainer_state.json").read_text())["log_history"]
+    assert log[0]["penalty"] > 0
+    before = load_file(tmp_path / "tuned/model.safetensors")
+    run(tmp_path / "tuned", 4)  # goes on from checkpoint-2
+    counted = json.loads((tmp_path / "tuned/checkpoint-4/penalty.json").read_text())
+    assert counted["step"] == 4
+    after = load_file(tmp_path / "tuned/model.safetensors")
+    moved = max((after[name] - value).abs().max() for name, value in before.items())
+    assert 0 < moved < 1e-2  # two steps at 5e-5 from those weights, not from fresh ones
+
+
+def test_a_callback_adds_the_penalty_to_a_trainer(tmp_path):
+    names = {"model": vit(), "args": arguments(tmp_path, max_steps=1), "images": Digits()}
+    exec(snippet("SpectralPenaltyCallback"), names)
+    names["trainer"].train()
+    assert names["trainer"].state.log_history[0]["penalty"] > 0
+
+
+class Lit(pl.LightningModule):
+    """A network with a backbone, in the least of Lightning."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = timm.create_model("test_vit", img_size=32, num_classes=5)
+
+    def training_step(self, batch, index):
+        images, labels = batch
+        return nn.functional.cross_entropy(self.backbone(images), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fitted(folder, *, with_penalty=True, steps=2, resume=None):
+    """Train optimizer steps of two micro-batches each, by the page's callback."""
+    settings = {"max_steps": steps, "accumulate_grad_batches": 2, "accelerator": "cpu"}
+    settings |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings |= {"default_root_dir": folder}
+    names = {"module": Lit(), "settings": settings}
+    exec(snippet("on_before_optimizer_step"), names)
+    trainer = names["trainer"] if with_penalty else pl.Trainer(**settings)
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 32, 32, generator=draws)  # a step is an epoch
+    batches = torch.utils.data.TensorDataset(images, torch.arange(4))
+    loader = torch.utils.data.DataLoader(batches, batch_size=2)
+    trainer.fit(names["module"], loader, ckpt_path=resume)
+    return trainer, names["module"].backbone
+
+
+def test_lightning_adds_it_once_a_step_and_keeps_its_state(tmp_path):
+    reference = Lit().backbone
+    SpectralPenalty(reference, strength=1e-2)().backward()
+    (_, plain), (first, ours) = (
+        fitted(tmp_path / f"one_{with_penalty}", with_penalty=with_penalty, steps=1)
+        for with_penalty in (False, True)
+    )
+    assert first.callback_metrics["penalty"] > 0
+    pairs = zip(plain.parameters(), ours.parameters(), strict=True)
+    for (without, with_it), weight in zip(pairs, reference.parameters(), strict=True):
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.testing.assert_close((without - with_it) / 0.1, gradient, rtol=1e-3, atol=1e-4)
+    (checkpoint,) = (tmp_path / "one_True/checkpoints").glob("*.ckpt")
+    (state,) = [
+        state
+        for name, state in torch.load(checkpoint, weights_only=True)["callbacks"].items()
+        if "AddPenalty" in name
+    ]
+    assert state["step"] == state["uses"] == 1
+    assert state["vectors"]
+    again, _ = fitted(tmp_path / "again", resume=checkpoint)
+    assert again.callbacks[0].penalty.state_dict()["uses"] == 2
+
+
+class Encoder(nn.Module):
+    """A backbone and a projection head, as in lightly's examples."""
+
+    def __init__(self):
+        super().__init__()
+        pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *pooled)
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+def test_a_loop_of_lightly_has_it_on_the_backbone():
+    torch.manual_seed(0)
+    model = Encoder()
+    views = torch.rand(2, 4, 3, 32, 32)
+    names = {
+        "model": model,
+        "criterion": NTXentLoss(),
+        "batches": [((views[0], views[1]), None, None)] * 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    exec(snippet("model.backbone, strength=1e-2, burn_in"), names)
+    assert names["penalty"].step == 2
+    assert [layer.name for layer in names["penalty"].layers] == ["0"]
