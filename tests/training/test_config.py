@@ -12,12 +12,13 @@ from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
 from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
 from hf_specreg.training.report import ReportConfig
-from hf_specreg.training.resume import differences
+from hf_specreg.training.resume import changes_of_the_run, differences
 from hf_specreg.training.self_supervision import SelfSupervisedConfig
 from hf_specreg.training.state import recorded_settings
 from hf_specreg.training.transfer import TransferConfig
@@ -84,6 +85,15 @@ def test_differences_name_the_key_and_both_values():
 def test_every_setting_has_a_range(kind, name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
         kind(**{name: value})
+
+
+def test_a_run_goes_on_by_the_names_that_settings_had():
+    now = RunConfig(regularizers=RegularizersConfig(sensitivity=SensitivityConfig(images=8)))
+    before = {"regularizers": {"sensitivity": {"part": 8}}}
+    assert changes_of_the_run(before, now) == []
+    assert before == {"regularizers": {"sensitivity": {"part": 8}}}
+    changed = ["regularizers.sensitivity.images: 8 and 16"]
+    assert changes_of_the_run(before, RunConfig()) == changed
 
 
 def test_what_trackers_are_started_with_is_not_recorded():
