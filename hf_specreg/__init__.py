@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hf_specreg.encoders.model import SpecRegModel
     from hf_specreg.robustness.evaluate import evaluate_robustness
     from hf_specreg.robustness.report import RobustnessReport
+    from hf_specreg.spectral.input_gradient import InputGradientPenalty
     from hf_specreg.spectral.penalty import SpectralPenalty
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.callback import SpectralPenaltyCallback
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FeatureSpace",
+    "InputGradientPenalty",
     "RobustnessReport",
     "SensitivityPenalty",
     "SpecRegModel",
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 # that adds the penalty no data sets, scipy or schemas.
 _PLACES = {
     "FeatureSpace": "encoders.features",
+    "InputGradientPenalty": "spectral.input_gradient",
     "RobustnessReport": "robustness.report",
     "SensitivityPenalty": "spectral.sensitivity",
     "SpecRegModel": "encoders.model",

@@ -76,20 +76,24 @@ def test_three_lines_add_the_penalty_to_a_loss():
     assert names["penalty"].step == 1
 
 
-def test_the_penalty_on_the_function_is_added_to_a_loss():
+@pytest.mark.parametrize(
+    ("penalty", "name"),
+    [("SensitivityPenalty", "sensitivity"), ("InputGradientPenalty", "gradient")],
+)
+def test_a_penalty_on_the_function_is_added_to_a_loss(penalty, name):
     torch.manual_seed(0)
-    snippet = only(page("regularizers"), "SensitivityPenalty")
+    snippet = only(page("regularizers"), penalty)
     model = timm.create_model("test_vit", img_size=32, num_classes=5)
     names = {
         "model": model,
         "criterion": lambda logits, labels: 0 * logits.sum(),
         "images": torch.rand(4, 3, 32, 32),
-        "labels": None,
+        "labels": torch.tensor([0, 1, 2, 3]),
     }
     exec(snippet, names)
     names["loss"].backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
-    assert names["sensitivity"].step == 1
+    assert names[name].step == 1
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "bare_vit", "bare_convnext"])

@@ -100,7 +100,8 @@ class InputGradientConfig(RampedConfig):
                 check_differences(space.model)
             images, labels = images[: self.images], labels[: self.images]
             settings = {"norm": self.norm, "by": self.by, "step": self.step}
-            with derivable_twice(space.model):
+            no_autocast = torch.autocast(images.device.type, enabled=False)
+            with derivable_twice(space.model), no_autocast:
                 return input_gradient_norm(space.logits, images, labels, **settings)
 
         return compute

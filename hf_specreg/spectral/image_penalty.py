@@ -1,0 +1,100 @@
+"""A penalty on the derivative by the image, for a loop of one's own: its life cycle.
+
+What it is stands in `regularizers/`, one a file; here is when it enters, with what strength, and
+what a run that is resumed needs of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.spectral.precision import full_precision
+from hf_specreg.spectral.regularizers.term import Compute, RampedConfig, Regularizer
+
+
+class ImagePenalty:
+    """A term of images beside the loss, called once per optimizer step.
+
+    It is of a batch's first images (`images`), in evaluation mode: batch norms use their running
+    statistics and leave them as they are. They run uncompiled and, of timm's models, without
+    activation checkpointing; checkpointing in code of your own is not derived twice. With gradient
+    accumulation, call it in one of the micro-batches only, as `SpectralPenalty`; with several
+    processes each has its own images.
+
+    Args:
+        model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
+            with `head`; also inside DistributedDataParallel or torch.compile. Or a `FeatureSpace`.
+        strength: what the term is multiplied by.
+        burn_in: the first `burn_in` calls give 0.
+        ramp: calls after the burn-in in which the strength rises linearly from 0.
+        input_size: (C, H, W) of the images; default: the model's own configuration.
+        head: dotted name or names of the head, () for a model that is all encoder; default: found
+            for timm and transformers.
+        seed: of what is random; torch's own random numbers are left alone.
+        **settings: those of `kind`, and `every`.
+
+    Attributes:
+        kind: how its settings are called in recipes.
+        settings: all of them, as recipes have them.
+        step: how many times it was called.
+
+    Raises:
+        ValueError: a setting is out of range, or the head or the input size is not known.
+    """
+
+    kind: ClassVar[type[RampedConfig]]
+
+    def __init__(
+        self,
+        model: nn.Module | FeatureSpace,
+        *,
+        strength: float,
+        burn_in: int = 0,
+        ramp: int = 0,
+        input_size: tuple[int, int, int] | None = None,
+        head: str | Sequence[str] | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ):
+        self.settings = self.kind(strength, burn_in_steps=burn_in, **settings)
+        if ramp < 0 or self.settings.ramp_epochs:
+            raise ValueError(f"ramp ({ramp}) counts calls, at least 0; ramp_epochs is of recipes")
+        self.space = FeatureSpace.of(model, head=head, input_size=input_size)
+        self.seed = seed
+        self.step = 0
+        self._generator = torch.Generator()
+        every, compute = self.settings.every, self._compute()
+        self._term = Regularizer(
+            type(self).__name__, strength, every, burn_in, False, compute, ramp=ramp
+        )
+
+    def _compute(self) -> Compute:
+        """Return the term, of which `_generator` decides what is random."""
+        return self.settings.term(self.space)
+
+    @torch.compiler.disable  # the count of steps must not be compiled in
+    def _at(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
+        step, self.step = self.step, self.step + 1
+        if not self._term.due(step):
+            return full_precision(images.new_zeros(()))
+        # Of the place in the training, so that the count is all that there is to resume from.
+        self._generator.manual_seed(self.seed + step)
+        return self._term(images, labels, (), step=step)
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise TypeError(
+            "a penalty belongs to its model and cannot be copied or pickled: make one for the "
+            "other model, and give it the state_dict() of this one"
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the count: with it, a resumed run goes on bit for bit."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over the count."""
+        self.step = state["step"]
