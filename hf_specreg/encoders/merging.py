@@ -2,22 +2,24 @@
 
 import copy
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return the network with LoRA merged and parametrizations computed.
+    """Return the network with LoRA merged, parametrizations computed and weights contiguous.
 
-    A network that has neither is returned as it is, else a copy.
+    A network that needs none of it is returned as it is, else a copy.
     """
     adapted = any(
         hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
         for m in network.modules()
     )
-    if not adapted and not any(is_parametrized(m) for m in network.modules()):
+    computed = any(is_parametrized(m) for m in network.modules())
+    if not (adapted or computed) and all(p.is_contiguous() for p in network.parameters()):
         return network
-    network = copy.deepcopy(network).eval()
+    network = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
     for name, module in list(network.named_modules()):
         if is_parametrized(module):
             _compute(module)

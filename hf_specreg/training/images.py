@@ -4,6 +4,7 @@ import logging
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_specreg.data.datasets import ImageSplits, place
@@ -67,6 +68,11 @@ def plain_training_images(
         in_memory=config.data.in_memory,
         skip_unreadable=config.data.skip_unreadable,
     )
+
+
+def with_channels_last(images: Tensor) -> Tensor:
+    """Return images [..., C, H, W] with the channels of a pixel side by side in memory."""
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def build_loaders(

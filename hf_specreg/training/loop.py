@@ -26,7 +26,7 @@ from hf_specreg.training.accelerator import build_accelerator
 from hf_specreg.training.adversarial import OverfittingCheck
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
-from hf_specreg.training.images import build_loaders
+from hf_specreg.training.images import build_loaders, with_channels_last
 from hf_specreg.training.interruption import CHECK_EVERY, RunStopped, StopSignal, ending_workers
 from hf_specreg.training.metrics import (
     DivergedError,
@@ -87,6 +87,8 @@ class TrainingLoop:
         self.plain = objective.to(self.accelerator.device)
         self.encoder = objective.encoder
         freeze_unused(self.encoder)
+        if config.channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
         length = {"steps_per_epoch": self.steps_per_epoch, "epochs": config.epochs}
@@ -187,6 +189,8 @@ class TrainingLoop:
     def _train_batch(self, epoch: int, batch: int, images: Tensor, labels: Tensor) -> None:
         set_seed(derived_seed(self.config.seed, epoch, batch, self.accelerator.process_index))
         images = add_noise(images.float() / 255, self.config.augment.noise)
+        if self.config.channels_last:
+            images = with_channels_last(images)
         with self.accelerator.autocast():
             loss = self.objective(images, labels)
         penalty = loss.new_zeros(())

@@ -207,7 +207,9 @@ class RunState:
             state.rename(into / "state")
             save_file(vectors, into / "penalty.safetensors")
             if self.ema is not None:
-                save_file(self.ema.module.state_dict(), into / "ema.safetensors")
+                averaged = self.ema.module.state_dict()
+                averaged = {name: tensor.contiguous() for name, tensor in averaged.items()}
+                save_file(averaged, into / "ema.safetensors")
             self._write_model(into / "model")
 
         progress = {

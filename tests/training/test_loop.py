@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from hf_specreg.data.datasets import DataConfig, DataError, build_splits
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.spectral.regularizers import RegularizersConfig
+from hf_specreg.spectral.regularizers.bss import BSSConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.training import checkpoints
 from hf_specreg.training.checkpoints import (
     CheckpointConfig,
@@ -31,6 +34,8 @@ from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.resume import starting_point
 from tests.interrupted import Interrupted, interrupted_at
+
+NARROW = {"channels": [4, 8], "layers": [1, 1]}
 
 
 def config(tmp_path, **kwargs):
@@ -120,6 +125,42 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one_bit_for_bit(
     resumed = weights(build(broken).run(resume=True).model_folder)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def as_usual(tmp_path_factory):
+    """Settings of a short run with terms of every kind, and the weights that it gives."""
+    terms = {"sensitivity": SensitivityConfig(0.01, images=4), "bss": BSSConfig(0.01)}
+    settings = {
+        "epochs": 2,
+        "batch_size": 32,
+        "accumulation": 1,
+        "data": DataConfig(train_samples=96),
+        "augment": AugmentConfig(noise=0.05),
+        "model": ModelConfig(input_size=(1, 8, 8), name="resnet20_cifar", args=NARROW),
+        "penalty": PenaltyConfig(strength=0.01),
+        "regularizers": RegularizersConfig(**terms),
+    }
+    run = config(tmp_path_factory.mktemp("as_usual"), **settings)
+    return settings, weights(build(run).run().model_folder)
+
+
+def test_the_layout_changes_weights_by_rounding_and_a_resumed_run_not_at_all(tmp_path, as_usual):
+    settings, expected = as_usual
+    run = config(tmp_path, **settings, channels_last=True)
+    loop = build(run)
+    whole = weights(loop.run().model_folder)
+    assert whole.keys() == expected.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], expected[name], rtol=1e-3, atol=1e-4)
+    kernel = loop.encoder.network.stages[0][0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()
+    broken = replace(run, output_dir=str(tmp_path / "broken"))
+    with pytest.raises(Interrupted):
+        build(broken, objective=interrupted_at(5)).run()
+    resumed = weights(build(broken).run(resume=True).model_folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.fixture
