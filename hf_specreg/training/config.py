@@ -48,6 +48,11 @@ class RunConfig:
             torch.channels_last, which can be faster for convolutions. Up to rounding the results
             are the same, but for dropout on maps, which then draws in that order. What is saved is
             contiguous.
+        compile: have torch compile the encoder's passes in training, once for each size of batch,
+            by its default backend, which on a CPU needs a C++ compiler. Up to rounding and the
+            random numbers of dropout the results are the same; names in what is saved are. What is
+            derived twice, evaluations and sigma are computed uncompiled. Not with
+            regularizers.spectral_norm.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
         tracker: what those are started with.
@@ -73,6 +78,7 @@ class RunConfig:
     sync_batch_norm: bool = False
     deterministic: bool = False
     channels_last: bool = False
+    compile: bool = False
     log_every: int = 50
     log_with: tuple[str, ...] = ()
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -107,6 +113,11 @@ class RunConfig:
                 "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
+        if self.compile and self.regularizers.spectral_norm:
+            raise ValueError(
+                "compile does not take weights that regularizers.spectral_norm computes at each "
+                "pass: set one of the two to no"
+            )
         bss = self.regularizers.bss
         if bss.strength and bss.k > self.batch_size // self.accumulation:
             raise ValueError(

@@ -37,7 +37,7 @@ from hf_specreg.training.metrics import (
     progress_bar,
     start_trackers,
 )
-from hf_specreg.training.model import freeze_unused
+from hf_specreg.training.model import prepare_for_training
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
 from hf_specreg.training.resume import check_agreement, starting_point
@@ -86,9 +86,8 @@ class TrainingLoop:
         )
         self.plain = objective.to(self.accelerator.device)
         self.encoder = objective.encoder
-        freeze_unused(self.encoder)
-        if config.channels_last:
-            self.encoder.to(memory_format=torch.channels_last)
+        layout = {"channels_last": config.channels_last, "compiled": config.compile}
+        prepare_for_training(self.encoder, **layout)
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
         length = {"steps_per_epoch": self.steps_per_epoch, "epochs": config.epochs}
@@ -320,7 +319,7 @@ class TrainingLoop:
         encoder = self.state.model
         for buffer in encoder.buffers():  # each process has its own statistics of batch norms
             buffer.copy_(broadcast(buffer))
-        with evaluating(encoder):
+        with evaluating(encoder), torch.compiler.set_stance("force_eager"):
             return self.score(encoder, loader, self.accelerator)
 
     def _log_training(self, epoch: int) -> None:

@@ -104,6 +104,24 @@ def build_encoder(
     return encoder
 
 
+def prepare_for_training(
+    model: SpecRegModel, *, channels_last: bool = False, compiled: bool = False
+) -> None:
+    """Freeze what has no part in the output; change the layout and compile if that is wanted.
+
+    Args:
+        model: on its device; changed in place, its parameters' names and values are not.
+        channels_last: put kernels in torch.channels_last.
+        compiled: have torch compile its call, for each shape anew, so that a run that is resumed
+            computes as the uninterrupted one.
+    """
+    freeze_unused(model)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if compiled:
+        model.compile(dynamic=False)
+
+
 def freeze_unused(model: SpecRegModel) -> None:
     """Freeze parameters that the output does not depend on, such as mask tokens.
 

@@ -87,6 +87,11 @@ def test_every_setting_has_a_range(kind, name, value):
         kind(**{name: value})
 
 
+def test_spectral_norm_is_not_compiled():
+    with pytest.raises(ValueError, match=r"compile does not take .*: set one of the two to no"):
+        RunConfig(compile=True, regularizers=RegularizersConfig(spectral_norm=True))
+
+
 def test_a_run_goes_on_by_the_names_that_settings_had():
     now = RunConfig(regularizers=RegularizersConfig(sensitivity=SensitivityConfig(images=8)))
     before = {"regularizers": {"sensitivity": {"part": 8}}}

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_specreg.data.datasets import DataConfig, DataError, build_splits
 from hf_specreg.data.transforms import AugmentConfig
@@ -145,17 +146,26 @@ def as_usual(tmp_path_factory):
     return settings, weights(build(run).run().model_folder)
 
 
-def test_the_layout_changes_weights_by_rounding_and_a_resumed_run_not_at_all(tmp_path, as_usual):
+@pytest.mark.parametrize("setting", ["channels_last", "compile"])
+def test_layout_and_compilation_change_weights_by_rounding_and_a_resumed_run_not_at_all(
+    tmp_path, as_usual, setting, monkeypatch
+):
     settings, expected = as_usual
-    run = config(tmp_path, **settings, channels_last=True)
+    frames = CompileCounterWithBackend("aot_eager")  # needs no compiler
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **kw: compile_with(m, backend=frames, **kw)
+    )
+    run = config(tmp_path, **settings, **{setting: True})
     loop = build(run)
     whole = weights(loop.run().model_folder)
     assert whole.keys() == expected.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], expected[name], rtol=1e-3, atol=1e-4)
     kernel = loop.encoder.network.stages[0][0].conv1.weight
-    assert kernel.is_contiguous(memory_format=torch.channels_last)
-    assert not kernel.is_contiguous()
+    last = setting == "channels_last"
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == last
+    assert (frames.frame_count > 0) == (setting == "compile")
     broken = replace(run, output_dir=str(tmp_path / "broken"))
     with pytest.raises(Interrupted):
         build(broken, objective=interrupted_at(5)).run()
