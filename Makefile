@@ -34,6 +34,7 @@ bench: $(VENV)/ready
 	$(PYTHON) benchmarks/tracking.py
 	$(PYTHON) benchmarks/attack_cost.py
 	$(PYTHON) benchmarks/coverage.py
+	$(PYTHON) benchmarks/launches.py
 
 # README.md and docs/ as a site in site/; stops at a link that leads nowhere.
 docs: $(VENV)/docs

@@ -14,11 +14,11 @@ from torch import Tensor
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.sharding import local, shares, summed, whole
 from hf_specreg.spectral.squares import Factor, sum_of_squares
-from hf_specreg.spectral.tracking import Stack, Triplets, stacks
+from hf_specreg.spectral.tracking import Stack, Triplets, on_cpu, stacks
 
 # Layers of so many weights share a node of the graph: with more, their gradients would leave the
-# cache before they are added to the loss's. Of CPUs with 32 MiB; not measured on GPUs.
-ONE_NODE = 2**21
+# cache of a CPU with 32 MiB before they are added to the loss's. Elsewhere a node costs launches.
+ONE_NODE, ONE_NODE_ELSEWHERE = 2**21, 2**25
 
 
 class FollowedSum:
@@ -65,7 +65,9 @@ class FollowedSum:
         self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
         groups = [[i for i in group if i in self._own] for group in self.triplets.groups]
         self.groups = [group for group in groups if group]
-        self.nodes = _in_parts(self._own, [stack.shape.numel() for stack in self.stacks])
+        sizes = [stack.shape.numel() for stack in self.stacks]
+        most = ONE_NODE if on_cpu(self.stacks) else ONE_NODE_ELSEWHERE
+        self.nodes = _in_parts(self._own, sizes, most)
 
     def _share_out(self) -> list[int]:
         """The process that works on each stack."""
@@ -155,11 +157,11 @@ class FollowedSum:
         self.triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
 
 
-def _in_parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Part consecutive layers: each part has ONE_NODE weights at most, or is one layer."""
+def _in_parts(indices: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Part consecutive layers: each part has so many weights at most, or is one layer."""
     parts: list[list[int]] = []
     for index in indices:
-        if parts and sum(sizes[i] for i in (*parts[-1], index)) <= ONE_NODE:
+        if parts and sum(sizes[i] for i in (*parts[-1], index)) <= most:
             parts[-1].append(index)
         else:
             parts.append([index])

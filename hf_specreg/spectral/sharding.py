@@ -124,7 +124,11 @@ def block_products(direction: Tensor, weight: Tensor, blocks: int, rows: Rows) -
 def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
     """Return D with every block of rows times its factor [blocks]."""
     factors = factors.to(direction)
-    if len(factors) > 1:
-        index = rows.block_of_each(len(direction), len(factors), direction.device)
+    blocks = len(factors)
+    if blocks > 1 and rows.group is None:
+        of_each = direction.unflatten(0, (blocks, -1))
+        return (of_each * factors.reshape(blocks, *[1] * direction.ndim)).flatten(0, 1)
+    if blocks > 1:
+        index = rows.block_of_each(len(direction), blocks, direction.device)
         factors = factors[index].reshape(-1, *[1] * (direction.ndim - 1))
     return direction * factors

@@ -35,8 +35,8 @@ from hf_specreg.spectral.singular import (
 
 NOISE = 0.1  # of the norm of v
 # Layers are renewed together as far as their weights and bases are so many numbers: with more they
-# leave the cache, which costs more than is saved. Of CPUs with 32 MiB; not measured on GPUs.
-CACHED = 2**22
+# leave the cache of a CPU with 32 MiB, which costs more than is saved. Elsewhere launches count.
+CACHED, CACHED_ELSEWHERE = 2**22, 2**24
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class Stack:
         operators: whose parts are of equal size and make up the weight.
         shape: of the weight.
         output_shape: of each operator's u, which is [1, *output_shape].
+        device: where the weight is when it is measured.
     """
 
     weight: Callable[[], Tensor]
     operators: tuple[LinearOperator, ...]
     shape: torch.Size
     output_shape: torch.Size
+    device: torch.device
 
     @property
     def blocks(self) -> int:
@@ -102,7 +104,12 @@ def _stack(layer_weight: Callable[[], Tensor], operators: tuple[LinearOperator, 
     one, weight = operators[0], layer_weight()
     v = torch.empty(1, *one.input_shape, dtype=weight.dtype, device="meta")
     u = one.apply(torch.empty_like(one.part(weight), device="meta"), v)
-    return Stack(layer_weight, operators, weight.shape, u.shape[1:])
+    return Stack(layer_weight, operators, weight.shape, u.shape[1:], weight.device)
+
+
+def on_cpu(stacks: Sequence[Stack]) -> bool:
+    """Whether the weights are on a CPU, all or some."""
+    return any(stack.device.type == "cpu" for stack in stacks)
 
 
 def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
@@ -112,10 +119,11 @@ def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
     kinds: dict[tuple, list[int]] = {}
     for index, stack in enumerate(stacks):
         kinds.setdefault(stack.kind, []).append(index)
+    numbers = CACHED if on_cpu(stacks) else CACHED_ELSEWHERE
     groups = []
     for alike in kinds.values():
         one = stacks[alike[0]]
-        most = max(1, CACHED // (one.shape.numel() + steps * one.size))
+        most = max(1, numbers // (one.shape.numel() + steps * one.size))
         parts = math.ceil(len(alike) / most)
         groups += [alike[i::parts] for i in range(parts)]
     return groups
