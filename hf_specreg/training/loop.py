@@ -142,6 +142,11 @@ class TrainingLoop:
             self.console.print(f"resuming from {checkpoint}: step {step}, epoch {epoch}")
         start_trackers(self.accelerator, self.config.tracker, self.config.as_dict())
         total = self.config.epochs * self.steps_per_epoch
+        self.console.print(
+            f"{self.output}: {self.config.epochs} epochs of {self.steps_per_epoch} steps on "
+            f"{self.accelerator.device}; step by step in metrics.jsonl",
+            soft_wrap=True,
+        )
         with progress_bar(self.console) as self.progress, StopSignal() as self.told_to_stop:
             self.task = self.progress.add_task("training", total=total, completed=self.state.step)
             with ending_workers(self.loader, self.validation):
@@ -300,8 +305,8 @@ class TrainingLoop:
         self._log({"epoch": epochs_done, **self.state.metrics})
         said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scores.items())
         self.console.print(
-            f"epoch {epochs_done}/{self.config.epochs}: {said}, sum of sigma^2 "
-            f"{self.state.metrics['sum_sigma2']:.4g}, largest {top[0][0]} {top[0][1]:.4g}",
+            f"epoch {epochs_done}/{self.config.epochs}, validation: {said}; sum of sigma^2 "
+            f"{self.state.metrics['sum_sigma2']:.4g}, largest sigma {top[0][1]:.4g} ({top[0][0]})",
             soft_wrap=True,
         )
         better = scores["accuracy"] > self.state.best_accuracy
