@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hf_specreg import __version__
 from hf_specreg.arguments import OneLineParser, errors_in_one_line
-from hf_specreg.commands.hub import card, list_encoders, push
+from hf_specreg.commands.hub import card, list_encoders, publish_zoo, push, space
 from hf_specreg.commands.models import compare, evaluate, spectrum
 
 COMMANDS = {
@@ -18,6 +18,8 @@ COMMANDS = {
     "card": card,
     "push": push,
     "list": list_encoders,
+    "publish-zoo": publish_zoo,
+    "space": space,
 }
 
 

@@ -47,7 +47,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Publish encoder, report and card",
-    eval_results: bool = False,
+    eval_results: bool = True,
     notes: Literal["folder", "hub"] | None = None,
     study: str | None = None,
 ) -> None:
@@ -66,7 +66,7 @@ def push(
         revision: branch; default: main.
         create_pr: open a pull request instead of committing.
         commit_message: of the commit.
-        eval_results: also write .eval_results/hf_specreg.yaml.
+        eval_results: write .eval_results/hf_specreg.yaml where the data set is on the Hub.
         notes: which to keep where those on the folder's card and on the Hub's differ.
         study: folder or study.json of the study that trained the encoder, for the card to cite.
     """
@@ -94,16 +94,20 @@ def push(
     state.wait_for_everyone()
 
 
-def list_encoders(source: str, sort: str = "accuracy") -> None:
+def list_encoders(source: str, sort: str = "accuracy", html: str | None = None) -> None:
     """List encoders with their accuracy and robustness, by the metadata on their cards.
 
     Args:
-        source: a folder that holds encoders' folders, or a namespace on the Hub.
+        source: a folder that holds encoders' folders, or a namespace or a collection on the Hub.
         sort: a column's name; the largest first.
+        html: also write a page to sort and to filter into this file.
     """
+    from hf_specreg.hub.catalogue import write_catalogue
     from hf_specreg.hub.collection import collect, columns_of, sort_rows
 
     rows = collect(source)
+    if html:
+        write_catalogue(html, rows, source, sort=sort)
     if not rows:
         print(f"no encoders of hf_specreg in {source}")
         return
@@ -112,11 +116,60 @@ def list_encoders(source: str, sort: str = "accuracy") -> None:
         table.add_row(*(_cell(name, row.get(name)) for name in columns_of(rows)))
     Console(width=None if Console().is_terminal else 200).print(table)
     print("Compare numbers of the same data and the same attack only: the cards have the settings.")
+    if html:
+        print(html)
+
+
+def publish_zoo(
+    folder: str,
+    namespace: str,
+    title: str = "Encoders of hf_specreg",
+    license: str | None = None,
+    private: bool = False,
+) -> None:
+    """Publish the encoders of a folder with their cards and reports, in one collection on the Hub.
+
+    The same command goes on where it was stopped; what is there already is not sent again.
+
+    Args:
+        folder: that holds zoo.yaml, or the folders of saved encoders with their cards.
+        namespace: a user or an organisation.
+        title: of the collection.
+        license: SPDX identifier, of those that state none; default: the ones on their cards.
+        private: make the repositories and the collection private.
+    """
+    from hf_specreg.hub import zoo
+    from hf_specreg.recipes.launched import launched
+
+    state = launched()
+    done = zoo.publish_zoo(folder, namespace, title=title, license=license, private=private)
+    if done is not None:
+        for pushed in done.pushed:
+            print(f"{pushed.repo_id}: {'published' if pushed.changed else 'nothing has changed'}")
+        print(done.collection)
+    state.wait_for_everyone()
+
+
+def space(
+    folder: str, output: str = "runs/space", repo_id: str | None = None, license: str | None = None
+) -> None:
+    """Write a Space for an encoder: an app in gradio that attacks a picture that is uploaded.
+
+    Args:
+        folder: of the saved encoder.
+        output: the Space's folder, to be sent by `hf upload ID OUTPUT --repo-type space`.
+        repo_id: org/name where the encoder is published; default: it is copied into the Space.
+        license: SPDX identifier, such as apache-2.0; default: the encoder's.
+    """
+    from hf_specreg.hub.space import write_space
+
+    for path in write_space(folder, output, repo_id=repo_id, license=license):
+        print(path)
 
 
 def _cell(column: str, value: str | float | None) -> str:
     if value is None:
         return ""
-    if column == "accuracy" or column.startswith("robust"):
+    if column in ("accuracy", "ECE") or column.startswith("robust"):
         return f"{value:.1%}"
     return f"{value:.3f}" if isinstance(value, float) else escape(str(value))

@@ -18,6 +18,7 @@ from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.hub.citation import citation, study_files
 from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
 from hf_specreg.hub.metrics import model_index
+from hf_specreg.hub.summary import KEY, summary
 from hf_specreg.robustness.comparison import Comparison
 from hf_specreg.robustness.plots import pictures
 from hf_specreg.robustness.report import RobustnessReport
@@ -142,6 +143,7 @@ def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) 
         metrics=["accuracy"] if model.num_classes else None,
         tags=TAGS + (["rep-spectral"] if encoder.penalty else []),
         eval_results=results or None,
+        **{KEY: summary(encoder)},
     )
 
 

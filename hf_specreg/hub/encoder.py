@@ -41,6 +41,7 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
         "data": {**_OBJECT, "properties": {"source": _TEXT}},
         "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
         "penalty_share": _NUMBER,
+        "images_per_second": {"type": ["number", "null"], "minimum": 0, "maximum": 1e15},
         "norms": _TEXT,
         "pinned": {"type": "array", "items": _TEXT},
         "config": {
@@ -210,7 +211,10 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
     """
     files = {RUN_FILE: (json.dumps(encoder.run, indent=2) + "\n").encode()}
     if encoder.report is not None:
-        files |= named(encoder.report, repo_id).to_bytes(twins=False)
+        report = named(encoder.report, repo_id)
+        files |= report.to_bytes(twins=False)
+        if report.images:
+            files["robustness.parquet"] = report.to_parquet()
     return files
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_specreg.hub.encoder import CardError, Encoder
+from hf_specreg.hub.encoder import HUB_ID, Encoder
 from hf_specreg.robustness.text import attack_name, distances, norm_name
 
 
@@ -22,6 +22,10 @@ def model_index(content: Mapping[str, Any], task: str) -> list[EvalResult]:
         task: the Hub's name of what the model is for.
     """
     found = [_result(content, task, "accuracy", "accuracy", content["clean"]["accuracy"])]
+    if known := content["clean"].get("calibration"):
+        ece = {"value": known["ece"], "ci": None}
+        name = "expected calibration error (15 bins)"
+        found.append(_result(content, task, "expected_calibration_error", name, ece))
     for name, distance in distances(content):
         if distance["mean"]["value"] is not None:
             found.append(_distance(content, task, name, distance))
@@ -49,16 +53,12 @@ def model_index(content: Mapping[str, Any], task: str) -> list[EvalResult]:
 
 
 def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
-    """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`.
-
-    Raises:
-        CardError: there is no report, or its data are not on the Hub.
+    """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`; nothing where there is
+    no report, or its data set is not on the Hub.
     """
-    if encoder.report is None or "/" not in (encoder.report.content["data"]["id"] or ""):
-        raise CardError(
-            ".eval_results needs a report on a data set of the Hub (org/name), not on "
-            f"{encoder.report.content['data']['id'] if encoder.report else 'nothing'}"
-        )
+    data = (encoder.report.content["data"]["id"] or "") if encoder.report else ""
+    if "/" not in data or not HUB_ID.fullmatch(data):
+        return {}
     content = encoder.report.content
     rows = [("accuracy", content["clean"]["accuracy"]["value"], f"n {content['n']}")]
     for point in content["worst_case"]:
@@ -120,8 +120,9 @@ def _result(
     **arguments: Any,
 ) -> EvalResult:
     data = content["data"]
-    low, high = estimate["ci"]
     stated = {"n": content["n"], "seed": content["seed"], **arguments}
+    if estimate["ci"]:
+        stated["ci_95_low"], stated["ci_95_high"] = estimate["ci"]
     return EvalResult(
         task_type=task,
         dataset_type=data["id"] or "unnamed",
@@ -131,5 +132,5 @@ def _result(
         metric_type=kind,
         metric_name=name,
         metric_value=round(estimate["value"], 6),
-        metric_args={**stated, "ci_95_low": low, "ci_95_high": high},
+        metric_args=stated,
     )

@@ -8,6 +8,7 @@ moment is tried again for `PATIENCE` seconds; see `hf_specreg.encoders.connectio
 
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from json import JSONDecodeError
@@ -32,11 +33,12 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
+from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.result import Study
 
 OURS = re.compile(
-    r"preprocessor_config\.json|robustness\.(json|npz)|\.eval_results/hf_specreg\.yaml"
+    r"preprocessor_config\.json|robustness\.(json|npz|parquet)|notebook\.ipynb|\.eval_results/hf_specreg\.yaml"
     r"|plots/((robust_accuracy|distances|sigmas)_(l2|linf)|study)\.png"
 )
 PATIENCE = 300.0  # seconds from the first try on in which a request is tried again
@@ -75,7 +77,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Publish encoder, report and card",
-    eval_results: bool = False,
+    eval_results: bool = True,
     notes: Literal["folder", "hub"] | None = None,
     study: Study | str | Path | None = None,
     token: str | None = None,
@@ -92,7 +94,7 @@ def push(
         revision: branch, made if it is not there; default: main.
         create_pr: open a pull request instead of committing.
         commit_message: of the commit.
-        eval_results: also write `.eval_results/hf_specreg.yaml`.
+        eval_results: write `.eval_results/hf_specreg.yaml` where the data set is on the Hub.
         notes: which to keep where those on the folder's card and on the Hub's differ.
         study: that the encoder is a cell of, for the card.
         token: default: the one of `hf auth login`, or HF_TOKEN.
@@ -202,6 +204,7 @@ def _files(encoder: Encoder, repo_id: str, eval_results: bool) -> dict[str, byte
         name: encoder.folder / name for name in names if (encoder.folder / name).is_file()
     }
     files |= report_files(encoder, repo_id) | card_files(encoder, repo_id)
+    files[NOTEBOOK_FILE] = notebook(encoder, repo_id)
     return files | (eval_results_file(encoder) if eval_results else {})
 
 
@@ -313,14 +316,16 @@ def _commit(
             *(CommitOperationDelete(n) for n in there if OURS.fullmatch(n) and n not in files),
         ]
         try:
-            done = api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data")
+                done = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=parent,
+                )
         except RuntimeError as error:  # "Error while uploading", from what happened
             raise error.__cause__ or error from None
         return Pushed(repo_id, done.oid, done.oid != parent, done.pr_url)

@@ -8,6 +8,7 @@ import torch
 
 from hf_specreg.robustness.attacks import Attack, describe
 from hf_specreg.robustness.bound import Bound
+from hf_specreg.robustness.calibration import calibration
 from hf_specreg.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_specreg.robustness.flags import Results, flags
 from hf_specreg.robustness.schema import SCHEMA_VERSION
@@ -40,6 +41,7 @@ def aggregate(
             "accuracy": proportion(correct),
             "correct": int(correct.sum()),
             "invalid": int(clean["invalid"].sum()),
+            "calibration": _calibration(clean),
         },
         "attacks": {
             name: _attack(attack, results[name], correct, grid[attack.norm], seed)
@@ -50,6 +52,11 @@ def aggregate(
         "corruptions": _corruptions(results, seed),
         "flags": flags(results, attacks, grid),
     }
+
+
+def _calibration(clean: Mapping[str, np.ndarray]) -> dict[str, float] | None:
+    """Of the softmax of the logits; None where some are not finite."""
+    return None if clean["invalid"].any() else calibration(clean["logits"], clean["labels"])
 
 
 def _attack(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,13 @@ class Format:
 def to_json(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a document."""
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Return the bytes of a parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
 
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:

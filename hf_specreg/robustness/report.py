@@ -12,9 +12,10 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+import pyarrow as pa
 
 from hf_specreg.robustness.comparison import Comparison
-from hf_specreg.robustness.documents import to_json, write_whole
+from hf_specreg.robustness.documents import to_json, to_parquet, write_whole
 from hf_specreg.robustness.page import write_page
 from hf_specreg.robustness.schema import FORMAT, ReportError, check_images, checked
 from hf_specreg.robustness.text import (
@@ -99,6 +100,13 @@ class RobustnessReport:
             contents["robustness.npz"] = buffer.getvalue()
         return contents
 
+    def to_parquet(self) -> bytes:
+        """Return the per-image results as a parquet file of one row an image, under the names that
+        they have in `images`, without what is no number an image.
+        """
+        columns = {name: pa.array(v) for name, v in self.images.items() if v.ndim == 1}
+        return to_parquet(pa.table(columns))
+
     @classmethod
     def load(cls, path: str | Path) -> "RobustnessReport":
         """Read a report and, where they are beside it, its per-image results.
@@ -142,7 +150,7 @@ class RobustnessReport:
             f"and distances in [0, 1] pixels; {INTERVALS}. A mean leaves out images for which "
             "nothing was found, which are the farthest; medians do not.",
             "",
-            f"Accuracy: {percent(content['clean']['accuracy'])}",
+            f"Accuracy: {percent(content['clean']['accuracy'])}{_calibrated(content)}",
             "",
         ]
         rows = [
@@ -178,3 +186,8 @@ class RobustnessReport:
     def compare(reports: Sequence["RobustnessReport"]) -> Comparison:
         """Compare several models on the same images, see `Comparison`."""
         return Comparison(reports)
+
+
+def _calibrated(content: Mapping[str, Any]) -> str:
+    known = content["clean"].get("calibration")
+    return f"; expected calibration error {100 * known['ece']:.1f} %" if known else ""

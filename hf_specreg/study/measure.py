@@ -17,12 +17,12 @@ from hf_specreg.data.datasets import ImageSplits, load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
 from hf_specreg.robustness.attacks import describe, make_attacks
+from hf_specreg.robustness.calibration import calibration, temperature
 from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.evaluate import Measures, evaluate_robustness
 from hf_specreg.robustness.images import Images, ImageSet
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.subject import Subject
-from hf_specreg.study.calibration import calibration, temperature
 from hf_specreg.study.config import EvaluationConfig
 from hf_specreg.study.ood import ood_auroc
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_specreg.robustness.documents import Format, to_json, write_whole
+from hf_specreg.robustness.documents import Format, to_json, to_parquet, write_whole
 from hf_specreg.study.page import to_html
 from hf_specreg.study.text import to_markdown
 
@@ -77,9 +77,9 @@ class Study:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"cells.parquet": _parquet(pa.Table.from_pydict(_cells(self.content["cells"])))}
+        files = {"cells.parquet": to_parquet(pa.Table.from_pydict(_cells(self.content["cells"])))}
         if self.images:
-            files["images.parquet"] = _parquet(self._table())
+            files["images.parquet"] = to_parquet(self._table())
         files["study.md"] = to_markdown(self.content).encode()
         if find_spec("matplotlib"):
             files["study.html"] = to_html(self.content).encode()
@@ -225,12 +225,6 @@ def _column(values: np.ndarray) -> pa.Array:
     if values.dtype.kind in "UO":
         return pa.array(values.astype(object)).dictionary_encode()
     return pa.array(values)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
 
 
 def _read_images(path: Path) -> dict[str, np.ndarray]:

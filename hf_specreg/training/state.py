@@ -236,8 +236,8 @@ class RunState:
         replace_folder(folder, self._write_model)
 
     def _write_model(self, folder: Path) -> None:
-        share = self.metrics_file.mean("penalty_share")
-        progress = {"step": self.step, "metrics": self.metrics, "penalty_share": share}
+        measured = {k: self.metrics_file.mean(k) for k in ("penalty_share", "images_per_second")}
+        progress = {"step": self.step, "metrics": self.metrics, **measured}
         model = self.model
         model.metadata = {**self.metadata, **progress}
         model.save_pretrained(folder)

@@ -37,7 +37,7 @@ FAULTS = (
     "truncate",
     "garbage",  # an answer that is no JSON
 )
-LFS = re.compile(r"\.(safetensors|png|npz)$")
+LFS = re.compile(r"\.(safetensors|png|npz|parquet)$")
 
 
 def git_oid(content: bytes) -> str:
@@ -91,6 +91,7 @@ class Hub:
 
     Attributes:
         repos: by id.
+        collections: by slug.
         tokens: from a token to "write", "read" or "expired".
         faults: see the head of this file.
         injected: how many faults of each kind there were.
@@ -99,6 +100,7 @@ class Hub:
 
     def __init__(self, port: int):
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict] = {}
         self.objects: dict[str, bytes] = {}
         self.tokens = {"hf_writer": "write", "hf_reader": "read", "hf_old": "expired"}
         self.faults: Callable[[str, str], str | None] = lambda method, path: None
@@ -355,18 +357,58 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in commit.files]
         id = self.state.moved.get(id, id)
         described = {"id": id, "sha": commit.oid, "private": repo.private, "tags": []}
+        described["cardData"] = self.card(commit)
         return ({**described, "siblings": siblings},)
+
+    @staticmethod
+    def card(commit):
+        text = commit.files.get("README.md", b"").decode()
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        return yaml.safe_load(front.group(1)) if front else {}
 
     def models(self, body):
         found = []
         for id, repo in self.state.repos.items():
-            card = repo.branches["main"][-1].files.get("README.md", b"").decode()
-            front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-            data = yaml.safe_load(front.group(1)) if front else {}
+            data = self.card(repo.branches["main"][-1])
             mine = id.startswith(f"{self.query.get('author', '')}/") and self.readable(id)
             if mine and self.query.get("filter") in (None, *data.get("tags", ())):
                 found.append({"id": id, "private": repo.private, "cardData": data, "tags": []})
         return (found,)
+
+    def new_collection(self, body):
+        asked = json.loads(body)
+        if not self.may_write(f"{asked['namespace']}/"):
+            return self.refusal(403, "this token cannot write")
+        title = re.sub(r"[^a-z0-9]+", "-", asked["title"].lower()).strip("-")
+        name = f"{asked['namespace']}/{title}"
+        slug = f"{name}-{hashlib.sha1(name.encode()).hexdigest()[:24]}"
+        if slug in self.state.collections:
+            return {"error": "it is there", "slug": slug}, {"status": 409}
+        self.state.collections[slug] = {
+            **{"slug": slug, "title": asked["title"], "owner": {"name": asked["namespace"]}},
+            **{"description": asked.get("description"), "private": asked["private"], "items": []},
+            **{"theme": "orange", "upvotes": 0, "position": 0},
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+        }
+        return (self.state.collections[slug],)
+
+    def collection(self, body, slug):
+        if slug not in self.state.collections:
+            return self.refusal(404, "Collection not found")
+        return (self.state.collections[slug],)
+
+    def add_item(self, body, slug):
+        if slug not in self.state.collections:
+            return self.refusal(404, "Collection not found")
+        asked, items = json.loads(body)["item"], self.state.collections[slug]["items"]
+        if not self.may_write(slug):
+            return self.refusal(403, "this token cannot write")
+        if self.readable(asked["id"]) is None:
+            return self.missing()
+        if any(item["id"] == asked["id"] for item in items):
+            return self.refusal(409, "it is in the collection")
+        items.append({**asked, "_id": f"{len(items):024x}", "position": len(items)})
+        return (self.state.collections[slug],)
 
     def tree(self, body, id, revision):
         repo = self.readable(id)
@@ -418,6 +460,9 @@ ROUTES = [
     (("POST",), "/api/repos/create", "create"),
     (("POST",), "/api/validate-yaml", "validate"),
     (("GET",), "/api/models", "models"),
+    (("POST",), "/api/collections", "new_collection"),
+    (("GET",), r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
+    (("POST",), r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "add_item"),
     (("POST",), rf"/api/models/{_ID}/branch/(?P<revision>.+)", "branch"),
     (("POST",), rf"/api/models/{_ID}/preupload/(?P<revision>.+)", "preupload"),
     (("POST",), rf"/api/models/{_ID}/commit/(?P<revision>.+)", "commit"),

@@ -4,17 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_specreg import SpecRegModel
+from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.connection import HubError
-from hf_specreg.hub.encoder import CardError
+from hf_specreg.hub.encoder import CardError, Encoder
+from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.conftest import make_model, report_on
 
@@ -43,8 +48,9 @@ def test_a_push_is_one_commit_with_everything_in_it(hub, encoder):
     assert pushed.commit == history[-1].oid
     files = files_of(hub)
     assert set(files) == {
-        *("README.md", "config.json", "model.safetensors", "specreg.json"),
-        *("robustness.json", "robustness.npz"),
+        *("README.md", "config.json", "model.safetensors", "specreg.json", "notebook.ipynb"),
+        *("robustness.json", "robustness.npz", "robustness.parquet"),
+        ".eval_results/hf_specreg.yaml",
         *(f"plots/{name}_l2.png" for name in ("robust_accuracy", "distances", "sigmas")),
     }
     assert files["model.safetensors"] == (encoder / "model.safetensors").read_bytes()
@@ -196,7 +202,7 @@ def test_notes_that_differ_are_not_chosen_between(hub, encoder, tmp_path):
 
 
 def test_what_is_out_of_date_is_deleted_and_what_is_others_stays(hub, encoder, tmp_path):
-    publish(encoder, eval_results=True)
+    publish(encoder)
     hub.repos[REPO].commit("main", {"plots/own.png": b"own", "notes.txt": b"own"}, "own")
     other = make_model()
     with torch.no_grad():
@@ -204,7 +210,7 @@ def test_what_is_out_of_date_is_deleted_and_what_is_others_stays(hub, encoder, t
     other.save_pretrained(tmp_path)
     publish(tmp_path)
     assert set(files_of(hub)) == {
-        *("README.md", "config.json", "model.safetensors", "specreg.json"),
+        *("README.md", "config.json", "model.safetensors", "specreg.json", "notebook.ipynb"),
         *("plots/own.png", "notes.txt"),
     }
     assert b"Not measured" in files_of(hub)["README.md"]
@@ -239,11 +245,27 @@ def test_a_pull_request_makes_nothing_else(hub, encoder):
     assert hub.repos == {}
 
 
-def test_eval_results_are_an_option(hub, encoder):
-    publish(encoder, eval_results=True)
+def test_eval_results_are_written_where_the_data_set_is_on_the_hub(hub, encoder):
+    publish(encoder)
     entries = yaml.safe_load(files_of(hub)[".eval_results/hf_specreg.yaml"])
     assert entries[0]["dataset"] == {"id": "org/pictures", "task_id": "accuracy", "revision": "abc"}
     assert "eps 0.1" in entries[1]["notes"]
+    publish(encoder, eval_results=False)
+    assert ".eval_results/hf_specreg.yaml" not in files_of(hub)
+    opened = Encoder.open(encoder)
+    for elsewhere in ("digits", "./org/pictures", "/org/pictures", None):
+        opened.report.content["data"]["id"] = elsewhere
+        assert eval_results_file(opened) == {}
+    assert eval_results_file(replace(opened, report=None)) == {}
+
+
+def test_per_image_results_are_a_table_beside_the_arrays(hub, encoder):
+    publish(encoder)
+    table = pq.read_table(pa.BufferReader(files_of(hub)["robustness.parquet"]))
+    images = RobustnessReport.load(encoder).images
+    assert set(table.column_names) == {name for name in images if "trajectory" not in name}
+    for name in table.column_names:
+        np.testing.assert_array_equal(table.column(name).to_numpy(), images[name])
 
 
 def test_other_ranks_do_nothing(hub, encoder, monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
-from hf_specreg.study.calibration import brier, calibration, ece, nll, temperature
+from hf_specreg.robustness.calibration import brier, calibration, ece, nll, temperature
 
 
 def calibrated(n: int = 40_000, k: int = 5) -> tuple[np.ndarray, np.ndarray]:

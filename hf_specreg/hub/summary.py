@@ -1,0 +1,54 @@
+"""What a card's front matter says of an encoder for tables, under the key `hf_specreg`.
+
+The Hub keeps keys that it does not know, and lists them with a repository.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.robustness.text import norm_name
+
+KEY = "hf_specreg"
+SSL = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL"}
+TRANSFERS = {"head": "linear probe", "lora": "LoRA"}
+
+
+def summary(encoder: Encoder) -> dict[str, Any]:
+    """Return "method", "parameters" and, where the run recorded it, "training_ms_per_image"."""
+    stated: dict[str, Any] = {
+        "method": method(encoder.config) if encoder.config else None,
+        "parameters": sum(p.numel() for p in encoder.model.parameters()),
+    }
+    if speed := encoder.run.get("images_per_second"):
+        stated["training_ms_per_image"] = float(f"{1000 / speed:.3g}")
+    return stated
+
+
+def method(config: Mapping[str, Any]) -> str:
+    """Return how a run's settings trained: "SimCLR, sensitivity 0.1".
+
+    Args:
+        config: of specreg.json, as `Encoder.config` has it.
+    """
+    trained = config.get("transfer", {}).get("train")
+    if ssl := config.get("ssl", {}).get("method"):
+        found = [SSL.get(ssl, ssl)]
+    else:
+        found = [TRANSFERS.get(trained, "fine-tuned") if trained else "supervised"]
+    penalty = config.get("penalty", {})
+    if penalty.get("strength"):
+        name = "ll-spectral" if penalty.get("scope") == "all" else "rep-spectral"
+        found.append(f"{name} {penalty['strength']:g}")
+    for name, settings in config.get("regularizers", {}).items():
+        if isinstance(settings, Mapping) and settings.get("strength"):
+            found.append(f"{name.replace('_', ' ')} {settings['strength']:g}")
+        elif settings is True:
+            found.append(name.replace("_", " "))
+    adversarial = config.get("adversarial", {})
+    if adversarial.get("method", "none") != "none":
+        ball = f"{norm_name(adversarial['norm'])} {adversarial['eps']:g}"
+        found.append(f"{adversarial['method'].upper()} {ball}")
+    if noise := config.get("augment", {}).get("noise"):
+        found.append(f"noise {noise:g}")
+    return ", ".join(found)
