@@ -1,15 +1,20 @@
 # make demo: set up, then train a baseline and a regularized encoder on the embedded digits, attack and compare them,
 # and write the model card.
+# make zoo: train, attack and describe the encoders of recipes/zoo.yaml; goes on where it was stopped.
 # make test: set up, then lint, the import contract and the test suite.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= python3
 
-.PHONY: demo test lint test-slow sweep bench docs clean
+.PHONY: demo zoo test lint test-slow sweep bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	$(PYTHON) -m recipes.demo
+
+# MNIST and CIFAR10: folders or Hub ids of these sets; without them the zoo is of the digits alone.
+zoo: $(VENV)/ready
+	$(PYTHON) -m recipes.zoo $(if $(MNIST),--data.mnist $(MNIST)) $(if $(CIFAR10),--data.cifar10 $(CIFAR10))
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations=15 --cov --cov-report=term:skip-covered

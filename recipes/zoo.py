@@ -1,0 +1,193 @@
+"""Train, attack and describe a small zoo of encoders, each a configuration of recipes/zoo.yaml.
+
+    make zoo [MNIST=FOLDER] [CIFAR10=FOLDER]
+    python recipes/zoo.py --data '{mnist: FOLDER}' --only '[digits-simclr]'
+
+The same command goes on where it was stopped. An encoder's run and report are in OUTPUT/NAME/, its
+card in CARDS/NAME/, the page of all beside CARDS; OUTPUT/zoo.yaml is what `hf-specreg publish-zoo
+OUTPUT NAMESPACE` publishes.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_specreg.arguments import OneLineParser, errors_in_one_line
+from hf_specreg.encoders.blueprint import read_json
+from hf_specreg.encoders.download import RUN_FILE
+from hf_specreg.hub.card import write_card
+from hf_specreg.hub.catalogue import write_catalogue
+from hf_specreg.hub.collection import collect
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.zoo import ZOO_FILE
+from hf_specreg.robustness.evaluate import evaluate_robustness
+from hf_specreg.robustness.images import ImageSet
+from hf_specreg.study.cells import dotted
+from hf_specreg.training.checkpoints import CheckpointError
+from hf_specreg.training.config import RunConfig
+from hf_specreg.training.metrics import DivergedError
+from recipes import self_supervised, supervised, transfer
+
+HERE = Path(__file__).parent
+MODULES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An encoder of the zoo.
+
+    Args:
+        config: file of recipes/configs/.
+        recipe: that trains it.
+        settings: that differ from the file's.
+        data: the folder that it needs, mnist or cifar10; default: the digits, which are embedded.
+        start: the encoder of the zoo that is fine-tuned.
+        baseline: the one that its card compares it with.
+    """
+
+    config: str
+    recipe: Literal["supervised", "self_supervised", "transfer"] = "supervised"
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: str = "digits"
+    start: str | None = None
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A zoo that is made.
+
+    Attributes:
+        entries: by name; what one starts from or is compared with comes before it.
+        evaluation: "attacks", "samples" and, by data set, "eps".
+        data: the folder or Hub id of each data set but the digits.
+        settings: of all runs, beyond the entries' own.
+        output: folder of runs and reports.
+        cards: folder of the cards.
+    """
+
+    entries: Mapping[str, Entry]
+    evaluation: Mapping[str, Any]
+    data: Mapping[str, str]
+    settings: Mapping[str, Any]
+    output: Path
+    cards: Path
+
+    def run(self, name: str) -> RunConfig:
+        """Return the configuration of an encoder's run."""
+        entry = self.entries[name]
+        settings = {**dotted(entry.settings), **dotted(self.settings)}
+        settings["output_dir"] = str(self.output / name / "run")
+        if entry.data != "digits":
+            settings["data.source"] = self.data[entry.data]
+        if entry.start:
+            settings |= {"model.library": "saved", "model.name": str(self.model(entry.start))}
+        arguments = ["--config", str(HERE / "configs" / entry.config)]
+        for key, value in settings.items():
+            arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        run, _ = MODULES[entry.recipe].parse(arguments)
+        if hasattr(run, "report"):  # the zoo attacks its encoders itself, all alike
+            run = replace(run, report=replace(run.report, samples=0))
+        return run
+
+    def model(self, name: str) -> Path:
+        """Return where the classifier of a run is."""
+        headless = self.entries[name].recipe == "self_supervised"
+        return self.output / name / "run" / ("classifier" if headless else "model")
+
+    def make(self, name: str) -> None:
+        """Train an encoder, attack it and write its card; what is done already is not done again.
+
+        Raises:
+            CheckpointError: the folder holds a run of other settings.
+        """
+        entry, run, model = self.entries[name], self.run(name), self.model(name)
+        if not (model / RUN_FILE).is_file():
+            MODULES[entry.recipe].train(run, resume=True)
+        elif read_json(model / RUN_FILE)["config"] != json.loads(json.dumps(run.as_dict())):
+            raise CheckpointError(
+                f"{model} was trained with other settings: take another --output, or delete it"
+            )
+        report = evaluate_robustness(
+            str(model),
+            ImageSet(run.data.source, "test"),
+            attacks=self.evaluation["attacks"],
+            eps=self.evaluation["eps"][entry.data],
+            samples=self.evaluation["samples"],
+            name=name,
+            output=self.output / name / "report",
+        )
+        report.save(self.output / name / "report/robustness.json")
+        baseline = self.output / entry.baseline / "report" if entry.baseline else None
+        encoder = Encoder.open(model, report=report, baseline=baseline, license="apache-2.0")
+        for folder in (model, self.cards / name):
+            write_card(encoder, f"your-name/{name}", folder)
+
+    def stated(self, name: str) -> dict[str, str]:
+        """Return what `hf-specreg publish-zoo` is told of an encoder."""
+        entry = self.entries[name]
+        found = {
+            "folder": str(self.model(name).relative_to(self.output)),
+            "report": f"{name}/report",
+            "license": "apache-2.0",
+        }
+        return {**found, **({"baseline": f"{entry.baseline}/report"} if entry.baseline else {})}
+
+
+def make_zoo(
+    data: dict[str, str] | None = None,
+    only: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
+    samples: int | None = None,
+    output: str = "runs/zoo",
+    cards: str = "model_cards/zoo",
+    file: str = str(HERE / "zoo.yaml"),
+) -> None:
+    """Train, attack and describe the encoders of a zoo.
+
+    Args:
+        data: the folders, or Hub ids, of mnist and cifar10; encoders whose data are not given are
+            left out.
+        only: encoders by name; default: all.
+        settings: of all runs, such as {epochs: 1} to try it.
+        samples: test images that are attacked; default: as the file says.
+        output: folder of runs and reports.
+        cards: folder of the cards; the page of all is written beside it.
+        file: of the encoders.
+    """
+    content = yaml.safe_load(Path(file).read_text("utf-8"))
+    entries = {name: Entry(**entry) for name, entry in content["encoders"].items()}
+    if unknown := set(only or ()) - set(entries):
+        raise ValueError(f"there is no {sorted(unknown)} in {file}; it has {', '.join(entries)}")
+    evaluation = {**content["evaluation"], **({"samples": samples} if samples else {})}
+    zoo = Zoo(entries, evaluation, data or {}, settings or {}, Path(output), Path(cards))
+    known = {"digits", *zoo.data}
+    chosen = [name for name in only or entries if entries[name].data in known]
+    if left := [name for name in only or entries if name not in chosen]:
+        print(f"left out, as their data are not given: {', '.join(left)}")
+    made: dict[str, Any] = {}
+    for name in chosen:
+        print(f"{name} ...")
+        zoo.make(name)
+        made[name] = zoo.stated(name)
+        (zoo.output / ZOO_FILE).write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
+    page = zoo.cards.with_suffix(".html")
+    write_catalogue(page, collect(str(zoo.cards)), str(zoo.cards))
+    print(f"{zoo.cards}: {len(made)} cards; {page}\nhf-specreg publish-zoo {output} your-name")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the zoo as the command line says."""
+    parser = OneLineParser(prog="zoo.py", description=__doc__.splitlines()[0])
+    parser.add_function_arguments(make_zoo)
+    with errors_in_one_line(CheckpointError, DivergedError):
+        make_zoo(**parser.parse_args(arguments).as_dict())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
