@@ -63,6 +63,7 @@ def evaluate(
     batch_size: int = 64,
     device: str | None = None,
     output: str = "runs/evaluate",
+    dry_run: bool = False,
 ) -> None:
     """Attack a model, and leave robustness.json, robustness.npz and report.html.
 
@@ -90,6 +91,8 @@ def evaluate(
         batch_size: images attacked at once.
         device: default: a GPU if there is one.
         output: the folder.
+        dry_run: only say how many passes each attack makes, and how long they will take by one that
+            is measured.
     """
     settings = locals()
     from hf_specreg.recipes import evaluate as recipe

@@ -122,8 +122,7 @@ class _Run:
         self.device = classifier.device
         self.x = images.to(self.device).flatten(1).double()
         d = self.x.shape[1]
-        tolerance = settings.tolerance or max(min(1e-5, d**-1.5), 1e-7)
-        self.bisections = math.ceil(-math.log2(tolerance))
+        self.bisections = bisections(settings.tolerance, d)
         self.batch_size = settings.batch_size or max(BLOCK, min(1024, 2**25 // d))
         self.wanted = (labels if targets is None else targets).to(self.device)
         self.targeted = targets is not None
@@ -160,13 +159,9 @@ class _Run:
         return self.decide(points, index)
 
     def decide(self, points: Tensor, index: Tensor) -> Tensor:
-        found = torch.cat(
-            [
-                self.classifier.predict(part.float().reshape(-1, *self.shape))
-                for part in points.split(self.batch_size)
-            ]
-            or [index]
-        )
+        parts = points.split(self.batch_size)
+        found = [self.classifier.predict(p.float().reshape(-1, *self.shape)) for p in parts]
+        found = torch.cat(found)
         same = found == self.wanted[index]
         return same if self.targeted else ~same
 
@@ -326,6 +321,11 @@ class _Run:
             noise.mul_(norms.reciprocal() * delta)
         torch.clamp(noise, -b, 1 - b, out=noise)
         torch.add(noise, b, out=probes).clamp_(0, 1)
+
+
+def bisections(tolerance: float | None, d: int) -> int:
+    """Return how many halvings of a segment reach the tolerance, on images of d pixels."""
+    return math.ceil(-math.log2(tolerance or max(min(1e-5, d**-1.5), 1e-7)))
 
 
 def tangent_points(
