@@ -10,6 +10,7 @@ import yaml
 from accelerate import Accelerator
 from torch import nn
 
+import hf_specreg
 from hf_specreg import SpecRegModel, SpectralPenalty, __version__
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
@@ -44,7 +45,7 @@ RUN_BY = {
         f"{HERE}::test_batch_norms_are_pinned_and_fused_as_shown",
         f"{HERE}::test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_scale",
     ],
-    "regularizers.md": [f"{HERE}::test_the_penalty_on_the_function_is_added_to_a_loss"],
+    "regularizers.md": [f"{HERE}::test_a_penalty_on_the_function_is_added_to_a_loss"] * 2,
     "robustness.md": [f"{HERE}::test_the_evaluation_runs_as_shown"],
     "stock-scripts.md": [
         f"{STOCK}::test_timms_train_script_has_the_penalty",
@@ -293,3 +294,8 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == __version__
     assert "arXiv:2405.17181" in str(citation["references"])
+
+
+def test_every_public_name_is_in_the_reference():
+    named = re.findall(r"^::: hf_specreg\.(\w+)$", page("reference/public"), re.MULTILINE)
+    assert sorted(named) == sorted(hf_specreg.__all__)
