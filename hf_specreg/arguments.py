@@ -1,17 +1,20 @@
-"""Command lines whose errors are one line, with what an unknown key may mean; a short help."""
+"""Command lines whose errors are one line, with what an unknown key may mean."""
 
 import difflib
 import re
 import sys
 import traceback
-from argparse import SUPPRESS, Action
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ArgumentParser
 
+from hf_specreg.configs import find_config
+from hf_specreg.usage import GroupedHelp, ShortHelp
+
+PROGRAM = "hf-specreg"
 PACKAGE = Path(__file__).parent
 REFUSED = (OSError, ValueError, ImportError)  # exit code 2
 
@@ -20,41 +23,24 @@ UNKNOWN = (
     r"Group '(?P<group>.+)' does not accept option '(?P<key>.+)'",
     r"Option '(?P<key>.+)' is not accepted",
 )
+MISSING = r'expected "\S*subcommand" to be one of (?P<choices>\{.+\})'
 CHOICE = r"invalid choice: '(?P<value>.+)' \(choose from (?P<choices>.+)\)"
 VALUE = r'Parser key "(?P<key>.+?)":.*(?:Got|Given) value: (?P<value>.*)'
-
-QUOTES = str.maketrans("", "", "' ")
-
-
-class ShortHelp(DefaultHelpFormatter):
-    """A line or two an option: its key, its type, what it is and its default."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34)
-
-    def add_argument(self, action: Action) -> None:
-        """Add an option, but not that a whole group can come from a file."""
-        if action.metavar != "CONFIG" or action.dest == "config":
-            super().add_argument(action)
-
-    def _get_default_metavar_for_optional(self, action: Action) -> str:
-        kind = re.sub(r"^Optional\[(.*)\]$| \| null$", r"\1", self._get_type_str(action) or "FILE")
-        return re.sub(r"Literal\[(.*)\]", lambda m: f"{{{m[1]}}}".translate(QUOTES), kind)
-
-    def _get_help_string(self, action: Action) -> str:
-        stated = action.default in (None, SUPPRESS, (), {}) or "default" in action.help
-        return action.help or "" if stated else f"{action.help} (default: %(default)s)"
 
 
 class OneLineParser(ArgumentParser):
     """jsonargparse's parser, whose errors are one line and exit with code 2.
 
     Args:
+        grouped_help: whether --help names the groups of keys alone.
         kwargs: of ArgumentParser.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
+    def __init__(self, *, grouped_help: bool = False, **kwargs):
+        given = {"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs}
+        super().__init__(add_help=not grouped_help, **given)
+        if grouped_help:
+            self.add_argument("-h", "--help", action=GroupedHelp)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit; with exit_on_error=False raise it, a ValueError."""
@@ -63,6 +49,35 @@ class OneLineParser(ArgumentParser):
         if not self.exit_on_error:
             raise ValueError(said) from ex
         self.exit(2, f"{self.prog}: error: {said}\n")
+
+
+class ConfigOfRun(ActionConfigFile):
+    """--config: a file, or the name of a configuration that comes with the package."""
+
+    folder = ""
+
+    def __call__(self, parser: ArgumentParser, cfg: Any, values: str, *rest: Any) -> None:
+        """Read the file that is meant."""
+        try:
+            found = find_config(values, self.folder)
+        except ValueError as error:
+            parser.error(str(error))
+        super().__call__(parser, cfg, found, *rest)
+
+
+class ConfigOfStudy(ConfigOfRun):
+    """--config of a study."""
+
+    folder = "studies"
+
+
+def add_config(parser: ArgumentParser, action: type[ConfigOfRun] = ConfigOfRun) -> None:
+    """Give a parser its --config."""
+    said = "a YAML file, or one of `hf-specreg configs`; later arguments override it"
+    parser.add_argument("--config", action=action, metavar="NAME|FILE", help=said)
+    for printing in parser._actions:
+        if printing.dest == "print_config":
+            printing.help = "print all keys with their values, and exit"
 
 
 def in_one_line(message: str, keys: Sequence[str]) -> str:
@@ -80,6 +95,8 @@ def in_one_line(message: str, keys: Sequence[str]) -> str:
         near = difflib.get_close_matches(found["value"], re.findall(r"[\w-]+", found["choices"]), 1)
         meant = f"did you mean {near[0]}? " if near else ""
         return f"there is no {found['value']!r}: {meant}there are {found['choices']}"
+    if found := re.search(MISSING, message):
+        return f"name one of {found['choices']}: --help says what each does"
     if found := re.search(VALUE, message, re.DOTALL):
         kinds = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)
         return f"{found['key']} ({found['value']}) must be {' or '.join(map(_plain, kinds))}"
@@ -123,7 +140,7 @@ def errors_in_one_line(*failures: type[Exception]) -> Iterator[None]:
     except (*REFUSED, *failures) as error:
         if not _says_all(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, failures) else 2) from error
 
 

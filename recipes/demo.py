@@ -21,10 +21,10 @@ from transformers import AutoModelForImageClassification
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.encoder import Encoder
+from hf_specreg.recipes.supervised import parse, train
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.spectral.penalty import SpectralPenalty
-from recipes.supervised import parse, train
 
 OUTPUT = Path("runs/demo")
 CONFIG = Path(__file__).parent / "configs/digits.yaml"

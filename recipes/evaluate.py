@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-specreg[attacks,plots]"]
+# ///
 """Attack a model, on one process or several, and leave a report.
 
     python recipes/evaluate.py runs/digits/model digits

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-specreg[plots]"]
+# ///
 """Publish a saved encoder with its report and card on the Hub; on several ranks, once.
 
     python recipes/publish.py runs/digits/model org/name --report runs/a --license apache-2.0

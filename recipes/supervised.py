@@ -1,45 +1,21 @@
-"""Train a classifier with the spectral penalty up to its features.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-specreg"]
+# ///
+"""Train a classifier: `hf-specreg train supervised`.
 
     python recipes/supervised.py --config recipes/configs/digits.yaml
-    accelerate launch recipes/supervised.py --config recipes/configs/digits.yaml --seed 1
-    python recipes/supervised.py --config recipes/configs/digits.yaml --resume
+    accelerate launch recipes/supervised.py --config digits
+    uv run recipes/supervised.py --config digits
 
-All keys: --help; with their values: --print_config, or hf_specreg/training/config.py.
+What it does: hf_specreg/recipes/supervised.py.
 """
 
 import sys
-from collections.abc import Sequence
-from functools import partial
 
-from hf_specreg.training.command import parse_run, run_recipe
-from hf_specreg.training.config import RunConfig
-from hf_specreg.training.images import build_images, run_metadata
-from hf_specreg.training.loop import TrainingLoop
-from hf_specreg.training.metrics import TrainingResult
-from hf_specreg.training.model import build_encoder
-from hf_specreg.training.objectives import Supervised
-from hf_specreg.training.recipe import begin
+from hf_specreg.recipes.supervised import main, parse, train
 
-parse = partial(parse_run, RunConfig, __doc__)
-
-
-def train(config: RunConfig, *, resume: bool = False) -> TrainingResult:
-    """Build what the configuration names, and train."""
-    accelerator, splits = begin(config, resume=resume)
-    model = build_encoder(config.model, splits.label_names, config.regularizers)
-    objective = Supervised(model, augment=config.augment, adversarial=config.adversarial)
-    images = build_images(splits, model, config)
-    metadata = run_metadata(splits, images)
-    loop = TrainingLoop(
-        objective, **images, config=config, accelerator=accelerator, metadata=metadata
-    )
-    return loop.run(resume=resume)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the command line says, and print the result as JSON."""
-    run_recipe(parse, train, arguments)
-
+__all__ = ["main", "parse", "train"]
 
 if __name__ == "__main__":
     main(sys.argv[1:])

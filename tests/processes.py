@@ -14,7 +14,7 @@ import torch
 
 import hf_specreg.cli
 import hf_specreg.recipes.evaluate  # noqa: F401
-from recipes import self_supervised, supervised, transfer  # noqa: F401
+from hf_specreg.recipes import self_supervised, supervised, transfer  # noqa: F401
 from tests.forks import forks
 from tests.training import sharded_data, stock_trainers  # noqa: F401
 

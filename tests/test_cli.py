@@ -13,6 +13,7 @@ import hf_specreg
 from hf_specreg import SpecRegModel
 from hf_specreg.cli import COMMANDS, main
 from hf_specreg.commands.models import evaluate
+from hf_specreg.configs import shipped
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.load import load_model
 from hf_specreg.hub.publish import push
@@ -88,6 +89,9 @@ def test_a_script_is_its_command(script, command, monkeypatch):
         (["compare", "/no/such/report", "/nor/this"], "cannot be read as a report"),
         (["push", "/no/such", "me/name"], "loading /no/such: neither a local folder"),
         (["list", "runs/demoo"], "there is no folder runs/demoo"),
+        (["train", "superviced"], "there is no 'superviced': did you mean supervised?"),
+        (["train"], "name one of {supervised,self-supervised,transfer}"),
+        (["configs", "studies/digts"], "no file or name 'studies/digts': did you mean"),
         (["evalute", "a", "digits"], "there is no 'evalute': did you mean evaluate?"),
         (["evaluate", "a", "digits", "--sampels", "3"], "'sampels': did you mean samples?"),
         (["evaluate", "a", "digits", "--samples", "x"], r"samples \(x\) must be int or null"),
@@ -114,6 +118,24 @@ def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
     said = capsys.readouterr().out
     assert all(f"    {name} " in said for name in COMMANDS)
     assert said.endswith(f"hf-specreg {hf_specreg.__version__}\n")
+
+
+def test_the_configurations_are_listed_with_commands_that_name_them_and_printed(capsys):
+    main(["configs"])
+    said = capsys.readouterr().out
+    for name in shipped():
+        assert f"\n{name}\n" in f"\n{said}"
+    assert "hf-specreg train supervised --config digits " in said
+    main(["configs", "studies/digits"])
+    assert capsys.readouterr().out == (ROOT / "recipes/studies/digits.yaml").read_text()
+
+
+def test_train_and_study_hand_over_to_the_recipes(monkeypatch):
+    for place in ("recipes.supervised", "recipes.self_supervised", "study.command"):
+        monkeypatch.setattr(f"hf_specreg.{place}.main", asked := Mock())
+        command = {"recipes.supervised": ["train", "supervised"], "study.command": ["study"]}
+        main([*command.get(place, ["train", "self-supervised"]), "--config", "digits"])
+        asked.assert_called_once_with(["--config", "digits"])
 
 
 def test_a_model_of_the_hub_is_loaded_at_the_revision_that_its_name_has(hub, folders):  # noqa: F811

@@ -21,9 +21,9 @@ from torch import nn
 
 from hf_specreg import FeatureSpace, evaluate_robustness
 from hf_specreg.hub.publish import push
+from hf_specreg.recipes import supervised
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.training.checkpoints import all_checkpoints
-from recipes import supervised
 from tests.forks import forks
 from tests.hub.conftest import encoder, hub  # noqa: F401  fixtures
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from hf_specreg.configs import find_config
 from hf_specreg.robustness.evaluate import check_settings
 from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig
 from hf_specreg.training.config import RunConfig
@@ -146,6 +146,14 @@ class Cells(Sequence[Cell]):
                 runs[name, strength] = run
         return runs
 
+    @cached_property
+    def _base(self) -> str:
+        """The file of the configuration that all cells share."""
+        try:
+            return find_config(self.config.base)
+        except ValueError as error:
+            raise StudyRunError(f"base: {error}") from error
+
     def _of_seed(self, method: str, strength: float | None, seed: int) -> RunConfig:
         """The recipe's configuration of a cell."""
         run = self._runs[method, strength]
@@ -163,7 +171,7 @@ class Cells(Sequence[Cell]):
         if method.key is not None:
             # A count, such as epochs, is written without its fraction.
             settings[method.key] = int(strength) if strength == int(strength) else strength
-        arguments = ["--config", self.config.base]
+        arguments = ["--config", self._base]
         for key, value in settings.items():
             written = value if isinstance(value, str) else json.dumps(value)
             if strength is not None:
@@ -171,11 +179,6 @@ class Cells(Sequence[Cell]):
             if seed is not None:
                 written = written.replace(SEED, str(seed))
             arguments += [f"--{key}", written]
-        if not Path(self.config.base).is_file():
-            raise StudyRunError(
-                f"base ({self.config.base}) is no file: it is the configuration "
-                "of the recipe that all cells share"
-            )
         try:
             run = self.recipe.parse(arguments)
         except ValueError as error:

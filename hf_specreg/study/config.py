@@ -87,8 +87,8 @@ class StudyConfig:
     always one of the methods, as the control: what does a method give that training less does not?
 
     Args:
-        base: a configuration of the recipe, from which each cell differs by its method, strength
-            and seed.
+        base: a configuration of the recipe, a file or one's name, from which each cell differs by
+            its method, strength and seed.
         methods: by name; the first has no strengths.
         recipe: how cells are trained.
         output_dir: folder of the study, which several workers may share.

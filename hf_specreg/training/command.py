@@ -4,7 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
-from hf_specreg.arguments import OneLineParser, errors_in_one_line, with_its_key
+from hf_specreg.arguments import (
+    PROGRAM,
+    OneLineParser,
+    add_config,
+    errors_in_one_line,
+    with_its_key,
+)
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError, TrainingResult
@@ -15,6 +21,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def parse_run(
     config: type[Config],
+    command: str,
     description: str,
     arguments: Sequence[str] | None = None,
     *,
@@ -24,6 +31,7 @@ def parse_run(
 
     Args:
         config: RunConfig or one of its kinds.
+        command: of hf-specreg, such as "train supervised".
         description: of the recipe; its first line is shown by --help.
         arguments: of the command line; default: those of this process.
         exit_on_error: print an error and exit; else raise it.
@@ -31,7 +39,7 @@ def parse_run(
     Raises:
         ValueError: the arguments are wrong, and the process is not to end.
     """
-    parser = _parser(config, description.splitlines()[0], exit_on_error)
+    parser = _parser(config, command, description.splitlines()[0], exit_on_error)
     settings = parser.parse_args(arguments)
     resume = settings.pop("resume")
     settings.pop("config")
@@ -42,14 +50,18 @@ def parse_run(
 
 
 @cache
-def _parser(config: type[RunConfig], summary: str, exit_on_error: bool) -> OneLineParser:
+def _parser(
+    config: type[RunConfig], command: str, summary: str, exit_on_error: bool
+) -> OneLineParser:
     """The parser of a kind of run; making one takes longer than parsing."""
     parser = OneLineParser(
+        grouped_help=True,
         exit_on_error=exit_on_error,
+        prog=f"{PROGRAM} {command}",
         description=summary,
-        usage="%(prog)s [--config FILE] [--resume] [--KEY VALUE ...]",
+        usage="%(prog)s [--config NAME] [--resume] [--KEY VALUE ...]",
     )
-    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    add_config(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     parser.add_class_arguments(config)
     return parser

@@ -55,12 +55,12 @@ class RunConfig:
             regularizers.spectral_norm.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.
-        tracker: what those are started with.
+        tracker: what the trackers are started with.
         data: the images.
-        augment: their variation.
+        augment: the variation of the images.
         model: the encoder.
         penalty: the spectral penalty.
-        regularizers: what it is compared with, or summed with.
+        regularizers: what the penalty is compared with, or summed with.
         adversarial: adversarial training.
         optimizer: the optimizer and its schedule.
         checkpoint: what is kept.

@@ -9,8 +9,8 @@ from PIL import Image
 from hf_specreg import RobustnessReport, SpecRegModel, evaluate_robustness
 from hf_specreg.cli import main
 from hf_specreg.hub.publish import push
+from hf_specreg.recipes import transfer
 from hf_specreg.robustness.evaluate import Measures
-from recipes import transfer
 from tests.hub.conftest import make_model
 from tests.pages import page
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.supervised import main
+from hf_specreg.recipes.supervised import main
 
 ROOT = Path(__file__).parents[2]
 MNIST = ROOT.parent / "shared/data/mnist"

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.recipes import self_supervised
+from hf_specreg.recipes.self_supervised import main, parse, train
 from hf_specreg.training.config import SelfSupervisedRunConfig
 from hf_specreg.training.features import features_of
 from hf_specreg.training.images import plain_training_images
 from hf_specreg.training.self_supervision import SelfSupervised
-from recipes import self_supervised
-from recipes.self_supervised import main, parse, train
 from tests.interrupted import Interrupted, interrupted_at
 from tests.processes import run as run_recipe
 
@@ -128,7 +128,9 @@ def test_two_processes_leave_the_encoder_of_one_with_classifier_and_report(tmp_p
     for processes, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         arguments += ["--output_dir", str(folder)]
         results.append(
-            json.loads(run_recipe("recipes.self_supervised", *arguments, processes=processes))
+            json.loads(
+                run_recipe("hf_specreg.recipes.self_supervised", *arguments, processes=processes)
+            )
         )
         assert RobustnessReport.load(folder / "classifier_report").content["n"] == 8
     assert results[0]["test_images"] == results[1]["test_images"] == 360

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from hf_specreg.cli import main as cli
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.recipes import self_supervised, supervised, transfer
+from hf_specreg.recipes.supervised import main, parse
 from hf_specreg.training.model import build_model
-from recipes import self_supervised, supervised, transfer
-from recipes.supervised import main, parse
 from tests.pages import page
 from tests.processes import run
 
@@ -35,8 +35,8 @@ TINY = [
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_is_valid_and_its_model_can_be_built(path):
     head = path.read_text().split("\noutput_dir")[0]
-    recipe = re.search(rf"recipes/(\w+).py --config recipes/configs/{path.name}", head)[1]
-    config, resume = RECIPES[recipe].parse(["--config", str(path)])
+    recipe = re.search(rf"hf_?-?specreg train (\S+) --config {path.stem}\b", head)[1]
+    config, resume = RECIPES[recipe.replace("-", "_")].parse(["--config", path.stem])
     assert not resume
     with torch.device("meta"):
         if not config.model.pretrained and config.model.library != "saved":
@@ -70,7 +70,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for processes, folder in ((1, one), (2, two)):
         output = run(
-            "recipes.supervised", *arguments, "--output_dir", str(folder), processes=processes
+            "hf_specreg.recipes.supervised",
+            *arguments,
+            "--output_dir",
+            str(folder),
+            processes=processes,
         )
         assert json.loads(output)["test_images"] == 360
     expected, found = [load_file(p / "model/model.safetensors") for p in (one, two)]
@@ -92,7 +96,7 @@ def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     arguments = ["--config", str(config), "--epochs", "1", "--data.train_samples", "256"]
     arguments += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
     arguments += ["--optimizer.warmup_epochs", "0", "--output_dir", str(tmp_path / "run")]
-    assert json.loads(run("recipes.supervised", *arguments))["step"] == 4
+    assert json.loads(run("hf_specreg.recipes.supervised", *arguments))["step"] == 4
 
 
 def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_specreg import RobustnessReport, SpecRegModel
+from hf_specreg.recipes import supervised, transfer
+from hf_specreg.recipes.transfer import main, parse, train
 from hf_specreg.training.checkpoints import CheckpointError
-from recipes import supervised, transfer
-from recipes.transfer import main, parse, train
 from tests import tiny
 from tests.interrupted import Interrupted, interrupted_at
 from tests.processes import run
@@ -177,7 +177,7 @@ def test_settings_that_do_not_fit_are_named(more, message, tmp_path, capsys):
 def test_two_processes_transfer_and_report(source, tmp_path):
     attack = ["--report.samples", "8", "--report.attacks", '{"tangent": {"iterations": 2}}']
     more = [*attack, "--transfer.head", "probe"]
-    result = json.loads(run("recipes.transfer", *arguments(source, tmp_path, *more)))
+    result = json.loads(run("hf_specreg.recipes.transfer", *arguments(source, tmp_path, *more)))
     assert result["before_logistic_accuracy"] > 0.5
     assert RobustnessReport.load(tmp_path / "model_report").content["n"] == 8
     assert (tmp_path / "report.html").is_file()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_specreg import FeatureSpace, RobustnessReport, evaluate_robustness
-from recipes.supervised import parse, train
+from hf_specreg.recipes.supervised import parse, train
 
 ROOT = Path(__file__).parents[2]
 MNIST, CIFAR = (ROOT.parent / "shared/data" / name for name in ("mnist", "cifar10_jpeg"))

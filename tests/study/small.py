@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_specreg.study.cells import Cells
+from hf_specreg.study.command import recipe_of
 from hf_specreg.study.config import EvaluationConfig, MethodConfig, StudyConfig
 from hf_specreg.study.folder import StudyFolder
-from recipes.study import recipe_of
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from hf_specreg.study.cells import StudyRunError
+from hf_specreg.study.command import parse
 from hf_specreg.study.config import STOPPED, EvaluationConfig, MethodConfig, StudyConfig
-from recipes.study import parse
 from tests.study.small import EVALUATION, METHODS, ROOT, SETTINGS, cells, study
 
 
@@ -83,7 +83,7 @@ def test_a_study_that_cannot_be_is_refused_before_anything_is_trained(name, tmp_
 
 
 def test_a_base_that_is_no_file_is_named(tmp_path):
-    with pytest.raises(StudyRunError, match=r"base \(nowhere.yaml\) is no file"):
+    with pytest.raises(StudyRunError, match=r"base: there is no file or name 'nowhere\.yaml'"):
         cells(study(tmp_path, base="nowhere.yaml"))
 
 
@@ -114,10 +114,10 @@ def test_attacks_are_checked_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/studies").glob("*.yaml")), ids=str)
-def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
-    config, _ = parse(["--config", str(path)])
+def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it and its base are found by their names
+    assert f"hf-specreg study --config {path.stem}" in path.read_text()
+    config, _ = parse(["--config", path.stem])
     assert len(config.seeds) >= 3
     assert len(cells(replace(config, seeds=(0,)))) >= 3 * len(config.methods)
 

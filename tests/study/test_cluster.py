@@ -7,10 +7,10 @@ import pytest
 
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.cluster import Job, submit
+from hf_specreg.study.command import HowConfig, run, work
 from hf_specreg.study.config import MethodConfig
 from hf_specreg.study.result import Study
 from hf_specreg.study.timing import time_methods
-from recipes.study import HowConfig, run, work
 from tests.study.small import EVALUATION, cells, folder, study
 
 pytestmark = pytest.mark.usefixtures("without_page")

@@ -18,13 +18,13 @@ from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study import folder as study_folder
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.choice import Results
+from hf_specreg.study.command import HowConfig, parse, run, work
 from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import Evaluation
 from hf_specreg.study.result import Study
 from hf_specreg.study.work import Worker, check_records, expected_seconds
 from hf_specreg.training.interruption import EXIT_CODE
-from recipes.study import HowConfig, parse, run, work
 from tests.forks import forks
 from tests.recipes.conftest import ENVIRONMENT, script
 from tests.study.small import cells, folder, study
@@ -93,7 +93,7 @@ def test_what_is_done_is_not_done_again(whole, monkeypatch):
         raise AssertionError("a cell was trained again")
 
     before = table(whole)
-    monkeypatch.setattr("recipes.supervised.train", refuse)
+    monkeypatch.setattr("hf_specreg.recipes.supervised.train", refuse)
     run(whole, HowConfig(), "command")
     assert table(whole) == before
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_specreg.data.datasets import DataConfig
 from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.recipes import self_supervised, supervised
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
 from hf_specreg.training import adversarial
@@ -24,7 +25,6 @@ from hf_specreg.training.model import ModelConfig
 from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.report import ReportConfig
 from hf_specreg.training.self_supervision import SelfSupervised, SelfSupervisedConfig
-from recipes import self_supervised, supervised
 from tests.forks import forks
 from tests.interrupted import Interrupted, interrupted_at
 from tests.tiny import ARGS, SIZE, images

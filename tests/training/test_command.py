@@ -1,12 +1,13 @@
 """The command line of the recipes: what it says of mistakes, in one line."""
 
 import re
+from dataclasses import fields, is_dataclass
 
 import pytest
 
+from hf_specreg.recipes.supervised import parse, train
 from hf_specreg.training.command import parse_run, run_recipe
 from hf_specreg.training.config import RunConfig
-from recipes.supervised import parse, train
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,9 @@ from recipes.supervised import parse, train
         (["--penalty.strenght", "1"], "no key 'penalty.strenght': did you mean penalty.strength?"),
         (["--lr=0.1"], "no key 'lr': did you mean optimizer.lr?"),
         (["--config", "FILE"], "no key 'penalty.strenght': did you mean penalty.strength?"),
-        (["--config", "missing.yaml"], "File does not exist: .*missing.yaml"),
+        (["--config", "missing.yaml"], "there is no file or name 'missing.yaml'"),
+        (["--config", "digts"], "'digts': did you mean digits?"),
+        (["--help=penlty"], "there is no 'penlty': did you mean penalty?"),
         (["--penalty.scope", "head"], r"penalty.scope \(head\) must be one of 'features', 'all'"),
         (["--penalty.burn_in_epochs", "x"], r"burn_in_epochs \(x\) must be float or null"),
         (["--epochs", "many"], r"epochs \(many\) must be int"),
@@ -63,13 +66,36 @@ def test_an_error_from_deeper_keeps_its_traceback():
         run_recipe(parse, train, [])
 
 
-def test_the_usage_is_one_line_and_every_key_is_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        parse_run(RunConfig, "Train.", ["--help"])
-    (
-        usage,
-        *_,
-    ) = said = capsys.readouterr().out.splitlines()
-    assert usage.endswith("[--config FILE] [--resume] [--KEY VALUE ...]")
+def said_by(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_run(RunConfig, "train", "Train.", [argument])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_help_names_every_group_and_fits_a_screen(capsys):
+    said = said_by("--help", capsys)
+    assert said[0].endswith("[--config NAME] [--resume] [--KEY VALUE ...]")
+    assert len(said) < 60
+    assert max(map(len, said)) <= 80
+    for field in fields(RunConfig):
+        shown = f"  {field.name}: " if is_dataclass(field.type) else field.name
+        assert any(shown in line for line in said), field.name
+
+
+def test_all_of_the_help_has_every_key_and_a_group_has_its_own(capsys):
+    every = said_by("--help=all", capsys)
     for key in ("--epochs int", "--optimizer.betas", "--regularizers.bss.k int", "--data.source"):
-        assert any(line.strip().startswith(key) for line in said), key
+        assert any(line.strip().startswith(key) for line in every), key
+    group = [line for line in said_by("--help=penalty", capsys) if line.startswith("  --")]
+    assert {line.split()[0].partition(".")[0] for line in group} == {"--penalty"}
+    assert set(group) <= set(every)
+
+
+def test_a_configuration_is_found_by_its_name_and_by_its_place_in_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named, _ = parse(["--config", "digits", "--epochs", "3"])
+    placed, _ = parse(["--config", "recipes/configs/digits.yaml", "--epochs", "3"])
+    assert named == placed
+    (tmp_path / "digits").write_text("epochs: 7")
+    assert parse(["--config", "digits"])[0].epochs == 7

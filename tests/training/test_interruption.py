@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_specreg.recipes import supervised
 from hf_specreg.training.checkpoints import all_checkpoints, find_fault, latest_checkpoint
 from hf_specreg.training.interruption import EXIT_CODE, StopSignal
-from recipes import supervised
 from tests.forks import forks
 from tests.recipes.conftest import ENVIRONMENT, launch, script
 

@@ -13,6 +13,7 @@ from torch import nn
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.recipes.supervised import train
 from hf_specreg.spectral.regularizers import RegularizersConfig, orthogonality
 from hf_specreg.spectral.regularizers.cross_lipschitz import CrossLipschitzConfig
 from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
@@ -27,7 +28,6 @@ from hf_specreg.training.config import RunConfig
 from hf_specreg.training.images import build_images
 from hf_specreg.training.model import ModelConfig, build_model
 from hf_specreg.training.optimizer import OptimizerConfig
-from recipes.supervised import train
 from tests.tiny import ARGS, SIZE, images, tiny
 
 
