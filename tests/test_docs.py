@@ -21,6 +21,7 @@ FOLDERS = ("hf_specreg", "recipes", "benchmarks", "tests", "docs", "model_cards"
 FILES = [str(file) for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")]
 FILES += [str(file) for file in ROOT.glob("*.*")]
 NOT_OF_THE_REPOSITORY = {
+    "mine.yaml",
     "ssl.py",
     "app.py",
     ".eval_results/hf_specreg.yaml",

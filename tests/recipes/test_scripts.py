@@ -1,0 +1,24 @@
+"""The scripts run by themselves: their heads name this package, and what of it they need."""
+
+import re
+
+import pytest
+
+from tests.pages import ROOT
+
+tomllib = pytest.importorskip("tomllib")
+HEAD = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n")
+RUN = ("supervised", "self_supervised", "transfer", "study", "evaluate", "publish")
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_script_needs_the_package_alone(name):
+    text = (ROOT / f"recipes/{name}.py").read_text("utf-8")
+    head = tomllib.loads(re.sub(r"^# ?", "", HEAD.match(text)[1], flags=re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert head["requires-python"] == project["requires-python"]
+    (needed,) = head["dependencies"]
+    extras = re.fullmatch(r"hf-specreg(?:\[(.+)\])?", needed)[1]
+    assert set((extras or "ssl").split(",")) <= set(project["optional-dependencies"])
+    imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+    assert set(imported) <= {"sys", "hf_specreg"}
