@@ -25,13 +25,13 @@ from hf_specreg.hub.catalogue import write_catalogue
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.hub.zoo import ZOO_FILE
+from hf_specreg.recipes import self_supervised, supervised, transfer
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.images import ImageSet
 from hf_specreg.study.cells import dotted
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError
-from recipes import self_supervised, supervised, transfer
 
 HERE = Path(__file__).parent
 MODULES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}

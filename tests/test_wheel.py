@@ -16,7 +16,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_configurations(tmp_path):
     code = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "hf_specreg").rglob("*")
-        if path.suffix in {".py", ".json", ".jinja"}
+        if path.suffix in {".py", ".json", ".jinja", ".typed"}
     }
     configurations = {
         f"hf_specreg/{one.path.relative_to(ROOT).as_posix()}" for one in shipped().values()

@@ -34,6 +34,7 @@ from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
+from hf_specreg.hub.trusted import by_trusted_publisher
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.result import Study
 
@@ -210,6 +211,8 @@ def _files(encoder: Encoder, repo_id: str, eval_results: bool) -> dict[str, byte
 
 def _writable(api: HfApi, repo_id: str, create_pr: bool) -> str:
     """Return the full name of the repository; refuse a token that cannot write there."""
+    if by_trusted_publisher(api, repo_id):
+        return repo_id
     user = _patiently(api.whoami)
     namespace, _, name = repo_id.rpartition("/")
     namespace = namespace or user["name"]

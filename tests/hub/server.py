@@ -232,6 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
     def missing(self):
         return self.refusal(404, "Repository not found", "RepoNotFound")
 
+    def exchange(self, body):
+        """A CI's identity for a token that is nobody's."""
+        asked = json.loads(body)
+        if asked["subject_token"] != "identity" or asked["resource"] not in self.state.repos:
+            return self.refusal(403, "no trusted publisher")
+        self.state.tokens["hf_jwt"] = "write"
+        return ({"access_token": "hf_jwt", "token_type": "bearer", "expires_in": 3600},)
+
     def whoami(self, body):
         if self.role in (None, "expired"):
             return self.refusal(401, "Invalid credentials in Authorization header")
@@ -457,6 +465,7 @@ class _Handler(BaseHTTPRequestHandler):
 _ID = r"(?P<id>[^/]+/[^/]+)"
 ROUTES = [
     (("GET",), "/api/whoami-v2", "whoami"),
+    (("POST",), "/oauth/token", "exchange"),
     (("POST",), "/api/repos/create", "create"),
     (("POST",), "/api/validate-yaml", "validate"),
     (("GET",), "/api/models", "models"),

@@ -6,8 +6,9 @@ import yaml
 
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.zoo import entries
+from hf_specreg.recipes import supervised
 from hf_specreg.training.checkpoints import CheckpointError
-from recipes import supervised, zoo
+from recipes import zoo
 
 SMALL = {
     "evaluation": {"attacks": {"fmn-l2": {"steps": 4}}, "samples": 12, "eps": {"digits": [0.5]}},
