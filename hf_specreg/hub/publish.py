@@ -34,7 +34,7 @@ from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
-from hf_specreg.hub.trusted import by_trusted_publisher
+from hf_specreg.hub.trusted import by_trusted_publisher, scoped
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.result import Study
 
@@ -226,24 +226,12 @@ def _writable(api: HfApi, repo_id: str, create_pr: bool) -> str:
             f"{user['name']}/{name}, or open a pull request (create_pr)"
         )
     access = user.get("auth", {}).get("accessToken", {})
-    if access.get("role") == "read" or not _scoped(access, {namespace, full}):
+    if access.get("role") == "read" or not scoped(access, {namespace, full}):
         raise PublishError(
             f"the token of {user['name']} cannot write to {namespace}: make one with write access "
             "in the Hub's settings, then `hf auth login`"
         )
     return full
-
-
-def _scoped(access: dict[str, Any], places: set[str]) -> bool:
-    """Whether a fine-grained token has a permission to write in one of the places."""
-    if access.get("role") != "fineGrained":
-        return True
-    scopes = access.get("fineGrained", {}).get("scoped", ())
-    return any(
-        "repo.write" in scope.get("permissions", ())
-        and scope.get("entity", {}).get("name") in places
-        for scope in scopes
-    )
 
 
 def _head(

@@ -1,6 +1,7 @@
-"""Pushes from CI by a trusted publisher, whose token is of one repository and of no user."""
+"""Which token may write where: a user's, or a trusted publisher's, from CI, which is nobody's."""
 
 import os
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -20,3 +21,15 @@ def by_trusted_publisher(api: HfApi, repo_id: str) -> bool:
             f"to {repo_id}"
         )
     return True
+
+
+def scoped(access: dict[str, Any], places: set[str]) -> bool:
+    """Whether a fine-grained token has a permission to write in one of the places."""
+    if access.get("role") != "fineGrained":
+        return True
+    scopes = access.get("fineGrained", {}).get("scoped", ())
+    return any(
+        "repo.write" in scope.get("permissions", ())
+        and scope.get("entity", {}).get("name") in places
+        for scope in scopes
+    )
