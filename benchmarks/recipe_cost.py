@@ -51,7 +51,7 @@ def settings(folder: str) -> RunConfig:
     )
 
 
-def loops() -> tuple:
+def loops(device: str = "cpu") -> tuple:
     """Return two functions: an epoch of the recipe's loop, and one of a bare loop."""
     config = settings(tempfile.mkdtemp())
     splits = build_splits(config.data)
@@ -61,7 +61,7 @@ def loops() -> tuple:
     loop.told_to_stop, loop.progress = StopSignal(), progress_bar(Console(quiet=True))
     loop.task = loop.progress.add_task("training")
 
-    bare = network("resnet20_cifar")
+    bare = network("resnet20_cifar", device)
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)
     loader = DataLoader(
         images["train_images"], BATCH, shuffle=True, drop_last=True, collate_fn=collate
@@ -69,6 +69,7 @@ def loops() -> tuple:
 
     def by_hand() -> None:
         for batch, (x, y) in enumerate(loader):
+            x, y = x.to(device), y.to(device)
             optimizer.zero_grad()
             loss = F.cross_entropy(bare((x.float() / 255 - 0.5) / 0.5), y)
             loss.backward()
