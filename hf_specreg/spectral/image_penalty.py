@@ -42,7 +42,8 @@ class ImagePenalty:
         step: how many times it was called.
 
     Raises:
-        ValueError: a setting is out of range, or the head or the input size is not known.
+        ValueError: a setting is out of range, the head or the input size is not known, or there is
+            no head and the term is of labels.
     """
 
     kind: ClassVar[type[RampedConfig]]
@@ -63,6 +64,11 @@ class ImagePenalty:
         if ramp < 0 or self.settings.ramp_epochs:
             raise ValueError(f"ramp ({ramp}) counts calls, at least 0; ramp_epochs is of recipes")
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
+        if self.kind.of_labels and not self.space.head:
+            raise ValueError(
+                f"{type(self).__name__} is of labels, and this encoder has no head to tell them: "
+                "take SensitivityPenalty"
+            )
         self.seed = seed
         self.step = 0
         self._generator = torch.Generator()

@@ -226,17 +226,16 @@ class SpectralPenalty:
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
-        """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
-        cadences.
-        """
+        """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
         since = self.step - self.burn_in
         self.step += 1
         self._seen.watch()
         if self.strength and not self.fold_norm:
             self._free_scales.warn_once()
-        if since < 0 or since % self.every:
+        if since % self.every:
             return self._zero()
-        return self.value()
+        self._seen.check(self.input_size)  # the burn-in need not end for a wrong size to be known
+        return self.value() if since >= 0 else self._zero()
 
     @torch.compiler.disable
     def value(self) -> Tensor:

@@ -199,6 +199,15 @@ def test_one_crop_of_the_measured_size_is_enough():
         penalty()
 
 
+def test_a_wrong_size_is_said_before_the_burn_in_is_over():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    penalty = SpectralPenalty(net, head="3", input_size=(3, 8, 8), burn_in=100)
+    penalty()
+    net(torch.rand(2, 3, 6, 6))
+    with pytest.raises(ValueError, match="set_input_size"):
+        penalty()
+
+
 @pytest.mark.parametrize("options", [{"num_classes": 3}, {"num_classes": 0}])
 def test_a_module_that_calls_a_part_of_itself_base_layer_is_no_adapter(options):
     model = timm.create_model("dla46_c", **options)

@@ -1,0 +1,78 @@
+"""The input gradient's norm as a penalty for a loop of one's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_specreg import InputGradientPenalty
+from hf_specreg.spectral.regularizers.input_gradient import input_gradient_norm
+from tests.tiny import images, tiny
+
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+def gradient_norm(model, x, y):
+    x = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+    return gradient.flatten(1).norm(dim=1).mean()
+
+
+def test_it_is_the_mean_norm_of_the_losss_gradient_on_the_first_images():
+    model = tiny().eval()
+    penalty = InputGradientPenalty(model, strength=0.5, images=3)
+    value = penalty(images(), LABELS)
+    torch.testing.assert_close(value, 0.5 * gradient_norm(model, images()[:3], LABELS[:3]))
+    value.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+def test_it_enters_after_the_burn_in_rises_and_is_due_in_its_cadence():
+    model = tiny().eval()
+    penalty = InputGradientPenalty(model, strength=1.0, burn_in=2, ramp=4, every=2)
+    whole = gradient_norm(model, images(), LABELS)
+    found = torch.stack([penalty(images(), LABELS).detach() for _ in range(8)]) / whole
+    torch.testing.assert_close(found, torch.tensor([0, 0, 0, 0, 0.5, 0, 1, 0]))
+    again = InputGradientPenalty(model, strength=1.0, burn_in=2, ramp=4, every=2)
+    again.load_state_dict({"step": 4})
+    torch.testing.assert_close(again(images(), LABELS), 0.5 * whole)
+
+
+def test_it_takes_a_step_that_lowers_what_it_is_of_and_leaves_the_model_as_it_was():
+    model = tiny("resnet20_cifar", drop_rate=0.5).train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    penalty = InputGradientPenalty(model, strength=1.0)
+    penalty(images(), LABELS).backward()
+    assert model.training
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    model.eval()
+    before = gradient_norm(model, images(), LABELS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+    assert gradient_norm(model, images(), LABELS) < before
+
+
+def test_autocast_does_not_round_it():
+    model = tiny().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = InputGradientPenalty(model, strength=1.0)(images(), LABELS)
+    expected = input_gradient_norm(model, images(), LABELS)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strength": -1}, "strength"),
+        ({"strength": 1, "ramp": -1}, "ramp"),
+        ({"strength": 1, "images": 0}, "images"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, says):
+    with pytest.raises(ValueError, match=says):
+        InputGradientPenalty(tiny(), **settings)
+
+
+def test_an_encoder_without_a_head_has_no_classes_to_be_of():
+    with pytest.raises(ValueError, match="no head to tell them"):
+        InputGradientPenalty(tiny(num_classes=0), strength=1)
