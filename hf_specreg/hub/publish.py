@@ -2,14 +2,17 @@
 
 Everything is checked before the first byte is sent. All files go into one commit on top of the
 state that was looked at: a push either completes or leaves the repository as it was. (One that is
-not there is made first, and stays, empty, if the commit then fails.) A request that fails for a
-moment is tried again for `PATIENCE` seconds; see `hf_specreg.encoders.connection`.
+made for it stays, empty, if the commit then fails.) A request that fails for a moment is tried
+again for `PATIENCE` seconds (`hf_specreg.encoders.connection`), none after `DEADLINE` seconds of
+the push. What was pushed is read back (`remote.py`).
 """
 
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from json import JSONDecodeError
 from pathlib import Path
@@ -20,20 +23,20 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
 from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.connection import HubError, first_line, retried, translated
-from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE, is_intact
+from hf_specreg.encoders.connection import first_line, retried, translated
+from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
+from hf_specreg.hub.remote import check_arrival, remote_card
 from hf_specreg.hub.trusted import by_trusted_publisher, scoped
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.result import Study
@@ -43,7 +46,9 @@ OURS = re.compile(
     r"|plots/((robust_accuracy|distances|sigmas)_(l2|linf)|study)\.png"
 )
 PATIENCE = 300.0  # seconds from the first try on in which a request is tried again
+DEADLINE = 3600.0  # seconds of a push in which any is
 T = TypeVar("T")
+_until: ContextVar[float] = ContextVar("until", default=float("inf"))  # of the push, monotonic
 
 
 class PublishError(ValueError):
@@ -106,24 +111,28 @@ def push(
     Raises:
         PublishError: it is not fit to be published, or must not be; the message says why.
         CardError: an incomplete card, or a report of other weights.
-        HubError: the Hub cannot be reached or refuses; the repository is as it was.
+        HubError: the Hub cannot be reached or refuses, and the repository is as it was; or a file
+            there is not what was sent.
     """
     if not _is_main_process():
         return None
+    _until.set(time.monotonic() + DEADLINE)
     encoder = Encoder.open(folder, report=report, baseline=baseline, license=license, study=study)
     _check(encoder, repo_id)
     api = HfApi(token=token)
     with translated(f"pushing to {repo_id}"):
         repo_id = _writable(api, repo_id, create_pr)
         head = _head(api, repo_id, private, revision, create_pr)
-        published = _remote_card(api, repo_id, head) if head else ""
+        published = remote_card(api, repo_id, head, _patience()) if head else ""
     files = _files(_beside(encoder, published, notes), repo_id, eval_results)
     with translated(f"pushing to {repo_id}"):
         _patiently(lambda: _check_card(files[CARD_FILE]))
         parent = head or _create(api, repo_id, private)
         if not create_pr:
             _make_branch(api, repo_id, revision)
-        return _commit(api, repo_id, files, parent, revision, create_pr, commit_message)
+        pushed = _commit(api, repo_id, files, parent, revision, create_pr, commit_message)
+        check_arrival(api, repo_id, pushed.commit, files, _patience())
+    return pushed
 
 
 def push_model(
@@ -143,8 +152,12 @@ def _is_main_process() -> bool:
     return not several or distributed.get_rank() == 0
 
 
+def _patience() -> float:
+    return max(0.0, min(PATIENCE, _until.get() - time.monotonic()))
+
+
 def _patiently(request: Callable[[], T]) -> T:
-    return retried(request, PATIENCE)
+    return retried(request, _patience())
 
 
 def _check(encoder: Encoder, repo_id: str) -> None:
@@ -237,9 +250,8 @@ def _writable(api: HfApi, repo_id: str, create_pr: bool) -> str:
 def _head(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
 ) -> str | None:
-    """Return the commit to build on: the branch's, main's for a new one, None if there is none.
-
-    For a pull request all must be there.
+    """Return the commit to build on: the branch's, main's for a new one, None if there is none;
+    for a pull request all must be there.
     """
     try:
         known = _patiently(lambda: api.model_info(repo_id))
@@ -273,17 +285,6 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
 def _make_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
     if revision is not None and not revision.startswith("refs/"):
         _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-
-
-def _remote_card(api: HfApi, repo_id: str, revision: str) -> str:
-    """Return the card that is on the Hub, for what is kept of it; empty if there is none."""
-    try:
-        path = _patiently(lambda: api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
-    except RemoteEntryNotFoundError:
-        return ""
-    if not is_intact(Path(path)):
-        raise HubError("the card on the Hub does not arrive as it is there: try again")
-    return Path(path).read_text("utf-8", "replace")
 
 
 def _commit(

@@ -20,7 +20,7 @@ from hf_specreg.encoders.connection import HubError, translated
 from hf_specreg.encoders.download import is_intact
 from hf_specreg.hub import publish
 from hf_specreg.hub.publish import PublishError, push
-from tests.hub.server import FAULTS
+from tests.hub.server import FAULTS, Repo
 
 REPO = "me/resnet"
 PUSH = {  # what a push asks for
@@ -91,6 +91,34 @@ def attempted(action):
     with contextlib.suppress(HubError, PublishError, FileNotFoundError):
         return action()
     return None
+
+
+def test_a_file_that_arrived_as_another_is_named(hub, bare, monkeypatch):
+    stored = Repo.commit
+
+    def swapped(self, branch, files, *rest):
+        return stored(self, branch, {**files, "config.json": b"{}"} if files else files, *rest)
+
+    monkeypatch.setattr(Repo, "commit", swapped)
+    with pytest.raises(HubError, match=r"config.json in commit \w+ is not what was sent"):
+        push(bare, REPO, license="mit")
+
+
+def test_a_push_that_cannot_be_read_back_is_done_and_says_so(hub, bare, caplog):
+    inject(hub, "500", ("POST", "/paths-info/"), 10**6)
+    pushed = push(bare, REPO, license="mit")
+    assert pushed.commit == hub.repos[REPO].branches["main"][-1].oid
+    assert "could not be read back" in caplog.text
+
+
+def test_one_deadline_is_that_of_all_requests_of_a_push(hub, bare, monkeypatch):
+    """Once it has passed, nothing is tried again, however patient each request is."""
+    monkeypatch.setattr(publish, "PATIENCE", 60)
+    monkeypatch.setattr(publish, "DEADLINE", 0)
+    inject(hub, "503", PUSH["whoami"], 10**6)
+    with pytest.raises(HubError, match="503"):
+        push(bare, REPO, license="mit")
+    assert hub.count("GET", "whoami") == 1
 
 
 @pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
