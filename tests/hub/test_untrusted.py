@@ -2,15 +2,12 @@
 
 import json
 import random
-import resource
 import shutil
 import struct
-import time
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig
@@ -21,81 +18,7 @@ from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.report import ReportError
 from tests.hub.conftest import make_model
-
-MUTATIONS = 200  # of each of the six kinds of file
-SLOWEST = 20  # seconds, for one folder
-STRANGE = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(10**3), 10**3),
-    st.sampled_from([-1, 0, 2**31, 2**63, 10**9, 10**400, 1e308, 0.1]),
-    st.text(max_size=20),
-    st.sampled_from(["../../etc/passwd", "resnet18", "hf-hub:me/other", "\x00", "9" * 5000]),
-    st.lists(st.integers(0, 9), max_size=4),
-    st.lists(st.just(10**9), min_size=1, max_size=3),
-    st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
-)
-FUZZ = settings(
-    max_examples=MUTATIONS,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def places(value, path=()):
-    """All places in a JSON value."""
-    yield path
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from places(part, (*path, key))
-    elif isinstance(value, list):
-        for i, part in enumerate(value):
-            yield from places(part, (*path, i))
-
-
-def replaced(value, path, new):
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = replaced(copy[path[0]], path[1:], new)
-    return copy
-
-
-def removed(value, path):
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    if len(path) == 1:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = removed(copy[path[0]], path[1:])
-    return copy
-
-
-@st.composite
-def mutations(draw, original):
-    """The text of a JSON file with one to three places changed, or with its bytes damaged."""
-    text = json.dumps(original)
-    kind = draw(st.sampled_from(["value", "value", "value", "remove", "cut", "bytes", "nest"]))
-    if kind == "cut":
-        return text[: draw(st.integers(0, len(text)))].encode()
-    if kind == "bytes":
-        damaged = bytearray(text.encode())
-        for _ in range(draw(st.integers(1, 5))):
-            damaged[draw(st.integers(0, len(damaged) - 1))] = draw(st.integers(0, 255))
-        return bytes(damaged)
-    value = original
-    for _ in range(draw(st.integers(1, 3))):
-        where = draw(st.sampled_from(sorted(places(value), key=str)))
-        if kind == "nest":
-            deep = "[" * 10**5 + "]" * 10**5
-            return json.dumps(replaced(value, where, "HERE")).replace('"HERE"', deep).encode()
-        if kind == "remove" and where:
-            value = removed(value, where)
-        else:
-            value = replaced(value, where, draw(STRANGE))
-        if not isinstance(value, dict):
-            break
-    return json.dumps(value).encode()
+from tests.mutations import FEW_AND_MANY, mutate, no_blow_up, of_json  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +27,6 @@ def original(encoder, tmp_path_factory):
     shutil.copytree(encoder, folder, ignore=shutil.ignore_patterns("robustness.*"))
     (folder.parent / "robustness.json").write_bytes((encoder / "robustness.json").read_bytes())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_blow_up():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 2 * 2**20, f"{grown >> 10} MiB"  # in KiB
-
-
-def survives(load, allowed):
-    start = time.perf_counter()
-    try:
-        load()
-    except allowed as error:
-        assert 10 < len(str(error)) < 3000  # noqa: PT017
-    assert time.perf_counter() - start < SLOWEST
 
 
 @pytest.fixture(scope="module")
@@ -142,73 +48,60 @@ def loads_its_file(folder):
         assert torch.equal(tensor, tensors[name]), name
 
 
-@FUZZ
-@given(st.data())
-def test_config(original, data):
-    mutated_file(original / "config.json", data, lambda: loads_its_file(original))
+@FEW_AND_MANY
+def test_config(original, examples):
+    path = original / "config.json"
+    mutate(path, examples, lambda: loads_its_file(original), FolderError)
 
 
-@FUZZ
-@given(st.data())
-def test_config_of_transformers(of_transformers, data):
+@FEW_AND_MANY
+def test_config_of_transformers(of_transformers, examples):
     path = of_transformers / "config.json"
-    mutated_file(path, data, lambda: loads_its_file(of_transformers))
+    mutate(path, examples, lambda: loads_its_file(of_transformers), FolderError)
 
 
-@FUZZ
-@given(st.data())
-def test_processor_of_transformers(of_transformers, data):
+@FEW_AND_MANY
+def test_processor_of_transformers(of_transformers, examples):
     path = of_transformers / "preprocessor_config.json"
-    mutated_file(path, data, lambda: loads_its_file(of_transformers))
+    mutate(path, examples, lambda: loads_its_file(of_transformers), FolderError)
 
 
-def mutated_file(path, data, load, allowed=FolderError):
-    text = path.read_bytes()
-    path.write_bytes(data.draw(mutations(json.loads(text))))
-    try:
-        survives(load, allowed)
-    finally:
-        path.write_bytes(text)
-
-
-@FUZZ
-@given(st.data())
-def test_run_description(original, data):
+@FEW_AND_MANY
+def test_run_description(original, examples):
     path = original / "specreg.json"
-    mutated_file(path, data, lambda: card_files(Encoder.open(original, license="mit"), "me/m"))
+    load = lambda: card_files(Encoder.open(original, license="mit"), "me/m")  # noqa: E731
+    mutate(path, examples, load, FolderError)
 
 
-@FUZZ
-@given(st.data())
-def test_report(original, data):
+@FEW_AND_MANY
+def test_report(original, examples):
     path = original.parent / "robustness.json"
-    mutated_file(path, data, lambda: RobustnessReport.load(path).to_markdown(), ReportError)
+    mutate(path, examples, lambda: RobustnessReport.load(path).to_markdown(), ReportError)
 
 
-@FUZZ
-@given(st.data())
-def test_weights(original, data):
+@FEW_AND_MANY
+def test_weights(original, examples):
     path = original / "model.safetensors"
-    content = path.read_bytes()
+    load = lambda: SpecRegModel.from_pretrained(original)  # noqa: E731
+    mutate(path, examples, load, FolderError, mutations=damaged_weights)
+
+
+@st.composite
+def damaged_weights(draw, content):
+    """A safetensors file whose header says something else, or that is cut off."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    few = random.Random(data.draw(st.integers(0, 10**6))).sample(sorted(header), 3)
-    kind = data.draw(st.sampled_from(["header", "header", "length", "cut"]))
+    few = random.Random(draw(st.integers(0, 10**6))).sample(sorted(header), 3)
+    kind = draw(st.sampled_from(["header", "header", "length", "cut"]))
     if kind == "header":
-        mutated = data.draw(mutations({name: header[name] for name in few}))
+        mutated = draw(of_json(json.dumps({name: header[name] for name in few}).encode()))
         rest = json.dumps({k: v for k, v in header.items() if k not in few}).encode()
         joined = rest[:-1] + b"," + mutated[1:]
-        damaged = struct.pack("<Q", len(joined)) + joined + content[8 + length :]
-    elif kind == "length":
-        strange = data.draw(st.sampled_from([0, 1, length - 1, length + 1, 2**32, 2**63 - 1]))
-        damaged = struct.pack("<Q", strange) + content[8:]
-    else:
-        damaged = content[: data.draw(st.integers(0, len(content) - 1))]
-    path.write_bytes(damaged)
-    try:
-        survives(lambda: SpecRegModel.from_pretrained(original), FolderError)
-    finally:
-        path.write_bytes(content)
+        return struct.pack("<Q", len(joined)) + joined + content[8 + length :]
+    if kind == "length":
+        strange = draw(st.sampled_from([0, 1, length - 1, length + 1, 2**32, 2**63 - 1]))
+        return struct.pack("<Q", strange) + content[8:]
+    return content[: draw(st.integers(0, len(content) - 1))]
 
 
 def changed(tmp_path, **entries):
