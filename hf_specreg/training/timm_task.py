@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from timm.loss import BinaryCrossEntropy, PolyBinaryCrossEntropy
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from hf_specreg.spectral.regularizers import RegularizersConfig, build_regulariz
 
 logger = logging.getLogger(__name__)
 STATE = "specreg"
+BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, BinaryCrossEntropy, PolyBinaryCrossEntropy)
 
 
 def regularize_task(
@@ -35,6 +37,8 @@ def regularize_task(
     *,
     penalty: Mapping[str, Any] | None = None,
     regularizers: RegularizersConfig | None = None,
+    head: str | Sequence[str] | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> TrainingTask:
     """Let a task of timm add the penalty and other regularizers to its loss, in place.
 
@@ -52,33 +56,64 @@ def regularize_task(
         task: of timm; its model is a timm network on images that are normalised as its
             `pretrained_cfg` says, or a `SpecRegModel`.
         penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
-            steps), scope, head and input_size; none: no penalty. Each process computes all of it,
+            steps) and scope; {}: its defaults; None: no penalty. Each process computes all of it,
             for timm saves checkpoints from one alone.
         regularizers: their settings, with burn-in in steps; terms of the data are of images in
-            [0, 1], as in the recipes, outside autocast, and of a micro-batch. `bss` looks at what
-            the head is fed by a hook, which torch.compile does not call.
+            [0, 1], as in the recipes, outside autocast, and of a micro-batch. `input_gradient` is
+            of the cross-entropy, whatever the task's own loss adds to that. `bss` looks at what the
+            head is fed by a hook, which compiled code has if the task makes the model's first pass
+            in training mode.
+        head: as for `FeatureSpace.of`, for the penalty and the regularizers.
+        input_size: likewise.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: burn-in or ramp in epochs, `penalty` is shared, spectral_norm is on, or the
-            head or the input size is not known.
+        ValueError: nothing is asked for, burn-in or ramp in epochs, `penalty` is shared or has a
+            head or an input size of its own, spectral_norm is on, a term of the cross-entropy
+            beside a binary loss, or the head or the input size is not known; in a step, a term of
+            the data where NaFlex feeds patches.
     """
-    penalty, config = dict(penalty or {}), regularizers or RegularizersConfig()
-    if penalty.get("shared"):
-        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
-    _check_units(config)
+    config = regularizers or RegularizersConfig()
+    _check_penalty(penalty or {})
+    _check_terms(config, task)
+    if penalty is None and not config.terms():
+        raise ValueError(
+            "neither a penalty nor a regularizer with a strength was given: pass "
+            'penalty={"strength": 1e-2}, say'
+        )
     task.__class__ = type(f"Regularized{type(task).__name__}", (_Regularized, type(task)), {})
-    task._regularize(penalty, config)
+    task._regularize(penalty, config, head=head, input_size=input_size)
     return task
 
 
-def _check_units(config: RegularizersConfig) -> None:
-    """Raise ValueError for what a task, which does not know the epochs, cannot do."""
+def _check_penalty(penalty: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments that are the task's, or that it cannot keep."""
+    if penalty.get("shared"):
+        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
+    for name in ("head", "input_size"):
+        if name in penalty:
+            raise ValueError(
+                f"the {name} is of the regularizers too: pass {name}= to regularize_task, beside "
+                "penalty"
+            )
+
+
+def _check_terms(config: RegularizersConfig, task: TrainingTask) -> None:
+    """Raise ValueError for what a task, which does not know the epochs, cannot do, and for terms
+    of another loss than its own.
+    """
+    criterion = getattr(task, "criterion", None)
+    binary = getattr(task, "multi_label", False) or isinstance(criterion, BINARY)
     if config.spectral_norm:
         raise ValueError("spectral_norm changes the model: set it up before the task is made")
     for name, settings in config.terms().items():
+        if binary and settings.of_labels:
+            raise ValueError(
+                f"{name} is of the cross-entropy, and this task's loss is "
+                f"{type(criterion).__name__}: leave {name} out, or train by cross-entropy"
+            )
         for item in fields(settings):
             epochs = item.name in ("burn_in_epochs", "burn_in_fraction", "ramp_epochs")
             if epochs and getattr(settings, item.name):
@@ -91,14 +126,15 @@ def _check_units(config: RegularizersConfig) -> None:
 class _Regularized(TrainingTask):
     """What `regularize_task` puts before a task's class."""
 
-    def _regularize(self, penalty: dict[str, Any], config: RegularizersConfig) -> None:
+    def _regularize(
+        self, penalty: Mapping[str, Any] | None, config: RegularizersConfig, **known: Any
+    ) -> None:
         model = without_trainers(self.get_eval_model())
         self._network = [unwrap(model)]  # in a list, lest it be a module of the task once more
-        self.penalty = SpectralPenalty(model, **penalty) if penalty else None
+        self.penalty = None if penalty is None else SpectralPenalty(model, **known, **penalty)
         self._pixels, self._terms, self._fed = None, [], None
         if config.terms():
-            known = {key: penalty[key] for key in ("head", "input_size") if key in penalty}
-            self._pixels = _Pixels(model, known.get("input_size"))
+            self._pixels = _Pixels(model, known["input_size"])
             space = FeatureSpace.of(self._pixels.model, **known)
             self._terms = build_regularizers(space, config, steps_per_epoch=1, epochs=1)
             self._fed = space if config.bss.strength else None
@@ -121,10 +157,12 @@ class _Regularized(TrainingTask):
         terms = {}
         if self.penalty is not None:
             terms["penalty"] = _Known.apply(self._value, self._gradients, *self._weights)
-        with torch.autocast(input.device.type, enabled=False):
+        loss = result["loss"]
+        terms |= {term.name: loss.new_zeros(()) for term in self._terms}
+        with torch.autocast(loss.device.type, enabled=False):
             terms |= self._regularizers(input, target, [flat(fed)] if fed else [])
         added = {name: term.detach() for name, term in terms.items()}
-        return {**result, "loss": sum(terms.values(), result["loss"]), **added}
+        return {**result, "loss": sum(terms.values(), loss), **added}
 
     def _begin_step(self) -> None:
         """Compute the penalty and its gradient, if an optimizer step has begun."""
@@ -148,13 +186,17 @@ class _Regularized(TrainingTask):
     def _regularizers(
         self, images: Tensor, labels: Tensor, features: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """The regularizers beside the spectral penalty, by name; 0 where not due."""
+        """The regularizers beside the spectral penalty that are due, by name."""
+        of_data = [term.name for term in self._terms if not term.of_weights]
+        if of_data and not isinstance(images, Tensor):
+            raise ValueError(
+                f"{of_data[0]} is of images [B, C, H, W], and the task was fed a "
+                f"{type(images).__name__}, as NaFlex's patches are: leave {of_data[0]} out"
+            )
         due = [term for term in self._terms if term.due(self._step)]
-        if due:
+        if any(not term.of_weights for term in due):
             images = self._pixels.of(images)
-        found = {term.name: term(images, labels, features, step=self._step) for term in due}
-        zero = torch.zeros((), device=images.device)
-        return {term.name: found.get(term.name, zero) for term in self._terms}
+        return {term.name: term(images, labels, features, step=self._step) for term in due}
 
     def update_ema(self, step: int | None = None) -> None:
         """Update the average of weights, if any; an optimizer step is done."""
@@ -206,8 +248,8 @@ class _Pixels:
     """A task's model on images in [0, 1], and its images as such."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int] | None):
-        self.model, self.normalised = model, not isinstance(model, SpecRegModel)
-        if not self.normalised:
+        self.model = model
+        if isinstance(model, SpecRegModel):
             return
         cfg = getattr(unwrap(model), "pretrained_cfg", None)
         if not cfg:
@@ -215,14 +257,25 @@ class _Pixels:
                 f"{type(model).__name__} does not say how its images are normalised, which "
                 "regularizers of the data must know: make a SpecRegModel of it"
             )
-        size = input_size or find_input_size(model)
-        mean, std = (for_channels(cfg[name], size[0]) for name in ("mean", "std"))
-        self.model = SpecRegModel(model, input_size=size, pixel_mean=mean, pixel_std=std)
+        channels, *_ = input_size or find_input_size(model)
+        self.model = _Normalising(model, *(for_channels(cfg[k], channels) for k in ("mean", "std")))
 
     def of(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W] in [0, 1]."""
-        if not self.normalised:
+        if not isinstance(self.model, _Normalising):
             return images
-        self.model.pixel_mean = self.model.pixel_mean.to(images)
-        self.model.pixel_std = self.model.pixel_std.to(images)
-        return images * self.model.pixel_std + self.model.pixel_mean
+        return images * self.model.std.to(images) + self.model.mean.to(images)
+
+
+class _Normalising(nn.Module):
+    """A network, whose head may be any, on images in [0, 1]."""
+
+    wraps = "network"
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        self.mean, self.std = (torch.tensor(values).reshape(-1, 1, 1) for values in (mean, std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean.to(images)) / self.std.to(images))

@@ -1,7 +1,9 @@
 """timm's tasks with the penalty: once a step and whole, in all that timm's train.py does."""
 
 import pytest
+import timm
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 from torch import nn
@@ -180,6 +182,8 @@ def test_terms_of_the_data_are_of_images_in_pixels_as_in_the_recipes(of):
 def test_settings_that_a_task_cannot_keep_are_errors():
     for settings, says in (
         ({"penalty": {"shared": True}}, "cannot be shared"),
+        ({"penalty": {"head": "head"}}, "pass head= to regularize_task"),
+        ({"penalty": None}, "neither a penalty nor a regularizer"),
         ({"regularizers": RegularizersConfig(spectral_norm=True)}, "before the task is made"),
         (
             {"regularizers": RegularizersConfig(l2_sp=L2SPConfig(1.0, burn_in_epochs=1))},
@@ -192,14 +196,71 @@ def test_settings_that_a_task_cannot_keep_are_errors():
     with pytest.raises(ValueError, match="does not say how its images are normalised"):
         task(
             bare,
-            penalty={"head": "3", "input_size": (1, 8, 8)},
+            head="3",
+            input_size=(1, 8, 8),
             regularizers=RegularizersConfig(jacobian=JacobianConfig(strength=1.0)),
         )
 
 
-def test_several_labels_an_image_train_too():
-    ours = regularize_task(MultiLabelClassificationTask(network(), verbose=False), penalty=PENALTY)
+def test_no_settings_are_the_penaltys_defaults():
+    expected = SpectralPenalty(network())()
+    torch.testing.assert_close(task(penalty={})(*batch())["penalty"], expected.detach())
+
+
+def test_the_head_and_the_input_size_are_the_penaltys_and_the_regularizers():
+    model = network()
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # which names no head
+    config = RegularizersConfig(bss=BSSConfig(strength=0.1))
+    ours = task(model, penalty={}, regularizers=config, head="head", input_size=(1, 8, 8))
+    result = ours(*batch())
+    assert result["penalty"] > 0
+    assert result["bss"] > 0
+    assert ours.penalty.space.input_size == (1, 8, 8)
+
+
+def test_several_labels_an_image_train_too_but_for_terms_of_the_cross_entropy():
+    plain = MultiLabelClassificationTask(network(), verbose=False)
+    binary = ClassificationTask(network(), BinaryCrossEntropy(), verbose=False)
+    config = RegularizersConfig(input_gradient=InputGradientConfig(strength=0.1))
+    for refused in (plain, binary):
+        with pytest.raises(ValueError, match="input_gradient is of the cross-entropy"):
+            regularize_task(refused, regularizers=config)
+    ours = regularize_task(plain, penalty=PENALTY)
     assert ours(batch()[0], torch.rand(8, 3))["penalty"] > 0
+
+
+def test_patches_of_naflex_train_but_for_terms_of_images():
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+    model = timm.create_model("naflexvit_base_patch16_gap", num_classes=3, **sizes)
+    rows, columns = torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij")
+    patches = {
+        "patches": torch.randn(2, 6, 48),
+        "patch_coord": torch.stack([rows, columns], -1).view(6, 2).expand(2, 6, 2),
+        "patch_valid": torch.ones(2, 6, dtype=torch.bool),
+    }
+    labels, size = torch.tensor([0, 1]), (3, 16, 16)
+    weights = RegularizersConfig(l2_sp=L2SPConfig(strength=1.0))
+    result = task(model, penalty={}, regularizers=weights, input_size=size)(patches, labels)
+    assert result["penalty"] > 0
+    assert result["l2_sp"] > 0
+    data = RegularizersConfig(sensitivity=SensitivityConfig(strength=0.1))
+    with pytest.raises(ValueError, match="sensitivity is of images"):
+        task(model, regularizers=data, input_size=size)(patches, labels)
+
+
+def test_what_the_head_is_fed_is_seen_in_compiled_code():
+    config, (images, labels) = RegularizersConfig(bss=BSSConfig(strength=0.1)), batch()
+    plain, ours = (task(regularizers=config) for _ in range(2))
+    ours.compile(backend="aot_eager")
+    for shift in range(2):
+        results = [t(images + shift, labels) for t in (plain, ours)]
+        for result in results:
+            result["loss"].backward()
+        torch.testing.assert_close(results[1]["bss"], results[0]["bss"])
+        expected, found = (gradients(t._network[0]) for t in (plain, ours))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient)
 
 
 @pytest.mark.parametrize(
