@@ -37,8 +37,13 @@ class SpectralPenaltyCallback(TrainerCallback):
 
     The Trainer's checkpoints hold the penalty's step and vectors beside its own files; a resumed
     run looks for them in `args.resume_from_checkpoint`, else in the output folder's checkpoint of
-    its step. The loss that is logged is without the penalty, which is logged beside it. From the
-    beginning of a step on it keeps a gradient of the penalised weights.
+    its step. The loss that is logged is without the penalty, which is logged beside it: in the
+    Trainer's history, and to callbacks that come after this one. The Trainer puts its own reporters
+    (`report_to`) before; this moves one behind:
+
+        trainer.add_callback(trainer.pop_callback(TensorBoardCallback))
+
+    From the beginning of a step on it keeps a gradient of the penalised weights.
 
     Args:
         penalty: of `SpectralPenalty`, such as strength, every, burn_in (in optimizer steps), scope,
@@ -48,8 +53,9 @@ class SpectralPenaltyCallback(TrainerCallback):
         penalty: the SpectralPenalty on the Trainer's model; None before there is a Trainer.
 
     Raises:
-        ValueError: the model's head or input size is not known, see `SpectralPenalty`; or weights
-            are sharded, which `SpecRegTrainer` takes under FSDP2.
+        ValueError: the model's head or input size is not known, see `SpectralPenalty`; weights are
+            sharded, which `SpecRegTrainer` takes under FSDP2; or, in a step, fp16's scaler is not
+            in the optimizer, where accelerate puts it.
     """
 
     def __init__(self, **penalty: Any):
@@ -71,13 +77,26 @@ class SpectralPenaltyCallback(TrainerCallback):
         if state.global_step:
             checkpoints = list(_checkpoints(args, state))
             found = [folder for folder in checkpoints if (folder / VECTORS).is_file()]
-            load_penalty(self.penalty, (found or checkpoints)[0])
+            folder = (found or checkpoints)[0]
+            load_penalty(self.penalty, folder)
+            if self.penalty.step != state.global_step:
+                logger.warning(
+                    "%s has the penalty of step %d, and the Trainer is at step %d, from which "
+                    "burn-in and cadence go on",
+                    *(folder, self.penalty.step, state.global_step),
+                )
+                self.penalty.step = state.global_step
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
         """Put the penalty's gradient where the micro-batches' will be added."""
-        scaler = getattr(optimizer, "scaler", None)  # of fp16
+        scaler = getattr(optimizer, "scaler", None)
+        if args.fp16 and scaler is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no scaler of fp16, by which the penalty's "
+                "gradient must be multiplied: train in bf16, or use SpecRegTrainer"
+            )
         value = add_gradient(self.penalty, scale=scaler.get_scale() if scaler else 1.0)
         self._last = torch.where(value != 0, value, self._last.to(value.device))
 
@@ -92,6 +111,10 @@ class SpectralPenaltyCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the penalty's step and vectors into the checkpoint."""
         *_, folder = _checkpoints(args, state)
+        if args.should_save and not folder.is_dir():
+            logger.warning(
+                "the penalty's vectors are not saved: the Trainer left no checkpoint in %s", folder
+            )
         save_penalty(self.penalty, folder, write=args.should_save and folder.is_dir())
 
     def _attach(self, model: nn.Module) -> None:

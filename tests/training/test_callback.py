@@ -1,10 +1,12 @@
 """SpectralPenaltyCallback: a stock Trainer's results plus the penalty's gradient, once a step."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -127,12 +129,35 @@ def test_a_checkpoint_that_is_somewhere_else_is_found_or_missed_aloud(tmp_path, 
         assert callback.penalty.step == 2
 
 
+def test_the_step_is_the_trainers_whatever_a_checkpoint_says(tmp_path, caplog):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, vit(), [SpectralPenaltyCallback()], **settings)
+    count = tmp_path / "checkpoint-1/penalty.json"
+    count.write_text(json.dumps({**json.loads(count.read_text()), "step": 7}))
+    callback = SpectralPenaltyCallback()
+    trained(tmp_path, vit(), [callback], resume=str(count.parent), max_steps=2)
+    assert "the penalty of step 7, and the Trainer is at step 1" in caplog.text
+    assert callback.penalty.step == 2
+
+
+def test_a_checkpoint_that_is_not_where_it_should_be_is_missed_aloud(tmp_path, caplog):
+    callback, args = SpectralPenaltyCallback(), arguments(tmp_path)
+    Trainer(vit(), args, train_dataset=Digits(), callbacks=[callback])
+    callback.on_save(args, SimpleNamespace(global_step=1), None)
+    assert "the penalty's vectors are not saved" in caplog.text
+
+
 def test_the_scale_of_fp16_is_on_the_gradient_and_a_frozen_encoder_gets_none(tmp_path):
     model = vit()
     callback = SpectralPenaltyCallback(strength=0.05)
-    callback.on_init_end(None, None, None, model=model)
-    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
-    callback.on_step_begin(None, None, None, optimizer=optimizer)
+    Trainer(model, arguments(tmp_path), train_dataset=Digits(), callbacks=[callback])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain = torch.optim.SGD(model.parameters())
+    fp16 = SimpleNamespace(fp16=True)
+    with pytest.raises(ValueError, match="SGD has no scaler of fp16"):
+        callback.on_step_begin(fp16, None, None, optimizer=plain)
+    optimizer = AcceleratedOptimizer(plain, scaler=scaler)
+    callback.on_step_begin(fp16, None, None, optimizer=optimizer)
     scaled = {n: p.grad for n, p in named(model) if p.grad is not None}
     reference = vit()
     SpectralPenalty(reference, strength=0.05)().backward()
@@ -160,8 +185,8 @@ def test_the_gradient_is_added_in_place_to_what_is_there():
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_shards_are_refused_before_training(monkeypatch, kind):
-    AcceleratorState(cpu=True)
+def test_shards_are_refused_before_training(tmp_path, monkeypatch, kind):
+    Trainer(vit(), arguments(tmp_path), train_dataset=Digits())  # makes accelerate's state
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(ValueError, match="use SpecRegTrainer with FSDP2"):
         SpectralPenaltyCallback().on_init_end(None, None, None, model=vit())
