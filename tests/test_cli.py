@@ -4,14 +4,13 @@ import runpy
 import subprocess
 import sys
 from inspect import signature
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 import hf_specreg
 from hf_specreg import SpecRegModel
-from hf_specreg.cli import COMMANDS, main
+from hf_specreg.cli import COMMANDS, TRAIN, main
 from hf_specreg.commands.models import evaluate
 from hf_specreg.configs import shipped
 from hf_specreg.encoders.checksum import weights_sha256
@@ -19,8 +18,8 @@ from hf_specreg.encoders.load import load_model
 from hf_specreg.hub.publish import push
 from hf_specreg.robustness.attacks import DEFAULT_ATTACKS
 from tests.hub.conftest import hub  # noqa: F401  fixture
+from tests.pages import ROOT, page
 
-ROOT = Path(__file__).parents[1]
 ARGUMENTS = ["digits", "--samples", "12", "--attacks", "{tangent: {iterations: 2}}"]
 
 
@@ -117,6 +116,9 @@ def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
         assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert all(f"    {name} " in said for name in COMMANDS)
+    on_the_page = re.findall(r"^\| (`.*?) \|", page("command-line"), re.MULTILINE)
+    named = re.findall(r"[\w-]+(?=`)", " ".join(on_the_page))
+    assert set(named) == {*COMMANDS, *TRAIN, "study"}
     assert said.endswith(f"hf-specreg {hf_specreg.__version__}\n")
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 from hf_specreg import RobustnessReport, SpecRegModel, evaluate_robustness
 from hf_specreg.cli import main
 from hf_specreg.hub.publish import push
-from hf_specreg.recipes import transfer
 from hf_specreg.robustness.evaluate import Measures
 from tests.hub.conftest import make_model
 from tests.pages import page
@@ -33,9 +32,9 @@ def test_from_an_encoder_on_the_hub_to_one_of_your_own(hub, section, tmp_path, m
     SpecRegModel.from_timm("mlp_2000", **small).push_to_hub("org/encoder", license="mit")
     (lines,) = [text for kind, text in BLOCK.findall(section) if not kind]
     train, *commands = [shlex.split(line) for line in lines.strip().splitlines()]
-    assert train[:3] == ["accelerate", "launch", "recipes/transfer.py"]
+    assert train[:4] == ["accelerate", "launch", "-m", "hf_specreg"]
     quick = ["--epochs", "20", "--batch_size", "64", "--optimizer.lr", "0.5"]
-    transfer.main([*train[3:], *quick, "--report.samples", "8"])
+    main([*train[4:], *quick, "--report.samples", "8"])
     for command in commands:
         assert command[0] == "hf-specreg"
         main(command[1:])

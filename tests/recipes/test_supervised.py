@@ -49,8 +49,9 @@ def test_accelerates_configurations_are_read_and_named_in_the_docs(name):
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 * config.num_machines
     assert config.distributed_type == "MULTI_GPU"
-    assert f"--config_file recipes/configs/accelerate/{path.name}" in path.read_text()
-    assert f"--config_file recipes/configs/accelerate/{path.name}" in page("training")
+    assert f"--config_file {path.name}" in path.read_text()
+    assert f"hf-specreg configs accelerate/{name} > {path.name}" in page("training")
+    assert f"--config_file {path.name}" in page("training")
 
 
 def test_command_line_overrides_the_file():
