@@ -265,6 +265,12 @@ def public_name(source: str) -> str:
     return Path(source.replace("\\", "/")).name or "local"
 
 
+def hub_data(source: str | None) -> str | None:
+    """Return the "org/name" of an image set of the Hub; None of a local one, and of the digits."""
+    name = public_name(source) if source else ""
+    return name if "/" in name else None
+
+
 def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
     """specreg.json as others may read it: local folders by their last part."""
     run = json.loads(json.dumps(run))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_specreg.hub.encoder import HUB_ID, Encoder
+from hf_specreg.hub.encoder import Encoder, hub_data
 from hf_specreg.robustness.text import attack_name, distances, norm_name
 
 
@@ -56,10 +56,10 @@ def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
     """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`; nothing where there is
     no report, or its data set is not on the Hub.
     """
-    data = (encoder.report.content["data"]["id"] or "") if encoder.report else ""
-    if "/" not in data or not HUB_ID.fullmatch(data):
+    content = encoder.report.content if encoder.report else None
+    data = hub_data(content["data"]["id"]) if content else None
+    if data is None:
         return {}
-    content = encoder.report.content
     rows = [("accuracy", content["clean"]["accuracy"]["value"], f"n {content['n']}")]
     for point in content["worst_case"]:
         notes = (
@@ -70,7 +70,7 @@ def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
         rows.append(("robust_accuracy", point["value"], notes))
     entries = [
         EvalResultEntry(
-            dataset_id=content["data"]["id"],
+            dataset_id=data,
             dataset_revision=content["data"]["revision"],
             task_id=task,
             value=value,

@@ -8,7 +8,7 @@ the cells here; each runs as plain Python too.
 import json
 from typing import Any
 
-from hf_specreg.hub.encoder import HUB_ID, Encoder, public_name
+from hf_specreg.hub.encoder import Encoder, hub_data
 
 NOTEBOOK_FILE = "notebook.ipynb"
 INSTALL = """\
@@ -99,8 +99,8 @@ def _data(encoder: Encoder) -> str | None:
     """The data set of the report, else of the training, where anybody can load it by its name."""
     reported = encoder.report.content["data"]["id"] if encoder.report else None
     for source in (reported, encoder.data):
-        if source == "digits" or (source and "/" in source and HUB_ID.fullmatch(source)):
-            return public_name(source)
+        if name := "digits" if source == "digits" else hub_data(source):
+            return name
     return None
 
 

@@ -245,7 +245,9 @@ def test_a_pull_request_makes_nothing_else(hub, encoder):
     assert hub.repos == {}
 
 
-def test_eval_results_are_written_where_the_data_set_is_on_the_hub(hub, encoder):
+def test_eval_results_are_written_where_the_data_set_is_on_the_hub(
+    hub, encoder, tmp_path, monkeypatch
+):
     publish(encoder)
     entries = yaml.safe_load(files_of(hub)[".eval_results/hf_specreg.yaml"])
     assert entries[0]["dataset"] == {"id": "org/pictures", "task_id": "accuracy", "revision": "abc"}
@@ -253,7 +255,9 @@ def test_eval_results_are_written_where_the_data_set_is_on_the_hub(hub, encoder)
     publish(encoder, eval_results=False)
     assert ".eval_results/hf_specreg.yaml" not in files_of(hub)
     opened = Encoder.open(encoder)
-    for elsewhere in ("digits", "./org/pictures", "/org/pictures", None):
+    (tmp_path / "data/mnist").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for elsewhere in ("digits", "./org/pictures", "/org/pictures", "data/mnist", None):
         opened.report.content["data"]["id"] = elsewhere
         assert eval_results_file(opened) == {}
     assert eval_results_file(replace(opened, report=None)) == {}
