@@ -151,7 +151,11 @@ def publish_zoo(
 
 
 def space(
-    folder: str, output: str = "runs/space", repo_id: str | None = None, license: str | None = None
+    folder: str,
+    output: str = "runs/space",
+    repo_id: str | None = None,
+    license: str | None = None,
+    requirement: str | None = None,
 ) -> None:
     """Write a Space for an encoder: an app in gradio that attacks a picture that is uploaded.
 
@@ -160,11 +164,17 @@ def space(
         output: the Space's folder, to be sent by `hf upload ID OUTPUT --repo-type space`.
         repo_id: org/name where the encoder is published; default: it is copied into the Space.
         license: SPDX identifier, such as apache-2.0; default: the encoder's.
+        requirement: the line of requirements.txt that installs hf_specreg with the extra attacks.
     """
     from hf_specreg.hub.space import write_space
 
-    for path in write_space(folder, output, repo_id=repo_id, license=license):
+    given = {"repo_id": repo_id, "license": license, "requirement": requirement}
+    for path in write_space(folder, output, **given):
         print(path)
+    if requirement is None:
+        print(
+            "requirements.txt does not install hf_specreg yet: say --requirement, or add the line"
+        )
 
 
 def _cell(column: str, value: str | float | None) -> str:

@@ -133,7 +133,7 @@ def two_view_transform(
         from lightly import transforms
         from lightly.transforms.multi_view_transform import MultiViewTransform
     except ModuleNotFoundError as error:
-        raise ImportError("two views need lightly: pip install 'hf-specreg[ssl]'") from error
+        raise ImportError("two views need lightly: install the extra ssl") from error
     _, height, width = input_size
     if height != width:
         raise ValueError(f"two views need square images, not {height} x {width}")

@@ -8,16 +8,13 @@ the cells here; each runs as plain Python too.
 import json
 from typing import Any
 
+from hf_specreg.data.unseen import SETTINGS
 from hf_specreg.hub.encoder import Encoder, hub_data
 
 NOTEBOOK_FILE = "notebook.ipynb"
 INSTALL = """\
-import importlib.util
-import subprocess
-import sys
-
-if importlib.util.find_spec("hf_specreg") is None:
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "hf-specreg[attacks]"])"""
+# hf_specreg with the extra attacks is installed from a clone of its repository:
+# pip install 'PATH_OF_THE_CLONE[attacks]'"""
 LOAD = """\
 import torch
 from PIL import Image
@@ -28,7 +25,7 @@ print(model.input_size, "->", model.num_classes, "classes")"""
 OF_DATA = """\
 from hf_specreg.data.datasets import load_splits
 
-row = load_splits({data!r}).test[0]
+row = load_splits({arguments}).test[0]
 picture = row["image"]  # or a picture of yours: Image.open("image.png")
 picture"""
 OF_NOTHING = """\
@@ -68,10 +65,10 @@ def notebook(encoder: Encoder, repo_id: str) -> bytes:
     attacked = bool(encoder.model.num_classes)
     title += ", attack one picture." if attacked else "."
     cells = [_text(title), _code(INSTALL), _code(LOAD.format(repo_id=repo_id))]
-    data = _data(encoder)
+    arguments = _arguments(encoder)
     cells += [
         _text("A picture:"),
-        _code(OF_DATA.format(data=data) if data else OF_NOTHING),
+        _code(OF_DATA.format(arguments=arguments) if arguments else OF_NOTHING),
         _text("Its features, which any head is fed:"),
         _code(FEATURES),
     ]
@@ -95,12 +92,18 @@ def notebook(encoder: Encoder, repo_id: str) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _data(encoder: Encoder) -> str | None:
-    """The data set of the report, else of the training, where anybody can load it by its name."""
-    reported = encoder.report.content["data"]["id"] if encoder.report else None
-    for source in (reported, encoder.data):
+def _arguments(encoder: Encoder) -> str | None:
+    """Those of load_splits for the data set of the report, else of the training, where anybody can
+    load it by its name.
+    """
+    reported = encoder.report.content["data"] if encoder.report else {}
+    options = {"revision": reported.get("revision"), **reported.get("splits", {})}
+    trained = encoder.config.get("data", {})
+    own = {argument: trained.get(setting) for setting, argument in SETTINGS.items()}
+    for source, given in ((reported.get("id"), options), (encoder.data, own)):
         if name := "digits" if source == "digits" else hub_data(source):
-            return name
+            stated = {k: v for k, v in given.items() if k in SETTINGS.values() and v}
+            return ", ".join([repr(name), *(f"{k}={v!r}" for k, v in stated.items())])
     return None
 
 

@@ -13,7 +13,9 @@ from hf_specreg.encoders.download import LOADED_FILES
 from hf_specreg.hub.encoder import CardError, Encoder
 
 GRADIO = "6.31.0"  # that the app was tried with
-REQUIREMENTS = "hf-specreg[attacks]\n"
+UNKNOWN = (
+    "# hf_specreg with the extra attacks: a line that pip takes, such as its repository's address\n"
+)
 ABOUT = """\
 Upload a picture, slide eps: what {title} takes it for, the nearest adversarial image that FMN
 finds, and the difference magnified. Written by `hf-specreg space`.
@@ -26,6 +28,7 @@ def write_space(
     *,
     repo_id: str | None = None,
     license: str | None = None,
+    requirement: str | None = None,
 ) -> list[Path]:
     """Write app.py, requirements.txt and README.md; without a repo_id the encoder too, in model/.
 
@@ -34,6 +37,8 @@ def write_space(
         output: the Space's folder.
         repo_id: "org/name" where the encoder is published, for the app to load it from there.
         license: SPDX identifier of the Space; default: the encoder's.
+        requirement: the line of requirements.txt that installs hf_specreg with the extra attacks;
+            default: a comment that it is missing.
 
     Returns:
         The paths of what was written.
@@ -45,10 +50,13 @@ def write_space(
     encoder, output = Encoder.open(folder, license=license), Path(output)
     if not encoder.model.num_classes:
         raise CardError(f"{folder} has no head: a Space shows what a classifier takes images for")
-    title = (repo_id or Path(folder).resolve().name).split("/")[-1]
+    place = Path(folder).resolve()
+    place = place.parent if place.name == "model" else place  # of a run, where all have this name
+    title = (repo_id or place.name).split("/")[-1]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True
     )
+    environment.filters["repr"] = repr
     app = environment.get_template("space.py.jinja").render(
         model=repo_id or "model", title=title, largest=_largest(encoder)
     )
@@ -65,7 +73,7 @@ def write_space(
     front = yaml.safe_dump(about, sort_keys=False)
     files = {
         "app.py": app,
-        "requirements.txt": REQUIREMENTS,
+        "requirements.txt": f"{requirement}\n" if requirement else UNKNOWN,
         "README.md": f"---\n{front}---\n\n# {title}\n\n{ABOUT.format(title=title)}",
     }
     output.mkdir(parents=True, exist_ok=True)

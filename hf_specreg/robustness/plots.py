@@ -338,4 +338,4 @@ def png(figure: "Figure") -> bytes:
 def need_matplotlib() -> None:
     """Raise ImportError, with what to install, where matplotlib is not there."""
     if find_spec("matplotlib") is None:
-        raise ImportError("plots need matplotlib: pip install 'hf-specreg[plots]'")
+        raise ImportError("plots need matplotlib: install the extra plots")

@@ -55,7 +55,7 @@ def submit(
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise ImportError("a cluster needs submitit: pip install 'hf-specreg[cluster]'") from error
+        raise ImportError("a cluster needs submitit: install the extra cluster") from error
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(**options)

@@ -163,9 +163,7 @@ def lightly(module: str) -> ModuleType:
     try:
         return import_module(f"lightly.{module}")
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "self-supervision needs lightly: pip install 'hf-specreg[ssl]'"
-        ) from error
+        raise ImportError("self-supervision needs lightly: install the extra ssl") from error
 
 
 @torch.no_grad()

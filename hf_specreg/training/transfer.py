@@ -129,7 +129,7 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ImportError("LoRA needs peft: pip install 'hf-specreg[lora]'") from error
+        raise ImportError("LoRA needs peft: install the extra lora") from error
 
     targets = list(config.lora_targets) or _linear_names(encoder)
     if not targets:

@@ -1,5 +1,8 @@
 import ast
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,15 +75,41 @@ def test_an_encoder_without_a_head_is_not_attacked_and_one_of_unknown_data_makes
 
 def test_a_space_is_an_app_its_requirements_and_its_metadata(folder, tmp_path, capsys):
     main(["space", str(folder), "--output", str(tmp_path / "own"), "--license", "mit"])
-    main(["space", str(folder), "--output", str(tmp_path / "hub"), "--repo_id", "me/it"])
-    assert "app.py" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "app.py" in said
+    assert "does not install hf_specreg yet" in said
+    source = "hf-specreg[attacks] @ git+https://x.example/it"
+    given = ["--repo_id", "me/it", "--requirement", source]
+    main(["space", str(folder), "--output", str(tmp_path / "hub"), *given])
+    assert "yet" not in capsys.readouterr().out
     app = (tmp_path / "own/app.py").read_text()
     ast.parse(app)
-    assert 'MODEL = "model"' in app
+    assert "MODEL = 'model'" in app
+    assert (tmp_path / "own/requirements.txt").read_text().startswith("# ")
     SpecRegModel.from_pretrained(tmp_path / "own/model")
     about = card_metadata((tmp_path / "own/README.md").read_text())
     assert (about["sdk"], about["app_file"], about["license"]) == ("gradio", "app.py", "mit")
-    assert 'MODEL = "me/it"' in (tmp_path / "hub/app.py").read_text()
+    assert "MODEL = 'me/it'" in (tmp_path / "hub/app.py").read_text()
     assert not (tmp_path / "hub/model").exists()
     assert card_metadata((tmp_path / "hub/README.md").read_text())["models"] == ["me/it"]
-    assert (tmp_path / "hub/requirements.txt").read_text() == "hf-specreg[attacks]\n"
+    assert (tmp_path / "hub/requirements.txt").read_text() == f"{source}\n"
+
+
+def test_a_space_has_the_name_of_the_run_as_a_person_wrote_it(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "it's <1>" / "model").parent
+    write_space(run / "model", tmp_path / "space")
+    app = (tmp_path / "space/app.py").read_text()
+    assert """gr.Blocks(title="it's <1>")""" in app
+    assert "# it's <1>" in (tmp_path / "space/README.md").read_text()
+
+
+def test_a_picture_is_of_the_splits_that_were_trained_on(folder):
+    opened = Encoder.open(folder)
+    opened.run["config"] = {"data": {"classes": ["1", "2"], "split_seed": 3, "revision": None}}
+    text = notebook(opened, "me/it").decode()
+    assert "load_splits('digits', classes=['1', '2'], seed=3).test[0]" in text
+    report = {"id": "org/set", "revision": "abc", "splits": {"classes": ["7"], "x": 1}}
+    reported = replace(opened, report=SimpleNamespace(content={"data": report}))
+    text = notebook(reported, "me/it").decode()
+    assert "load_splits('org/set', revision='abc', classes=['7']).test[0]" in text
+    assert "hf-specreg[" not in text

@@ -254,7 +254,9 @@ def test_unknown_attacks_and_settings_are_named():
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "foolbox", None)
-    with pytest.raises(MissingPackageError, match=r"pgd-l2 needs foolbox: pip install"):
+    with pytest.raises(
+        MissingPackageError, match=r"pgd-l2 needs foolbox: install the extra attacks"
+    ):
         make_attacks(["pgd-l2"])
 
 

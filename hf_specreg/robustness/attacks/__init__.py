@@ -64,9 +64,8 @@ def _require(package: str, attack: str) -> None:
     try:
         __import__(package)
     except ImportError as error:
-        raise MissingPackageError(
-            f"{attack} needs {package}: pip install 'hf-specreg[attacks]'"
-        ) from error
+        said = f"{attack} needs {package}: install the extra attacks"
+        raise MissingPackageError(said) from error
 
 
 def describe(attack: Attack) -> dict[str, Any]:
