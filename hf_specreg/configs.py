@@ -34,9 +34,11 @@ class Shipped:
 
     @property
     def command(self) -> str:
-        """The first command of its head."""
-        found = re.search(r"^#   (.*--config.*)$", self.path.read_text("utf-8"), re.MULTILINE)
-        return found[1] if found else ""
+        """The first command of its head that names it, on one line, without what is optional."""
+        name = rf"--config(?:_file)? {re.escape(self.path.stem)}\b"
+        head = re.sub(r"( \\)?\n#     (?=-|\[-)", " ", self.path.read_text("utf-8"))
+        found = re.search(rf"^#   (.*{name}.*)$", head, re.MULTILINE)
+        return re.sub(r" *(\[-[^]]*\]|# .*)", "", found[1]) if found else ""
 
 
 def shipped() -> dict[str, Shipped]:
@@ -57,6 +59,7 @@ def find_config(given: str, folder: str = "") -> str:
 
     Args:
         given: a path, a name, or the place in a checkout, such as recipes/configs/digits.yaml.
+            Else what ends in .yaml is a path and no name.
         folder: of the names: "" for those of runs, "studies" for those of studies.
 
     Raises:
@@ -73,6 +76,7 @@ def named(given: str, folder: str | None = None) -> Shipped:
     Raises:
         ValueError: there is none.
     """
+    path = given.endswith(".yaml") and not re.match(r"(\./)?recipes/", given)
     known = {
         name: one
         for name, one in shipped().items()
@@ -80,7 +84,7 @@ def named(given: str, folder: str | None = None) -> Shipped:
     }
     name = _name(given)
     for candidate in (name, f"{folder}/{name}"):
-        if candidate in known:
+        if candidate in known and not path:
             return known[candidate]
     near = difflib.get_close_matches(name, [n.removeprefix(f"{folder}/") for n in known], 1)
     meant = f"did you mean {near[0]}? " if near else ""

@@ -90,6 +90,8 @@ def test_a_script_is_its_command(script, command, monkeypatch):
         (["list", "runs/demoo"], "there is no folder runs/demoo"),
         (["train", "superviced"], "there is no 'superviced': did you mean supervised?"),
         (["train"], "name one of {supervised,self-supervised,transfer}"),
+        (["train", "supervised", "--config", "configs/digits.yaml"], "did you mean digits?"),
+        (["study", "--config", "digits.yaml"], "file or name 'digits.yaml': did you mean digits?"),
         (["configs", "studies/digts"], "no file or name 'studies/digts': did you mean"),
         (["evalute", "a", "digits"], "there is no 'evalute': did you mean evaluate?"),
         (["evaluate", "a", "digits", "--sampels", "3"], "'sampels': did you mean samples?"),
@@ -125,9 +127,15 @@ def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
 def test_the_configurations_are_listed_with_commands_that_name_them_and_printed(capsys):
     main(["configs"])
     said = capsys.readouterr().out
-    for name in shipped():
+    for name, one in shipped().items():
         assert f"\n{name}\n" in f"\n{said}"
-    assert "hf-specreg train supervised --config digits " in said
+        assert one.command.split()[0] in {"hf-specreg", "accelerate"}
+        assert f"\n    {one.command}\n" in said
+    assert "    hf-specreg train supervised --config digits\n" in said
+    assert (  # continued in its head
+        "    hf-specreg train self-supervised --config mnist_simclr "
+        "--report.samples 300 --report.eps '[0.5, 1, 2]'\n"
+    ) in said
     main(["configs", "studies/digits"])
     assert capsys.readouterr().out == (ROOT / "recipes/studies/digits.yaml").read_text()
 

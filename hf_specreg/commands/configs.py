@@ -21,4 +21,4 @@ def configs(name: str | None = None) -> None:
     for one in shipped().values():
         console.print(f"[bold]{one.name}[/bold]")
         console.print(Padding(escape(one.says), (0, 0, 0, 4)))
-        console.print(Padding(escape(one.command), (0, 0, 0, 4)))
+        console.out(f"    {one.command}")  # unwrapped, to be pasted
