@@ -24,7 +24,8 @@ from hf_specreg.hub.card import write_card
 from hf_specreg.hub.catalogue import write_catalogue
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.encoder import Encoder
-from hf_specreg.hub.zoo import ZOO_FILE
+from hf_specreg.hub.publish import PublishError
+from hf_specreg.hub.zoo import ZOO_FILE, read_zoo
 from hf_specreg.recipes import self_supervised, supervised, transfer
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.images import ImageSet
@@ -34,7 +35,12 @@ from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError
 
 HERE = Path(__file__).parent
+REPORT = "report/robustness.json"
 MODULES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
+
+
+class ZooError(ValueError):
+    """A zoo that cannot be made as it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +106,35 @@ class Zoo:
         headless = self.entries[name].recipe == "self_supervised"
         return self.output / name / "run" / ("classifier" if headless else "model")
 
+    def check(self, names: Sequence[str]) -> None:
+        """See to it that what encoders start from or are compared with is there, or made before.
+
+        Raises:
+            ZooError: it is neither.
+        """
+        for i, name in enumerate(names):
+            start, baseline = self.entries[name].start, self.entries[name].baseline
+            for other, file in (
+                (start, start and self.model(start) / RUN_FILE),
+                (baseline, baseline and self.output / baseline / REPORT),
+            ):
+                if other and other not in names[:i] and not file.is_file():
+                    raise ZooError(
+                        f"{name} needs {other}, which is not in {self.output}: name it in --only "
+                        "as well"
+                    )
+
     def make(self, name: str) -> None:
         """Train an encoder, attack it and write its card; what is done already is not done again.
 
         Raises:
-            CheckpointError: the folder holds a run of other settings.
+            ZooError: the folder holds an encoder of other settings.
         """
         entry, run, model = self.entries[name], self.run(name), self.model(name)
         if not (model / RUN_FILE).is_file():
             MODULES[entry.recipe].train(run, resume=True)
         elif read_json(model / RUN_FILE)["config"] != json.loads(json.dumps(run.as_dict())):
-            raise CheckpointError(
+            raise ZooError(
                 f"{model} was trained with other settings: take another --output, or delete it"
             )
         report = evaluate_robustness(
@@ -122,7 +146,7 @@ class Zoo:
             name=name,
             output=self.output / name / "report",
         )
-        report.save(self.output / name / "report/robustness.json")
+        report.save(self.output / name / REPORT)
         baseline = self.output / entry.baseline / "report" if entry.baseline else None
         encoder = Encoder.open(model, report=report, baseline=baseline, license="apache-2.0")
         for folder in (model, self.cards / name):
@@ -159,34 +183,44 @@ def make_zoo(
         output: folder of runs and reports.
         cards: folder of the cards; the page of all is written beside it.
         file: of the encoders.
+
+    Raises:
+        ZooError: an encoder is unknown, lacks what it starts from, or has other settings.
     """
     content = yaml.safe_load(Path(file).read_text("utf-8"))
     entries = {name: Entry(**entry) for name, entry in content["encoders"].items()}
     if unknown := set(only or ()) - set(entries):
-        raise ValueError(f"there is no {sorted(unknown)} in {file}; it has {', '.join(entries)}")
+        raise ZooError(f"there is no {sorted(unknown)} in {file}; it has {', '.join(entries)}")
     evaluation = {**content["evaluation"], **({"samples": samples} if samples else {})}
     zoo = Zoo(entries, evaluation, data or {}, settings or {}, Path(output), Path(cards))
     known = {"digits", *zoo.data}
-    chosen = [name for name in only or entries if entries[name].data in known]
-    if left := [name for name in only or entries if name not in chosen]:
+    asked = [name for name in entries if not only or name in only]
+    chosen = [name for name in asked if entries[name].data in known]
+    if left := [name for name in asked if name not in chosen]:
         print(f"left out, as their data are not given: {', '.join(left)}")
-    made: dict[str, Any] = {}
+    zoo.check(chosen)
+    stated = zoo.output / ZOO_FILE
+    made = read_zoo(stated) if stated.is_file() else {}
     for name in chosen:
         print(f"{name} ...")
         zoo.make(name)
         made[name] = zoo.stated(name)
-        (zoo.output / ZOO_FILE).write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
-    page = zoo.cards.with_suffix(".html")
-    write_catalogue(page, collect(str(zoo.cards)), str(zoo.cards))
-    print(f"{zoo.cards}: {len(made)} cards; {page}\nhf-specreg publish-zoo {output} your-name")
+        stated.write_text(yaml.safe_dump(made, sort_keys=False), "utf-8")
+    page, rows = zoo.cards.with_suffix(".html"), collect(str(zoo.cards))
+    write_catalogue(page, rows, str(zoo.cards))
+    print(f"{zoo.cards}: {len(rows)} cards; {page}\nhf-specreg publish-zoo {output} your-name")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the zoo as the command line says."""
     parser = OneLineParser(prog="zoo.py", description=__doc__.splitlines()[0])
     parser.add_function_arguments(make_zoo)
-    with errors_in_one_line(CheckpointError, DivergedError):
-        make_zoo(**parser.parse_args(arguments).as_dict())
+    given = parser.parse_args(arguments).as_dict()
+    try:
+        with errors_in_one_line(CheckpointError, DivergedError, PublishError):
+            make_zoo(**given)
+    except ZooError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

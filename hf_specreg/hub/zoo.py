@@ -59,14 +59,9 @@ def entries(folder: str | Path) -> dict[str, dict[str, str]]:
     folder = Path(folder)
     stated = folder / ZOO_FILE
     if stated.is_file():
-        try:
-            content = yaml.safe_load(stated.read_text("utf-8"))
-        except (yaml.YAMLError, ValueError) as error:
-            raise PublishError(f"{stated} cannot be read: {error}") from error
-        check_schema(content, _ZOO, stated)
         return {
             name: {k: v if k == "license" else str(folder / v) for k, v in entry.items()}
-            for name, entry in content.items()
+            for name, entry in read_zoo(stated).items()
         }
     found: dict[str, dict[str, str]] = {}
     for card in sorted(folder.rglob(CARD_FILE)):
@@ -86,6 +81,21 @@ def entries(folder: str | Path) -> dict[str, dict[str, str]]:
             "cards with hf-specreg card"
         )
     return found
+
+
+def read_zoo(path: Path) -> dict[str, dict[str, str]]:
+    """Return what a zoo.yaml holds.
+
+    Raises:
+        PublishError: it is not YAML.
+        FolderError: it does not hold what `entries` says.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise PublishError(f"{path} cannot be read: {error}") from error
+    check_schema(content, _ZOO, path)
+    return content
 
 
 def publish_zoo(

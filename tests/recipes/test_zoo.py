@@ -7,7 +7,6 @@ import yaml
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.zoo import entries
 from hf_specreg.recipes import supervised
-from hf_specreg.training.checkpoints import CheckpointError
 from recipes import zoo
 
 SMALL = {
@@ -72,10 +71,31 @@ def test_a_zoo_is_made_once_and_can_be_listed_and_published(tmp_path, monkeypatc
     zoo.make_zoo(**made)
     assert before == {path: os.stat(path).st_mtime_ns for path in before}
     assert Path("cards/zoo/sensitive/README.md").read_text() == card
-    with pytest.raises(CheckpointError, match="was trained with other settings"):
+    zoo.make_zoo(**made, only=["plain"])
+    assert list(entries("out")) == ["plain", "sensitive"]
+    with pytest.raises(zoo.ZooError, match="was trained with other settings"):
         zoo.make_zoo(**{**made, "settings": {**TINY, "epochs": 2}})
 
 
 def test_an_encoder_that_is_not_in_the_zoo_is_named():
     with pytest.raises(ValueError, match=r"there is no \['x'\] in .*zoo.yaml; it has digits-sup"):
         zoo.make_zoo(only=["x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("digits-5to9-transferred", "digits-0to4"),
+        ("digits-simclr-sensitivity", "digits-simclr"),
+    ],
+)
+def test_what_an_encoder_needs_is_said_in_one_line_before_it_is_trained(
+    tmp_path, capsys, name, needed
+):
+    folders = [f"--{key}={tmp_path / key}" for key in ("output", "cards")]
+    with pytest.raises(SystemExit) as left:
+        zoo.main([f"--only=[{name}]", *folders])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert f"zoo.py: error: {name} needs {needed}, which is not in" in said
+    assert said.count("\n") == 1
