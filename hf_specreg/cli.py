@@ -68,6 +68,9 @@ def _parser() -> OneLineParser:
             own.add_function_arguments(compare, skip={"reports"})
         elif command is configs:
             own.add_argument("name", nargs="?", help="of one to print, such as studies/digits")
+        elif command is evaluate:
+            own.add_function_arguments(evaluate, as_positional=True, skip={"dry_run"})
+            own.add_argument("--dry_run", action="store_true", help="say how long it will take")
         else:
             own.add_function_arguments(command, as_positional=True)
         commands.add_subcommand(name, own, help=summary)

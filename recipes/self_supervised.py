@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf-specreg[ssl]"]
+# dependencies = ["hf-specreg[ssl,attacks,plots]"]
 # ///
 """Train an encoder without labels: `hf-specreg train self-supervised`.
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf-specreg[ssl,lora,attacks]"]
+# dependencies = ["hf-specreg[ssl,lora,attacks,plots]"]
 # ///
 """Compare methods over strengths and seeds: `hf-specreg study`.
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf-specreg[lora]"]
+# dependencies = ["hf-specreg[lora,attacks,plots]"]
 # ///
 """Fine-tune a pretrained encoder: `hf-specreg train transfer`.
 

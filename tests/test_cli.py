@@ -111,6 +111,13 @@ def test_a_mistake_is_one_line_that_names_it_and_the_exit_code_2(
     assert [line for line in said if "error" in line or "Traceback" in line] == said[-1:]
 
 
+def test_a_dry_run_is_asked_for_by_a_flag(monkeypatch):
+    monkeypatch.setattr("hf_specreg.recipes.evaluate.evaluate", asked := Mock())
+    for flags in ([], ["--dry_run"]):
+        main(["evaluate", "model", "digits", *flags])
+        assert asked.call_args.kwargs["dry_run"] is bool(flags)
+
+
 def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
     for argument in ("--help", "--version"):
         with pytest.raises(SystemExit) as stopped:

@@ -55,9 +55,9 @@ def passes(attack: Attack, problem: Problem) -> Passes:
     """Return the passes of an attack, an image.
 
     Raises:
-        TypeError: they are not known.
+        ValueError: they are not known.
     """
-    raise TypeError(f"the passes of {type(attack).__name__} are not known: run it on few samples")
+    raise ValueError(f"the passes of {type(attack).__name__} are not known: run it on few samples")
 
 
 @passes.register

@@ -8,10 +8,18 @@ from tests.pages import ROOT
 
 tomllib = pytest.importorskip("tomllib")
 HEAD = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n")
-RUN = ("supervised", "self_supervised", "transfer", "study", "evaluate", "publish")
+REPORTS = {"attacks", "plots"}  # what attacks a model, and draws it
+EXTRAS = {  # that the commands of a script need
+    "supervised": set(),
+    "self_supervised": {"ssl", *REPORTS},
+    "transfer": {"lora", *REPORTS},
+    "study": {"ssl", "lora", *REPORTS},
+    "evaluate": REPORTS,
+    "publish": {"plots"},
+}
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", EXTRAS)
 def test_a_script_needs_the_package_alone(name):
     text = (ROOT / f"recipes/{name}.py").read_text("utf-8")
     head = tomllib.loads(re.sub(r"^# ?", "", HEAD.match(text)[1], flags=re.MULTILINE))
@@ -19,6 +27,7 @@ def test_a_script_needs_the_package_alone(name):
     assert head["requires-python"] == project["requires-python"]
     (needed,) = head["dependencies"]
     extras = re.fullmatch(r"hf-specreg(?:\[(.+)\])?", needed)[1]
-    assert set((extras or "ssl").split(",")) <= set(project["optional-dependencies"])
+    assert set(extras.split(",") if extras else ()) == EXTRAS[name]
+    assert EXTRAS[name] <= set(project["optional-dependencies"])
     imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
     assert set(imported) <= {"sys", "hf_specreg"}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_specreg.robustness.attacks import make_attacks
+from hf_specreg.robustness.attacks import ATTACKS, make_attacks
 from hf_specreg.robustness.classifier import Classifier, frozen
 from hf_specreg.robustness.evaluate import Measures, Plan
 from hf_specreg.robustness.prediction import Passes, Prediction, Problem, passes, predict
@@ -36,6 +36,16 @@ def test_the_passes_are_those_that_an_attack_makes(case, name, settings, exactly
     made = (classifier.queries - before) / 4
     expected = passes(attack, Problem(classes=3, eps=1, pixels=64)).forward
     assert expected == pytest.approx(made, rel=0 if exactly else 0.1)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_passes_of_every_attack_are_known(name):
+    assert passes(ATTACKS[name], Problem(classes=10, eps=3, pixels=64)).forward >= 1
+
+
+def test_an_attack_whose_passes_are_not_known_is_named():
+    with pytest.raises(ValueError, match="passes of object are not known"):
+        passes(object(), Problem(classes=10, eps=3, pixels=64))
 
 
 def test_a_limit_of_queries_bounds_the_passes():
