@@ -26,8 +26,9 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
     """Return a row for each encoder: "encoder", "method", "data", "n", "accuracy", its robustness,
     "ECE" (the expected calibration error), "ms an image" (of training) and "parameters".
 
-    Mean distances are named by norm and attack ("L2 distance, tangent"), robust accuracies by norm
-    and eps, under the worst attack that the card has ("robust at L2 0.5").
+    Mean distances are named by norm and attack ("L2 distance, tangent"), and are text, which is not
+    ranked, where they are not of all images ("0.770 for 90 of 100 images"); robust accuracies by
+    norm and eps, under the worst attack that the card has ("robust at L2 0.5").
 
     Args:
         source: a folder that holds encoders' folders, a namespace on the Hub, or a collection there
@@ -85,9 +86,9 @@ def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
         raise ValueError(f"no column {column!r}; there are {', '.join(columns)}")
     if column in ("encoder", "method", "data"):
         return sorted(rows, key=lambda row: str(row.get(column)))
-    with_it = [row for row in rows if row.get(column) is not None]
-    return sorted(with_it, key=lambda row: row[column], reverse=True) + [
-        row for row in rows if row.get(column) is None
+    ranked = [row for row in rows if isinstance(row.get(column), int | float)]
+    return sorted(ranked, key=lambda row: row[column], reverse=True) + [
+        row for row in rows if not isinstance(row.get(column), int | float)
     ]
 
 
@@ -115,7 +116,8 @@ def _row(name: str, card: Mapping[str, Any]) -> Row:
                 elif metric.get("type") == "expected_calibration_error":
                     row["ECE"] = value
                 elif metric.get("type") == "adversarial_distance":
-                    row[f"{norm} distance, {_text(how.get('attack'))}"] = value
+                    key = f"{norm} distance, {_text(how.get('attack'))}"
+                    row[key] = f"{value:.3f} for {_found(how)}" if how.get("not_found") else value
                 elif metric.get("type") == "robust_accuracy":
                     key = f"robust at {norm} {_text(how.get('eps'))}"
                     row[key] = min(value, row.get(key, value))
@@ -124,6 +126,11 @@ def _row(name: str, card: Mapping[str, Any]) -> Row:
         "parameters": _number(about.get("parameters")),
     }
     return row | {key: value for key, value in stated.items() if value is not None}
+
+
+def _found(how: Mapping[str, Any]) -> str:
+    """Of how many images a mean distance is; such a mean leaves out those that are farthest."""
+    return f"{_text(how.get('n'))} of {_text(how.get('of'))} images"
 
 
 def _text(value: Any) -> str:

@@ -115,6 +115,8 @@ def moved(model: nn.Module | str, found: Nearest, eps: float) -> Moved:
     far = f"{norm_name(found.norm)} distance {found.distance:.3f}"
     if found.distance == float("inf"):
         said = f"{was}; the attack found no adversarial image."
+    elif eps < found.distance and now != was:
+        said = f"{was} becomes {now} at eps {eps:.3g} already, nearer than what was found at {far}."
     elif eps < found.distance:
         said = f"{was}; at eps {eps:.3g} still {now}. The nearest that was found is at {far}."
     else:

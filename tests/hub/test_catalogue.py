@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from huggingface_hub import constants
 
 from hf_specreg.cli import main
 from hf_specreg.hub.catalogue import Axis, to_html, write_catalogue
@@ -59,7 +60,7 @@ def test_the_page_is_whole_without_a_script_and_fetches_nothing():
     for source in ("src=", "@import", "url(", "fetch("):
         assert source not in text
     addresses = {value for key, value in page.attributes if key == "href"}
-    assert all("/digits/b" in a or "/" in a for a in addresses)
+    assert addresses == {f"{constants.ENDPOINT}/{row['encoder']}" for row in ROWS}
     assert text == to_html(ROWS, "org", "zoo.html")
 
 
@@ -80,6 +81,13 @@ def test_what_a_card_says_cannot_be_markup():
     assert text.count("<script") == 1
     for tag in ("<b>", "<img", "<i>", "<u>"):
         assert tag not in text
+
+
+def test_a_mean_of_some_images_only_is_shown_and_not_ranked():
+    some = {**ROWS[0], "encoder": "some", "L2 distance, fmn-l2, pgd-l2": "0.200 for 9 of 12 images"}
+    text = to_html([some, *ROWS], "org", "zoo.html", sort="L2 distance, fmn-l2, pgd-l2")
+    assert 'data-value="">0.200 for 9 of 12 images <small>' in re.sub(' class="off"', "", text)
+    assert text.index(">some</a>") > text.index(">mnist/a</a>")
 
 
 def test_no_encoders_are_a_page_that_says_so():

@@ -41,6 +41,14 @@ def test_a_folder_lists_the_same(encoder, tmp_path, capsys):
     assert "same attack only" in said
 
 
+def test_a_mean_distance_says_where_it_is_of_some_images_only(tmp_path):
+    how = "{norm: l2, attack: fmn-l2, n: 9, not_found: 3, of: 12}"
+    metric = f"{{type: adversarial_distance, value: 0.2, args: {how}}}"
+    index = f"model-index: [{{results: [{{metrics: [{metric}]}}]}}]"
+    (tmp_path / "README.md").write_text(f"---\ntags: [hf-specreg]\n{index}\n---\n")
+    assert collect(str(tmp_path))[0]["L2 distance, fmn-l2"] == "0.200 for 9 of 12 images"
+
+
 def test_a_card_with_nonsense_in_it_is_a_row_without_numbers(tmp_path):
     lines = [
         "tags: [hf-specreg]",

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_specreg.robustness.nearest import moved, nearest_adversarial
+from hf_specreg.robustness.nearest import Nearest, moved, nearest_adversarial
 
 
 class Linear(torch.nn.Module):
@@ -41,6 +41,12 @@ def test_the_nearest_of_a_linear_model_is_at_its_known_distance(model):
     assert near.picture.size == far.difference.size == (256, 256)
     assert np.asarray(moved(model, found, 0.0).difference).std() == 0
     assert np.asarray(far.difference).max() == 255
+
+
+def test_a_class_that_changes_on_the_way_is_said(model):
+    found = Nearest(torch.full((1, 4, 4), 0.4), torch.full((1, 4, 4), 0.6), 0.8, "l2")
+    said = moved(model, found, 0.5).said
+    assert said.startswith("dark becomes light at eps 0.5 already")
 
 
 def test_a_way_ends_at_the_adversarial_image_and_stays_within_eps(model):
