@@ -125,7 +125,7 @@ def scaled(direction: Tensor, factors: Tensor, rows: Rows) -> Tensor:
     """Return D with every block of rows times its factor [blocks]."""
     factors = factors.to(direction)
     blocks = len(factors)
-    if blocks > 1 and rows.group is None:
+    if blocks > 1 and len(direction) == rows.total:
         of_each = direction.unflatten(0, (blocks, -1))
         return (of_each * factors.reshape(blocks, *[1] * direction.ndim)).flatten(0, 1)
     if blocks > 1:
