@@ -158,7 +158,8 @@ def write(cells: Cells, folder: StudyFolder, command: str) -> Path:
     content = summarize(results, name=name, command=command, timing=timing)
     Study(content, images(results)).save(folder.path)
     print(to_markdown(content))
-    return folder.path / "study.html"
+    page = folder.path / "study.html"
+    return page if page.exists() else page.with_suffix(".md")  # drawn by the extra plots
 
 
 def print_cells(cells: Cells, folder: StudyFolder) -> None:
