@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-specreg[attacks,plots]"]
+# [tool.uv.sources]
+# hf-specreg = { path = ".." }  # of this clone, not of an index
 # ///
 """Attack a model, on one process or several, and leave a report.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-specreg[plots]"]
+# [tool.uv.sources]
+# hf-specreg = { path = ".." }  # of this clone, not of an index
 # ///
 """Publish a saved encoder with its report and card on the Hub; on several ranks, once.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-specreg[ssl,lora,attacks,plots]"]
+# [tool.uv.sources]
+# hf-specreg = { path = ".." }  # of this clone, not of an index
 # ///
 """Compare methods over strengths and seeds: `hf-specreg study`.
 

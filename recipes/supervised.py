@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-specreg"]
+# [tool.uv.sources]
+# hf-specreg = { path = ".." }  # of this clone, not of an index
 # ///
 """Train a classifier: `hf-specreg train supervised`.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-specreg[lora,attacks,plots]"]
+# [tool.uv.sources]
+# hf-specreg = { path = ".." }  # of this clone, not of an index
 # ///
 """Fine-tune a pretrained encoder: `hf-specreg train transfer`.
 

@@ -111,8 +111,7 @@ def push(
     Raises:
         PublishError: it is not fit to be published, or must not be; the message says why.
         CardError: an incomplete card, or a report of other weights.
-        HubError: the Hub cannot be reached or refuses, and the repository is as it was; or a file
-            there is not what was sent.
+        HubError: the Hub is away or refuses, and nothing changed; or a file arrived damaged.
     """
     if not _is_main_process():
         return None

@@ -53,6 +53,24 @@ def write_space(
     place = Path(folder).resolve()
     place = place.parent if place.name == "model" else place  # of a run, where all have this name
     title = (repo_id or place.name).split("/")[-1]
+    files = _texts(encoder, title, repo_id, requirement)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in files.items():
+        (output / name).write_text(text, "utf-8")
+        written.append(output / name)
+    if repo_id is None:
+        (output / "model").mkdir(exist_ok=True)
+        for name in LOADED_FILES:
+            if (encoder.folder / name).is_file():
+                written.append(Path(shutil.copy(encoder.folder / name, output / "model" / name)))
+    return written
+
+
+def _texts(
+    encoder: Encoder, title: str, repo_id: str | None, requirement: str | None
+) -> dict[str, str]:
+    """Return the text of each file by its name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True
     )
@@ -71,22 +89,11 @@ def write_space(
         **({"models": [repo_id]} if repo_id else {}),
     }
     front = yaml.safe_dump(about, sort_keys=False)
-    files = {
+    return {
         "app.py": app,
         "requirements.txt": f"{requirement}\n" if requirement else UNKNOWN,
         "README.md": f"---\n{front}---\n\n# {title}\n\n{ABOUT.format(title=title)}",
     }
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in files.items():
-        (output / name).write_text(text, "utf-8")
-        written.append(output / name)
-    if repo_id is None:
-        (output / "model").mkdir(exist_ok=True)
-        for name in LOADED_FILES:
-            if (encoder.folder / name).is_file():
-                written.append(Path(shutil.copy(encoder.folder / name, output / "model" / name)))
-    return written
 
 
 def _largest(encoder: Encoder) -> float:

@@ -26,6 +26,8 @@ def test_a_script_needs_the_package_alone(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert head["requires-python"] == project["requires-python"]
     (needed,) = head["dependencies"]
+    # Of a name on an index that is not held, uv would run what others put there.
+    assert head["tool"]["uv"]["sources"] == {project["name"]: {"path": ".."}}
     extras = re.fullmatch(r"hf-specreg(?:\[(.+)\])?", needed)[1]
     assert set(extras.split(",") if extras else ()) == EXTRAS[name]
     assert EXTRAS[name] <= set(project["optional-dependencies"])
