@@ -107,8 +107,9 @@ class FreeScales:
         warnings.warn(
             f"a norm after them makes the scale free of {len(names)} of the {len(self._modules)} "
             "maps that are penalised: the sum of sigma^2 can fall while the function stays as it "
-            f"is ({', '.join(names[:NAMED])}{more}). With batch norms pass fold_norm=True or pin "
-            "them, or take an encoder without norms, or SensitivityPenalty, of the derivative",
+            f"is ({', '.join(names[:NAMED])}{more}). Penalise the derivative instead, by "
+            "InputGradientPenalty or without labels SensitivityPenalty, or take an encoder without "
+            "norms; batch norms can be folded in by fold_norm=True, or pinned",
             stacklevel=4,  # past torch.compiler.disable
         )
 
