@@ -189,7 +189,7 @@ def of_three(norm, **options):
 
 def test_the_penalty_warns_at_its_first_use_and_names_layers_and_remedy():
     penalty = of_three(nn.BatchNorm2d(4), burn_in=1)
-    said = r"free of 2 of the 3 maps .*\(one, two\).* fold_norm=True.* without norms"
+    said = r"free of 2 of the 3 maps .*\(one, two\).* InputGradientPenalty .* fold_norm=True"
     with pytest.warns(UserWarning, match=said) as caught:
         penalty()
     assert [warning.filename for warning in caught] == [__file__]
