@@ -16,15 +16,16 @@ class InputGradientPenalty(ImagePenalty):
 
     Call it once per optimizer step and add what it returns to the loss:
 
-        penalty = InputGradientPenalty(model, strength=0.05, images=16)
+        penalty = InputGradientPenalty(model, strength=0.05, images=8)
         loss = criterion(model(images), labels) + penalty(images, labels)
 
     What it is of, its arguments and its state are those of `ImagePenalty`; further ones are `norm`,
-    `images`, `by` and `step` of `InputGradientConfig`. An eighth of the batch is enough. It costs
-    a forward and a backward pass over those images, and in `loss.backward()` the derivative of
-    both; by finite differences two forward passes and a backward one. The gradient is per pixel of
-    the images as the model takes them: of a model that is fed normalised images it is as many times
-    smaller as their standard deviation says.
+    `images`, `by` and `step` of `InputGradientConfig`. A small part of the batch is enough: 8 images
+    of 128 gave as much as 16 (`docs/results.md`, cifar10). It costs a forward and a backward pass
+    over those images, and in `loss.backward()` the derivative of both; by finite differences two
+    forward passes and a backward one. The gradient is per pixel of the images as the model takes
+    them: of a model that is fed normalised images it is as many times smaller as their standard
+    deviation says.
     """
 
     kind = InputGradientConfig
