@@ -20,8 +20,8 @@ class InputGradientPenalty(ImagePenalty):
         loss = criterion(model(images), labels) + penalty(images, labels)
 
     What it is of, its arguments and its state are those of `ImagePenalty`; further ones are `norm`,
-    `images`, `by` and `step` of `InputGradientConfig`. A small part of the batch is enough: 8 images
-    of 128 gave as much as 16 (`docs/results.md`, cifar10). It costs a forward and a backward pass
+    `images`, `by` and `step` of `InputGradientConfig`. A part of the batch is enough: 8 images of
+    128 gave as much as 16 (`docs/results.md`, cifar10). It costs a forward and a backward pass
     over those images, and in `loss.backward()` the derivative of both; by finite differences two
     forward passes and a backward one. The gradient is per pixel of the images as the model takes
     them: of a model that is fed normalised images it is as many times smaller as their standard
