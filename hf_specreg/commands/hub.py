@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from hf_specreg.commands.listing import print_list
 
 
 def card(
@@ -99,11 +97,12 @@ def list_encoders(source: str, sort: str = "accuracy", html: str | None = None) 
 
     Args:
         source: a folder that holds encoders' folders, or a namespace or a collection on the Hub.
-        sort: a column's name; the largest first.
+        sort: a column's name; the largest first. A robust accuracy or a mean distance of this name
+            is the one that is shown.
         html: also write a page to sort and to filter into this file.
     """
     from hf_specreg.hub.catalogue import write_catalogue
-    from hf_specreg.hub.collection import collect, columns_of, sort_rows
+    from hf_specreg.hub.collection import collect
 
     rows = collect(source)
     if html:
@@ -111,11 +110,7 @@ def list_encoders(source: str, sort: str = "accuracy", html: str | None = None) 
     if not rows:
         print(f"no encoders of hf_specreg in {source}")
         return
-    table = Table(*map(escape, columns_of(rows)), title=f"{escape(source)}: {len(rows)} encoders")
-    for row in sort_rows(rows, sort):
-        table.add_row(*(_cell(name, row.get(name)) for name in columns_of(rows)))
-    Console(width=None if Console().is_terminal else 200).print(table)
-    print("Compare numbers of the same data and the same attack only: the cards have the settings.")
+    print_list(rows, source, sort)
     if html:
         print(html)
 
@@ -175,11 +170,3 @@ def space(
         print(
             "requirements.txt does not install hf_specreg yet: say --requirement, or add the line"
         )
-
-
-def _cell(column: str, value: str | float | None) -> str:
-    if value is None:
-        return ""
-    if column in ("accuracy", "ECE") or column.startswith("robust"):
-        return f"{value:.1%}"
-    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))

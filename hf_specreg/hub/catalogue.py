@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from hf_specreg.hub.collection import Row, sort_rows
+from hf_specreg.hub.collection import ATTACK_STRENGTH, Row, sort_rows
 from hf_specreg.hub.encoder import CARD_FILE
 from hf_specreg.robustness.page import render
 from hf_specreg.study.plots import COLOURS
@@ -92,13 +92,14 @@ def to_html(rows: Sequence[Row], source: str, path: str | Path, *, sort: str = "
             "href": _address(str(row["encoder"]), source, Path(path)),
             "method": row["method"] or "unknown",
             "letter": letters[row["method"] or "unknown"],
-            "robust": {k.removeprefix(ROBUST): v for k, v in row.items() if ROBUST in k},
+            "robust": robust_accuracies(row),
             "distances": _nearest(row),
         }
         for i, row in enumerate(rows)
     ]
-    threats = _threats(entries)
-    chosen = sort.removeprefix(ROBUST) if ROBUST in sort else _usual(threats, entries)
+    robust = [entry["robust"] for entry in entries]
+    threats = threats_of(robust)
+    chosen = sort.removeprefix(ROBUST) if ROBUST in sort else usual_threat(robust)
     return render(
         Path(__file__).with_name("catalogue.html.jinja"),
         source=source,
@@ -119,11 +120,18 @@ def _letter(i: int) -> str:
 
 
 def _address(name: str, source: str, path: Path) -> str:
-    """The address of a card: on the Hub, or as it lies beside the page."""
+    """The address of a card, or else of its folder: on the Hub, or as it lies beside the page."""
     if not Path(source).is_dir():
         return f"{constants.ENDPOINT}/{quote(name)}"
-    card = Path(source).resolve() / name / CARD_FILE
-    return quote(Path(os.path.relpath(card, path.resolve().parent)).as_posix())
+    folder = Path(source).resolve() / name
+    card = folder / CARD_FILE
+    there = card if card.is_file() else folder
+    return quote(Path(os.path.relpath(there, path.resolve().parent)).as_posix())
+
+
+def robust_accuracies(row: Row) -> dict[str, Any]:
+    """Return an encoder's robust accuracies by threat, such as "L2 0.5 by fmn-l2, pgd-l2"."""
+    return {key.removeprefix(ROBUST): row[key] for key in row if ROBUST in key}
 
 
 def _nearest(row: Row) -> dict[str, dict[str, Any]]:
@@ -131,37 +139,52 @@ def _nearest(row: Row) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in row.items():
         norm, there, attacks = key.partition(DISTANCE)
-        if there and (norm not in found or _more(attacks, found[norm]["attacks"])):
+        if there and (norm not in found or _how_many(attacks) > _how_many(found[norm]["attacks"])):
             found[norm] = {"value": value, "attacks": attacks}
     return found
 
 
-def _more(attacks: str, others: str) -> bool:
-    return attacks.count(",") > others.count(",")
+def _how_many(attacks: str) -> int:
+    """Attacks that are named beyond the first."""
+    return ATTACK_STRENGTH.sub("", attacks).count(",")
 
 
-def _threats(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All of them, such as "L2 0.5", by norm and eps."""
+def threats_of(robust: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the threats of several encoders, by norm, eps and attacks.
 
-    def order(threat: str) -> tuple[str, float]:
-        norm, _, eps = threat.partition(" ")
+    Args:
+        robust: of each, from `robust_accuracies`.
+    """
+
+    def order(threat: str) -> tuple[str, float, str]:
+        ball, _, attacks = threat.partition(" by ")
+        norm, _, eps = ball.partition(" ")
         try:
-            return norm, float(eps)
+            return norm, float(eps), attacks
         except ValueError:  # a card may say anything
-            return norm, float("inf")
+            return norm, float("inf"), attacks
 
-    return sorted({threat for entry in entries for threat in entry["robust"]}, key=order)
+    return sorted({threat for known in robust for threat in known}, key=order)
 
 
-def _usual(threats: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> str | None:
-    """The middle one of those that most encoders have."""
-    counts = Counter(threat for entry in entries for threat in entry["robust"])
-    most = [threat for threat in threats if counts[threat] == max(counts.values())]
+def usual_threat(robust: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the threat to begin with: of those that most encoders have, those of most attacks, and
+    of them the middle one; arguments as for `threats_of`.
+    """
+    counts = Counter(threat for known in robust for threat in known)
+
+    def rank(threat: str) -> tuple[int, int]:
+        return counts[threat], _how_many(threat)
+
+    best = max(map(rank, counts), default=None)
+    most = [threat for threat in threats_of(robust) if rank(threat) == best]
     return most[(len(most) - 1) // 2] if most else None
 
 
 def _scatters(entries: Sequence[Mapping[str, Any]], threats: Sequence[str]) -> list[dict[str, Any]]:
-    """A scatter for each data set and threat: numbers of several sets have no common axes."""
+    """A scatter for each data set and threat: numbers of several sets, or by several attacks, have
+    no common axes.
+    """
     found = []
     for threat in threats:
         for data in dict.fromkeys(entry["data"] for entry in entries):

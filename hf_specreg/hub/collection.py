@@ -3,6 +3,7 @@ of the Hub.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from hf_specreg.encoders.blueprint import FolderError, check_schema, read_json
 from hf_specreg.encoders.connection import retried, translated
-from hf_specreg.encoders.download import PATIENCE
+from hf_specreg.encoders.download import PATIENCE, RUN_FILE
 from hf_specreg.hub.card import TAGS
-from hf_specreg.hub.encoder import CARD_FILE, card_metadata
-from hf_specreg.hub.summary import KEY
+from hf_specreg.hub.encoder import CARD_FILE, RUN_SCHEMA, card_metadata, public_name
+from hf_specreg.hub.summary import KEY, method, training_ms_per_image
+from hf_specreg.robustness.text import STRENGTH, strength
 
 LARGEST_CARD = 2**20  # bytes that are looked at
 LARGEST = 1e15  # of a number on a card
+PASSING = {"checkpoints", "best"}  # folders of a run whose encoders are not its last
+ATTACK_STRENGTH = re.compile(r" \([^()]*\)")  # in the name of a column
 COLLECTION = re.compile(r"(?:https?://[^/]+/collections/)?([\w.-]+/[\w.-]+-[0-9a-f]{24})")
 Row = dict[str, str | float | None]
 
@@ -26,9 +31,13 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
     """Return a row for each encoder: "encoder", "method", "data", "n", "accuracy", its robustness,
     "ECE" (the expected calibration error), "ms an image" (of training) and "parameters".
 
-    Mean distances are named by norm and attack ("L2 distance, tangent"), and are text, which is not
-    ranked, where they are not of all images ("0.770 for 90 of 100 images"); robust accuracies by
-    norm and eps, under the worst attack that the card has ("robust at L2 0.5").
+    Mean distances are named by norm and attacks ("L2 distance, tangent"), and are text, which is
+    not ranked, where they are not of all images ("0.770 for 90 of 100 images"); robust accuracies
+    by norm, eps and attacks, of several the worst case ("robust at L2 0.5 by fmn-l2, pgd-l2").
+    An attack that the cards ran at several strengths has its strength in its name.
+
+    A saved encoder of a folder that has no card yet is a row of what its run recorded, without
+    robustness.
 
     Args:
         source: a folder that holds encoders' folders, a namespace on the Hub, or a collection there
@@ -41,26 +50,44 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
     """
     folder, collection = Path(source), COLLECTION.fullmatch(source)
     if folder.is_dir():
-        cards = {
-            str(path.parent.relative_to(folder)): card_metadata(_beginning(path))
-            for path in sorted(folder.rglob(CARD_FILE))
-        }
-    elif collection is None and ("/" in source or source.startswith(".")):
+        return _told_apart(_of_folder(folder))
+    if collection is None and ("/" in source or source.startswith(".")):
         raise ValueError(
             f"there is no folder {source}, and no namespace of the Hub has such a name"
         )
-    else:
-        api = HfApi(token=token)
-        find = (
-            partial(_collected, api, collection[1])
-            if collection
-            else lambda: list(api.list_models(author=source, filter=TAGS[0], cardData=True))
-        )
-        with translated(f"listing {source}"):
-            found = retried(find, PATIENCE)
-        cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
-    ours = {name: card for name, card in cards.items() if TAGS[0] in _list(card.get("tags"))}
-    return [_row(name, card) for name, card in ours.items()]
+    api = HfApi(token=token)
+    find = (
+        partial(_collected, api, collection[1])
+        if collection
+        else lambda: list(api.list_models(author=source, filter=TAGS[0], cardData=True))
+    )
+    with translated(f"listing {source}"):
+        found = retried(find, PATIENCE)
+    cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
+    return _told_apart([_row(name, card) for name, card in cards.items() if _is_ours(card)])
+
+
+def without_card(rows: Sequence[Row], source: str) -> list[str]:
+    """Return the encoders of a folder that have no card yet."""
+    folder = Path(source)
+    names = [str(row["encoder"]) for row in rows] if folder.is_dir() else []
+    return [name for name in names if not (folder / name / CARD_FILE).is_file()]
+
+
+def _of_folder(folder: Path) -> list[Row]:
+    rows = {}
+    for path in sorted([*folder.rglob(CARD_FILE), *folder.rglob(RUN_FILE)]):
+        place = path.parent.relative_to(folder)
+        card = card_metadata(_beginning(path)) if path.name == CARD_FILE else {}
+        if _is_ours(card):
+            rows[str(place)] = _row(str(place), card)
+        elif path.name == RUN_FILE and not PASSING & set(place.parts):
+            rows.setdefault(str(place), _row_of_run(str(place), path))
+    return list(rows.values())
+
+
+def _is_ours(card: Mapping[str, Any]) -> bool:
+    return TAGS[0] in _list(card.get("tags"))
 
 
 def _collected(api: HfApi, slug: str) -> list[Any]:
@@ -99,33 +126,78 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def _row(name: str, card: Mapping[str, Any]) -> Row:
     about = _dict(card.get(KEY))
-    row: Row = {"encoder": name, "method": _text(about.get("method")) or None}
-    row |= {"data": None, "n": None, "accuracy": None}
+    row = _bare(name) | {"method": _text(about.get("method")) or None}
     for model in _list(card.get("model-index")):
         for result in _list(_dict(model).get("results")):
             data = _text(_dict(_dict(result).get("dataset")).get("name"))
             for metric in map(_dict, _list(_dict(result).get("metrics"))):
                 value, how = _number(metric.get("value")), _dict(metric.get("args"))
-                if value is None:
-                    continue
-                norm = _text(how.get("norm")).replace("l", "L", 1)
-                if metric.get("type") == "accuracy":
-                    n = how.get("n")
-                    row |= {"data": data or None, "accuracy": value}
-                    row["n"] = n if isinstance(n, int) else None
-                elif metric.get("type") == "expected_calibration_error":
-                    row["ECE"] = value
-                elif metric.get("type") == "adversarial_distance":
-                    key = f"{norm} distance, {_text(how.get('attack'))}"
-                    row[key] = f"{value:.3f} for {_found(how)}" if how.get("not_found") else value
-                elif metric.get("type") == "robust_accuracy":
-                    key = f"robust at {norm} {_text(how.get('eps'))}"
-                    row[key] = min(value, row.get(key, value))
+                if value is not None:
+                    row |= _measured(_text(metric.get("type")), value, how, data)
     stated = {
         "ms an image": _number(about.get("training_ms_per_image")),
         "parameters": _number(about.get("parameters")),
     }
     return row | {key: value for key, value in stated.items() if value is not None}
+
+
+def _measured(kind: str, value: float, how: Mapping[str, Any], data: str) -> Row:
+    """The columns that a metric of a card fills."""
+    norm = _text(how.get("norm")).replace("l", "L", 1)
+    if kind == "accuracy":
+        n = how.get("n")
+        return {"data": data or None, "accuracy": value, "n": n if isinstance(n, int) else None}
+    if kind == "expected_calibration_error":
+        return {"ECE": value}
+    if kind == "adversarial_distance":
+        shown = f"{value:.3f} for {_found(how)}" if how.get("not_found") else value
+        return {f"{norm} distance, {_attacks(how)}": shown}
+    if kind == "robust_accuracy":
+        return {f"robust at {norm} {_text(how.get('eps'))} by {_attacks(how)}": value}
+    return {}
+
+
+def _row_of_run(name: str, file: Path) -> Row:
+    """What the run of an encoder without a card recorded; nothing where its file is damaged."""
+    row = _bare(name)
+    try:
+        run = read_json(file)
+        check_schema(run, RUN_SCHEMA, file)
+    except FolderError:
+        return row
+    metrics, data = run.get("metrics", {}), run.get("data", {}).get("source")
+    row["method"] = method(run["config"]) if run.get("config") else None
+    row["data"] = public_name(data) if data else None
+    headless = "ssl" in run.get("config", {})  # its accuracy is of nearest neighbours
+    if (accuracy := metrics.get("test_accuracy")) is not None and not headless:
+        row |= {"accuracy": accuracy, "n": metrics.get("test_images")}
+    if milliseconds := training_ms_per_image(run):
+        row["ms an image"] = milliseconds
+    return row
+
+
+def _bare(name: str) -> Row:
+    return {"encoder": name, "method": None, "data": None, "n": None, "accuracy": None}
+
+
+def _attacks(how: Mapping[str, Any]) -> str:
+    """The attacks of a metric, each with its strength: "fmn-l2 (steps 50, runs 2), tangent"."""
+    names, settings = _text(how.get("attack")).split(", "), _dict(how.get("settings"))
+    each = settings if len(names) > 1 else {names[0]: settings}
+    return ", ".join(f"{name} ({_strength(_dict(each.get(name)))})" for name in names)
+
+
+def _strength(settings: Mapping[str, Any]) -> str:
+    lists = {key: [*map(_text, _list(settings.get(key))[:9])] for key in STRENGTH}
+    return strength({key: lists[key] or _text(settings.get(key)) or None for key in STRENGTH})
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows without the strengths of attacks, where those tell no two columns apart."""
+    short = {name: ATTACK_STRENGTH.sub("", name) for name in columns_of(rows)}
+    counts = Counter(short.values())
+    names = {name: name if counts[plain] > 1 else plain for name, plain in short.items()}
+    return [{names[name]: value for name, value in row.items()} for row in rows]
 
 
 def _found(how: Mapping[str, Any]) -> str:

@@ -20,9 +20,15 @@ def summary(encoder: Encoder) -> dict[str, Any]:
         "method": method(encoder.config) if encoder.config else None,
         "parameters": sum(p.numel() for p in encoder.model.parameters()),
     }
-    if speed := encoder.run.get("images_per_second"):
-        stated["training_ms_per_image"] = float(f"{1000 / speed:.3g}")
+    if milliseconds := training_ms_per_image(encoder.run):
+        stated["training_ms_per_image"] = milliseconds
     return stated
+
+
+def training_ms_per_image(run: Mapping[str, Any]) -> float | None:
+    """Return what a run's training took an image, of what specreg.json holds; None if unknown."""
+    speed = run.get("images_per_second")
+    return float(f"{1000 / speed:.3g}") if speed else None
 
 
 def method(config: Mapping[str, Any]) -> str:

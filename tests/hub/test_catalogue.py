@@ -8,13 +8,20 @@ from hf_specreg.hub.catalogue import Axis, to_html, write_catalogue
 from tests.browser import CHROMIUM, Browser
 from tests.study.test_page import Page
 
+BOTH = "fmn-l2, pgd-l2"
+
 
 def row(name, data, method, accuracy, robust, distance, **more):
     attacks = "L2 distance, fmn-l2, pgd-l2", "L2 distance, fmn-l2"
     return {
         **{"encoder": name, "method": method, "data": data, "n": 100, "accuracy": accuracy},
-        **{f"robust at L2 {eps}": value for eps, value in zip((0.5, 1.0), robust, strict=True)},
-        **{"robust at Linf 0.03": robust[1], attacks[0]: distance, attacks[1]: 2 * distance},
+        f"robust at L2 0.5 by {BOTH}": robust[0],
+        f"robust at L2 1.0 by {BOTH}": robust[1],
+        **{
+            "robust at Linf 0.03 by fmn-linf": robust[1],
+            attacks[0]: distance,
+            attacks[1]: 2 * distance,
+        },
         **{"Linf distance, fmn-linf": distance / 10, **more},
     }
 
@@ -55,7 +62,8 @@ def test_the_page_is_whole_without_a_script_and_fetches_nothing():
     page = Page(without)
     assert page.open == []
     assert [r[0].strip() for r in page.rows if r] == [r["encoder"] for r in ROWS_BY_ACCURACY]
-    assert page.rows[1][4] == "80.0 %20.0 %20.0 %"
+    named = [f"L2 0.5 by {BOTH}", f"L2 1.0 by {BOTH}", "Linf 0.03 by fmn-linf"]
+    assert page.rows[1][4] == "80.0 % ({})20.0 % ({})20.0 % ({})".format(*named)
     assert "0.770 (L2, fmn-l2, pgd-l2)" in page.rows[1][5]
     for source in ("src=", "@import", "url(", "fetch("):
         assert source not in text
@@ -70,13 +78,18 @@ ROWS_BY_ACCURACY = [ROWS[0], ROWS[1], ROWS[3], ROWS[2], ROWS[4]]
 def test_cards_of_a_folder_are_linked_as_they_lie_beside_the_page(tmp_path):
     name = 'javascript:"a b'
     rows = [{**ROWS[0], "encoder": name}]
+    (tmp_path / name).mkdir()
+    assert 'href="../javascript%3A%22a%20b"' in to_html(
+        rows, str(tmp_path), tmp_path / "pages/zoo.html"
+    )
+    (tmp_path / name / "README.md").touch()
     text = to_html(rows, str(tmp_path), tmp_path / "pages/zoo.html")
     assert 'href="../javascript%3A%22a%20b/README.md"' in text
 
 
 def test_what_a_card_says_cannot_be_markup():
     hostile = {**ROWS[0], "encoder": "</td><script>", "method": "<b>'\"", "data": "<img src=x>"}
-    hostile["robust at <i> 7"], hostile['robust at L2 "x'] = 1e15, 0.5
+    hostile["robust at <i> 7 by x"], hostile['robust at L2 "x by <i>'] = 1e15, 0.5
     text = to_html([hostile, *ROWS], "<u>", "zoo.html")
     assert text.count("<script") == 1
     for tag in ("<b>", "<img", "<i>", "<u>"):
@@ -88,6 +101,22 @@ def test_a_mean_of_some_images_only_is_shown_and_not_ranked():
     text = to_html([some, *ROWS], "org", "zoo.html", sort="L2 distance, fmn-l2, pgd-l2")
     assert 'data-value="">0.200 for 9 of 12 images <small>' in re.sub(' class="off"', "", text)
     assert text.index(">some</a>") > text.index(">mnist/a</a>")
+
+
+def test_points_name_their_attack_and_those_by_another_have_their_own_scatter():
+    other = {**ROWS[2], "encoder": "digits/d", "robust at L2 0.5 by pgd-l2": 0.95}
+    del other[f"robust at L2 0.5 by {BOTH}"]
+    text = to_html([*ROWS[:2], other], "org", "zoo.html")
+    for name, how, value in (("b", BOTH, 90.0), ("d", "pgd-l2", 95.0)):
+        said = f"accuracy at L2 0.5 by {how} {value} %"
+        assert re.search(f"<title>digits/{name}, [^<]*{said}</title>", text)
+    figures = re.findall("<figure.*?</figure>", text, re.DOTALL)
+    alone = [figure for figure in figures if "accuracy at L2 0.5 by pgd-l2" in figure]
+    assert [figure.count("<circle") for figure in alone] == [1]
+
+
+def test_one_encoder_is_counted_as_one():
+    assert ">1 encoder</p>" in to_html(ROWS[:1], "org", "zoo.html")
 
 
 def test_no_encoders_are_a_page_that_says_so():
@@ -135,14 +164,14 @@ def test_the_keyboard_chooses_the_eps_and_sorts_by_it(browser, page):
     browser.open(page)
     browser.run("document.querySelector('[name=threat]').focus()")
     browser.press("ArrowUp")
-    assert browser.run("document.querySelector('[name=threat]').value") == "L2 0.5"
+    assert browser.run("document.querySelector('[name=threat]').value") == f"L2 0.5 by {BOTH}"
     browser.run("document.querySelector('[data-sort=robust]').focus()")
     browser.press("Enter")
     assert shown(browser)[:4] == ["digits/b", "digits/c", "digits/plain", "mnist/a"]
     assert shown(browser)[-1] == "bare"
     visible = "[...document.querySelectorAll('tbody tr:first-child span:not(.off)')]"
     said = browser.run(f"{visible}.map(e => e.textContent)")
-    assert "90.0 %" in said
+    assert f"90.0 % (L2 0.5 by {BOTH})" in said
     assert any("L2, fmn-l2, pgd-l2" in text for text in said)
     assert not any("Linf" in text for text in said)
 

@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 
 import pytest
@@ -22,11 +24,12 @@ def test_a_namespace_lists_what_its_cards_say(hub, encoder, tmp_path):
     assert row["n"] == 12
     assert row["accuracy"] == pytest.approx(11 / 12, abs=1e-6)
     assert row["L2 distance, tangent"] > 0
-    assert 0 <= row["robust at L2 0.5"] <= row["robust at L2 0.1"] <= row["accuracy"]
+    near, far = (row[f"robust at L2 {eps} by tangent"] for eps in (0.1, 0.5))
+    assert 0 <= far <= near <= row["accuracy"]
     assert rows["org/without"]["accuracy"] is None
 
 
-def test_a_folder_lists_the_same(encoder, tmp_path, capsys):
+def test_a_folder_lists_the_same(encoder, tmp_path, capsys, monkeypatch):
     for name in ("a", "b"):
         folder = shutil.copytree(encoder, tmp_path / name)
         write_card(Encoder.open(folder, license="mit"), f"me/{name}", folder)
@@ -35,10 +38,54 @@ def test_a_folder_lists_the_same(encoder, tmp_path, capsys):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/README.md").write_text("---\n: [\n---\n")
     assert [row["encoder"] for row in collect(str(tmp_path))] == ["a", "b"]
-    main(["list", str(tmp_path), "--sort", "robust at L2 0.5"])
-    said = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    main(["list", str(tmp_path), "--sort", "robust at L2 0.5 by tangent"])
+    said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, said.splitlines())) <= 80
     assert "91.7%" in said
+    assert re.search(r"by\s+tangent", said)
     assert "same attack only" in said
+
+
+def test_an_attack_of_several_strengths_is_not_one_column(tmp_path):
+    for steps in (5, 50):
+        how = f"{{norm: l2, eps: 0.5, attack: pgd-l2, settings: {{steps: {steps}}}}}"
+        metric = f"{{type: robust_accuracy, value: 0.{steps}, args: {how}}}"
+        index = f"model-index: [{{results: [{{metrics: [{metric}]}}]}}]"
+        (tmp_path / f"{steps}").mkdir()
+        (tmp_path / f"{steps}/README.md").write_text(f"---\ntags: [hf-specreg]\n{index}\n---\n")
+    found = {name: value for row in collect(str(tmp_path)) for name, value in row.items()}
+    robust = {name: value for name, value in found.items() if "robust" in name}
+    assert robust == {
+        "robust at L2 0.5 by pgd-l2 (steps 5)": 0.5,
+        "robust at L2 0.5 by pgd-l2 (steps 50)": 0.5,
+    }
+
+
+def test_an_encoder_without_a_card_is_a_row_of_what_its_run_recorded(tmp_path, capsys):
+    run = {
+        "config": {"penalty": {"strength": 0.1, "scope": "features"}},
+        **{"data": {"source": "/home/me/digits"}, "images_per_second": 500},
+        "metrics": {"test_accuracy": 0.5, "test_images": 12},
+    }
+    for place in ("a/model", "a/best", "a/checkpoints/step_1/model"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "specreg.json").write_text(json.dumps(run))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/specreg.json").write_text("[]")
+    known, damaged = collect(str(tmp_path))
+    assert known == {
+        **{"encoder": "a/model", "method": "supervised, rep-spectral 0.1", "data": "digits"},
+        **{"n": 12, "accuracy": 0.5, "ms an image": 2.0},
+    }
+    assert damaged["encoder"] == "b"
+    assert damaged["accuracy"] is None
+    (tmp_path / "b/specreg.json").unlink()
+    main(["list", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: 1 encoder\n" in said
+    assert "No card yet, hence no robustness: a/model." in said
 
 
 def test_a_mean_distance_says_where_it_is_of_some_images_only(tmp_path):
