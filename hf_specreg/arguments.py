@@ -23,6 +23,9 @@ UNKNOWN = (
     r"Group '(?P<group>.+)' does not accept option '(?P<key>.+)'",
     r"Option '(?P<key>.+)' is not accepted",
 )
+REQUIRED = r"arguments are required: (?P<keys>.+)"
+WORD = r"unrecognized arguments: (?P<word>[^-\s]\S*)"
+VALUELESS = r"argument --config: expected one argument"
 MISSING = r'expected "\S*subcommand" to be one of (?P<choices>\{.+\})'
 CHOICE = r"invalid choice: '(?P<value>.+)' \(choose from (?P<choices>.+)\)"
 VALUE = r'Parser key "(?P<key>.+?)":.*(?:Got|Given) value: (?P<value>.*)'
@@ -95,6 +98,13 @@ def in_one_line(message: str, keys: Sequence[str]) -> str:
         near = difflib.get_close_matches(found["value"], re.findall(r"[\w-]+", found["choices"]), 1)
         meant = f"did you mean {near[0]}? " if near else ""
         return f"there is no {found['value']!r}: {meant}there are {found['choices']}"
+    if found := re.search(WORD, message):
+        taken = f": did you mean --config {found['word']}?" if "config" in keys else ""
+        return f"there is no place for {found['word']!r}{taken}"
+    found = re.search(REQUIRED, message)
+    if "config" in keys and (found or re.search(VALUELESS, message)):
+        lacks = f", which has {found['keys']}" if found else ""
+        return f"--config NAME is missing{lacks}: {PROGRAM} configs lists names"
     if found := re.search(MISSING, message):
         return f"name one of {found['choices']}: --help says what each does"
     if found := re.search(VALUE, message, re.DOTALL):

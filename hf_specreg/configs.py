@@ -29,7 +29,7 @@ class Shipped:
 
     @property
     def says(self) -> str:
-        """What it is, the first line of its head."""
+        """What it is, a sentence of at most 76 columns: the first line of its head."""
         return self.path.read_text("utf-8").splitlines()[0].lstrip("# ")
 
     @property
@@ -86,6 +86,8 @@ def named(given: str, folder: str | None = None) -> Shipped:
     for candidate in (name, f"{folder}/{name}"):
         if candidate in known and not path:
             return known[candidate]
+    if folder == "" and name in shipped() and name.startswith("studies/"):
+        raise ValueError(f"{given!r} is of a study: hf-specreg study --config {name[8:]}")
     near = difflib.get_close_matches(name, [n.removeprefix(f"{folder}/") for n in known], 1)
     meant = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"there is no file or name {given!r}: {meant}hf-specreg configs lists names")

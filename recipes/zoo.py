@@ -8,9 +8,10 @@ card in CARDS/NAME/, the page of all beside CARDS; OUTPUT/zoo.yaml is what `hf-s
 OUTPUT NAMESPACE` publishes.
 """
 
+import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -185,12 +186,15 @@ def make_zoo(
         file: of the encoders.
 
     Raises:
-        ZooError: an encoder is unknown, lacks what it starts from, or has other settings.
+        ZooError: an encoder or a data set is unknown, an encoder lacks what it starts from, or has
+            other settings.
     """
     content = yaml.safe_load(Path(file).read_text("utf-8"))
     entries = {name: Entry(**entry) for name, entry in content["encoders"].items()}
-    if unknown := set(only or ()) - set(entries):
-        raise ZooError(f"there is no {sorted(unknown)} in {file}; it has {', '.join(entries)}")
+    sets = dict.fromkeys(entry.data for entry in entries.values() if entry.data != "digits")
+    for asked, there in ((only or (), entries), (data or (), sets)):
+        if unknown := next((name for name in asked if name not in there), None):
+            raise ZooError(_unknown(unknown, there, file))
     evaluation = {**content["evaluation"], **({"samples": samples} if samples else {})}
     zoo = Zoo(entries, evaluation, data or {}, settings or {}, Path(output), Path(cards))
     known = {"digits", *zoo.data}
@@ -209,6 +213,12 @@ def make_zoo(
     page, rows = zoo.cards.with_suffix(".html"), collect(str(zoo.cards))
     write_catalogue(page, rows, str(zoo.cards))
     print(f"{zoo.cards}: {len(rows)} cards; {page}\nhf-specreg publish-zoo {output} your-name")
+
+
+def _unknown(name: str, known: Iterable[str], file: str) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"there is no {name!r} in {file}: {meant}it has {', '.join(known)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,17 +34,26 @@ def folders(tmp_path_factory):
     return saved
 
 
-def test_evaluate_and_compare_leave_reports_and_pages(folders, tmp_path, capsys):
+def test_evaluate_and_compare_leave_reports_and_pages_and_print_80_columns(
+    folders, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     for name, folder in zip("ab", folders, strict=True):
         main(["evaluate", folder, *ARGUMENTS, "--output", str(tmp_path / name)])
         content = json.loads((tmp_path / name / "robustness.json").read_text())
         assert content["data"]["id"] == "digits"
         assert content["attacks"]["tangent"]["settings"]["iterations"] == 2
         assert (tmp_path / name / "report.html").exists()
+        assert "| tangent | L2 |" in (tmp_path / name / "report.md").read_text()
     reports = [str(tmp_path / name) for name in "ab"]
     main(["compare", *reports, "--output", str(tmp_path / "both.html")])
     assert (tmp_path / "both.html").exists()
-    assert "that all models classify correctly" in capsys.readouterr().out
+    assert "| tangent | " in (tmp_path / "both.md").read_text()
+    said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "that all models classify correctly" in " ".join(said.split())
+    assert "| --- |" not in said
+    assert max(len(x) for x in said.splitlines() if not x.startswith(str(tmp_path))) <= 80
 
 
 SILENT = """
@@ -89,6 +98,7 @@ def test_a_script_is_its_command(script, command, monkeypatch):
         (["push", "/no/such", "me/name"], "loading /no/such: neither a local folder"),
         (["list", "runs/demoo"], "there is no folder runs/demoo"),
         (["train", "superviced"], "there is no 'superviced': did you mean supervised?"),
+        (["study"], "--config NAME is missing, which has base, methods: hf-specreg configs"),
         (["train"], "name one of {supervised,self-supervised,transfer}"),
         (["train", "supervised", "--config", "configs/digits.yaml"], "did you mean digits?"),
         (["study", "--config", "digits.yaml"], "file or name 'digits.yaml': did you mean digits?"),
@@ -131,18 +141,21 @@ def test_the_help_names_every_command_and_the_version_is_the_package_s(capsys):
     assert said.endswith(f"hf-specreg {hf_specreg.__version__}\n")
 
 
-def test_the_configurations_are_listed_with_commands_that_name_them_and_printed(capsys):
+def test_the_configurations_are_listed_in_80_columns_with_commands_and_printed(capsys):
     main(["configs"])
     said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    pasted = said.replace(" \\\n      ", " ")
     for name, one in shipped().items():
-        assert f"\n{name}\n" in f"\n{said}"
+        assert f"\n{name}\n    {one.says}\n" in f"\n{said}"
+        assert re.search(r"[.?]$", one.says), f"the head of {name} begins with no sentence"
         assert one.command.split()[0] in {"hf-specreg", "accelerate"}
-        assert f"\n    {one.command}\n" in said
+        assert f"\n    {one.command}\n" in pasted
     assert "    hf-specreg train supervised --config digits\n" in said
     assert (  # continued in its head
         "    hf-specreg train self-supervised --config mnist_simclr "
         "--report.samples 300 --report.eps '[0.5, 1, 2]'\n"
-    ) in said
+    ) in pasted
     main(["configs", "studies/digits"])
     assert capsys.readouterr().out == (ROOT / "recipes/studies/digits.yaml").read_text()
 

@@ -1,10 +1,13 @@
 """Commands on a model: its spectrum, attacks on it, a comparison."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+from hf_specreg.terminal import print_report
 
 
 def spectrum(
@@ -65,7 +68,7 @@ def evaluate(
     output: str = "runs/evaluate",
     dry_run: bool = False,
 ) -> None:
-    """Attack a model, and leave robustness.json, robustness.npz and report.html.
+    """Attack a model, and leave robustness.json, robustness.npz, report.md and report.html.
 
     An interrupted evaluation goes on where it was by the same command. Several GPUs:
     `accelerate launch -m hf_specreg evaluate` with the same arguments.
@@ -105,11 +108,13 @@ def compare(reports: Sequence[str], output: str = "runs/compare.html") -> None:
 
     Args:
         reports: folders or robustness.json files.
-        output: the HTML page.
+        output: the HTML page; the same in Markdown is beside it.
     """
     from hf_specreg.robustness.report import RobustnessReport
 
     comparison = RobustnessReport.compare([RobustnessReport.load(path) for path in reports])
     comparison.to_html(output)
-    print(comparison.to_markdown())
-    print(output)
+    markdown = Path(output).with_suffix(".md")
+    markdown.write_text(comparison.to_markdown(), "utf-8")
+    print_report(comparison.to_markdown())
+    print(f"{output}, {markdown.name}")

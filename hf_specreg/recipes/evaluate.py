@@ -10,6 +10,7 @@ from hf_specreg.robustness.images import ImageSet
 from hf_specreg.robustness.prediction import Prediction, predict
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.work import Processes
+from hf_specreg.terminal import print_report
 
 
 def evaluate(
@@ -37,7 +38,7 @@ def evaluate(
     measures = Measures(corruptions=corruptions, fold_norm=fold_norm, pixels=check_inputs)
     if dry_run:
         if processes.rank == 0:
-            print(_predicted(model, images, measures, device, settings).to_markdown())
+            print_report(_predicted(model, images, measures, device, settings).to_markdown())
         return None
     report = evaluate_robustness(
         model,
@@ -50,9 +51,10 @@ def evaluate(
     )
     if processes.rank == 0:
         report.save(Path(output) / "robustness.json")
-        print(report.to_markdown())
+        print_report(report.to_markdown())
+        (Path(output) / "report.md").write_text(report.to_markdown(), "utf-8")
         report.to_html(Path(output) / "report.html")
-        print(f"{output}: robustness.json, robustness.npz, report.html")
+        print(f"{output}: robustness.json, robustness.npz, report.md, report.html")
     return report
 
 

@@ -47,6 +47,7 @@ from hf_specreg.study.result import Study
 from hf_specreg.study.summary import images, summarize
 from hf_specreg.study.text import to_markdown
 from hf_specreg.study.work import Worker, check_records, expected_seconds, left
+from hf_specreg.terminal import print_report
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.interruption import EXIT_CODE
 
@@ -157,7 +158,7 @@ def write(cells: Cells, folder: StudyFolder, command: str) -> Path:
     timing = read_json(folder.path / "timing.json")
     content = summarize(results, name=name, command=command, timing=timing)
     Study(content, images(results)).save(folder.path)
-    print(to_markdown(content))
+    print_report(to_markdown(content))
     page = folder.path / "study.html"
     return page if page.exists() else page.with_suffix(".md")  # drawn by the extra plots
 

@@ -1,5 +1,6 @@
 """The command line of a recipe: a configuration from YAML and arguments, and a run of it."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
@@ -40,13 +41,20 @@ def parse_run(
         ValueError: the arguments are wrong, and the process is not to end.
     """
     parser = _parser(config, command, description.splitlines()[0], exit_on_error)
-    settings = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    settings = parser.parse_args(given)
     resume = settings.pop("resume")
     settings.pop("config")
     try:
-        return config(**vars(parser.instantiate(settings))), resume
+        run = config(**vars(parser.instantiate(settings)))
     except ValueError as error:
         parser.error(with_its_key(error, settings.as_flat().__dict__))
+    if not any(one.startswith(("--config", "--data")) for one in given):
+        parser.error(
+            "what is trained on what? Name a configuration, such as --config digits "
+            f"({PROGRAM} configs lists all), or --data.source and --model.name"
+        )
+    return run, resume
 
 
 @cache

@@ -49,13 +49,14 @@ def starting_point(config: RunConfig, *, resume: bool) -> Path | None:
     begun = bool(all_checkpoints(output / "checkpoints"))
     if not begun and (output / "model").exists():
         raise CheckpointError(
-            f"{output} holds a finished run, without its checkpoints: choose another output_dir"
+            f"{output} holds a finished run, without its checkpoints: choose another folder by "
+            "--output_dir"
         )
     if not resume:
         if begun:
             raise CheckpointError(
-                f"{output} already holds a run: resume it with --resume, or choose another "
-                "output_dir"
+                f"{output} already holds a run: go on with it by --resume, or choose another "
+                "folder by --output_dir"
             )
         return None
     if not begun:

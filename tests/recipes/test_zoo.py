@@ -77,9 +77,16 @@ def test_a_zoo_is_made_once_and_can_be_listed_and_published(tmp_path, monkeypatc
         zoo.make_zoo(**{**made, "settings": {**TINY, "epochs": 2}})
 
 
-def test_an_encoder_that_is_not_in_the_zoo_is_named():
-    with pytest.raises(ValueError, match=r"there is no \['x'\] in .*zoo.yaml; it has digits-sup"):
-        zoo.make_zoo(only=["x"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"only": ["x"]}, "there is no 'x' in .*zoo.yaml: it has digits-sup"),
+        ({"data": {"minst": "d"}}, "'minst' in .*: did you mean mnist. it has mnist, cifar10"),
+    ],
+)
+def test_what_is_not_in_the_zoo_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.make_zoo(**given)
 
 
 @pytest.mark.parametrize(

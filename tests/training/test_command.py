@@ -25,7 +25,11 @@ from hf_specreg.training.config import RunConfig
         (["--epochs", "0"], r"epochs \(0\) must be at least 1"),
         (["--regularizers.bss.k", "0"], r"regularizers.bss.k \(0\) must be at least 1"),
         (["--data.streaming", "true"], "steps_per_epoch is needed for a stream"),
-        (["extra"], "unrecognized arguments: extra"),
+        (["digits"], "no place for 'digits': did you mean --config digits?"),
+        (["--config"], "--config NAME is missing: hf-specreg configs lists names"),
+        (["--config", "studies/digits"], "is of a study: hf-specreg study --config digits"),
+        ([], r"what is trained on what\? Name a configuration, such as --config digits"),
+        (["--resume", "--epochs", "3"], "or --data.source and --model.name"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_what_may_have_been_meant(
@@ -51,7 +55,7 @@ def test_a_mistake_is_one_line_that_names_it_and_what_may_have_been_meant(
 )
 def test_what_a_run_cannot_begin_with_is_one_line_too(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_recipe(parse, train, [*arguments, "--output_dir", str(tmp_path)])
+        run_recipe(parse, train, ["--data.source=digits", *arguments, f"--output_dir={tmp_path}"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in said
@@ -63,7 +67,7 @@ def test_an_error_from_deeper_keeps_its_traceback():
         int("no number")
 
     with pytest.raises(ValueError, match="invalid literal"):
-        run_recipe(parse, train, [])
+        run_recipe(parse, train, ["--data.source", "digits"])
 
 
 def said_by(argument, capsys):
