@@ -49,6 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.encoders.small")  # registers its architectures with timm
+    import_module(f"{__name__}.encoders.norm_layers")  # and its norm layers
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import timm
 from torch import nn
 
+import hf_specreg.encoders.norm_layers
+import hf_specreg.encoders.small  # noqa: F401  both register with timm
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.head import find_head
 from hf_specreg.encoders.labels import (

@@ -3,7 +3,7 @@
 It saves the network in the format of the library that it is from (`hf_specreg.encoders.formats`),
 and beside it `specreg.json`, which says how it was trained; nobody needs that file to load the
 weights. Architectures of `hf_specreg.encoders.small` need that module imported before timm or
-AutoModel load them.
+AutoModel load them, and names of `hf_specreg.encoders.norm_layers` that one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import hf_specreg.encoders.small  # noqa: F401  registers its architectures with timm
 from hf_specreg.encoders.blueprint import (
     FolderError,
     builds,

@@ -101,7 +101,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "architecture": architecture,
         "library_name": "timm" if model.is_timm else "transformers",
         "auto_class": "AutoModelForImageClassification" if classifier else "AutoModel",
-        "registered": encoder.is_registered,
+        "registered": encoder.registration,
         "parameters": sum(p.numel() for p in model.parameters()),
         "input_size": model.input_size,
         "mode": "L" if model.input_size[0] == 1 else "RGB",

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import yaml
 
+from hf_specreg.encoders import norm_layers
 from hf_specreg.encoders.blueprint import check_schema, read_json
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
@@ -196,12 +197,18 @@ class Encoder:
         return penalty if penalty.get("strength") else None
 
     @property
-    def is_registered(self) -> bool:
-        """Whether stock timm lacks the architecture."""
+    def registration(self) -> tuple[str, str] | None:
+        """What stock timm lacks, an architecture or a norm layer, and the module that registers it;
+        None where it lacks nothing.
+        """
         if not self.model.is_timm:
-            return False
-        name = read_json(self.folder / "config.json")["architecture"]
-        return timm.model_entrypoint(name).__module__.split(".")[0] == "hf_specreg"
+            return None
+        config = read_json(self.folder / "config.json")
+        name, norm = config["architecture"], (config.get("model_args") or {}).get("norm_layer")
+        module = timm.model_entrypoint(name).__module__
+        if module.split(".")[0] == "hf_specreg":
+            return name, module
+        return (norm, norm_layers.__name__) if norm in list(norm_layers.NORM_LAYERS) else None
 
 
 def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:

@@ -3,9 +3,12 @@
 After a map W stand those that scale its output by diag(g): a batch norm with its running
 statistics, layer scale, a frozen norm. They are the map's own only if everything that is made of
 its output is made of them: an output that also goes past the norm keeps its scale. Before W stand
-those whose output the map is fed: the gain of a norm, W diag(g). Each is found by what is computed,
-not by a class or by a name. No gain stands for what depends on the image: the statistics of group
-and layer norms after a map, global response normalisation, the norm of a sum.
+those whose output the map is fed: the gain of a norm, W diag(g). The way back leads through a tanh,
+whose slope is 1 at 0 and less elsewhere: of dynamic tanh, gamma * tanh(alpha x) + beta, both gains
+stand there, gamma alpha, its steepest slope, unless alpha is the gain of a map before it. Each is
+found by what is computed, not by a class or by a name. No gain stands for what depends on the
+image: the statistics of group and layer norms after a map, global response normalisation, the norm
+of a sum.
 """
 
 import warnings
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.pinned import is_pinned
 from hf_specreg.spectral.dataflow import follow
-from hf_specreg.spectral.flow import Call, Constant, Flow, Gain
+from hf_specreg.spectral.flow import Call, Constant, Flow, Gain, name_of
 
 NAMED = 8  # layers in a warning
 
@@ -185,7 +188,12 @@ def _index(labels: Tensor, gain: Gain, channels: int) -> Tensor | None:
 def _before(fed: Flow, dim: int, taken: Collection[int]) -> Iterator[Scale]:
     """The gains that a layer's input was multiplied by last, the nearest first."""
     path: list[Flow] = []
-    while fed.source is not None and id(fed) not in taken:
+    while id(fed) not in taken:
+        if _is_tanh(fed):
+            fed = fed.step.args[0]
+            continue
+        if fed.source is None:
+            return
         if fed.gain is not None:
             labels = _numbered(fed.gain, torch.empty(fed.shape, device=fed.device))
             for step in reversed(path):
@@ -197,6 +205,10 @@ def _before(fed: Flow, dim: int, taken: Collection[int]) -> Iterator[Scale]:
             yield _scale(fed.gain, index.long().clamp(min=1) - 1)
         path.append(fed)
         fed = fed.source
+
+
+def _is_tanh(flow: Flow) -> bool:
+    return flow.step is not None and name_of(flow.step.function) in ("tanh", "tanh_")
 
 
 def _numbered(gain: Gain, like: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ MAKERS = {
     "timm-resnet": lambda: make_timm("resnet10t"),
     "timm-registered": lambda: make_timm("resnet20_cifar"),
     "timm-fixup": make_fixup,
+    "timm-dynamic-tanh": lambda: make_timm(norm_layer="dynamictanh"),
     "transformers-vit": make_transformers,
 }
 

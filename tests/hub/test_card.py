@@ -332,3 +332,14 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
     assert "jacobian" not in card
     run = Encoder.open(folder, license="mit").run
     assert "/home/me" not in json.dumps(run)
+
+
+def test_a_norm_layer_that_stock_timm_lacks_is_imported_first(tmp_path):
+    arguments = {"img_size": 32, "depth": 1, "num_classes": 3, "input_size": (3, 32, 32)}
+    for name in ("dynamictanh", "rmsnorm"):
+        model = SpecRegModel.from_timm("test_vit", norm_layer=name, **arguments)
+        model.save_pretrained(tmp_path / name)
+    card = card_of(tmp_path / "dynamictanh")
+    assert "import hf_specreg.encoders.norm_layers  # registers dynamictanh" in card
+    assert "Its norm layer `dynamictanh` is registered with timm" in card
+    assert "import hf_specreg" not in card_of(tmp_path / "rmsnorm").partition("From pixels")[0]

@@ -41,6 +41,12 @@ NETWORKS = {
     "vgg with norms": (lambda: VGG(norm_layer=nn.BatchNorm2d, **VGG_ARGS), 2, 4),
     "convnext": (by_name("convnext_atto", **STAGES), 5, 16),
     "vit": (by_name("vit_tiny_patch16_224", **VIT), 0, 5),
+    "convnext, nothing": (by_name("convnext_atto", norm_layer="identity", **STAGES), 0, 16),
+    "vit, dynamic tanh": (
+        by_name("vit_tiny_patch16_224", norm_layer="dynamictanh", **VIT, init_values=1e-4),
+        0,
+        5,
+    ),
     "swin": (by_name("swin_tiny_patch4_window7_224", drop_path_rate=0, **SWIN), 1, 14),
     "norms at the end": (by_name("swinv2_tiny_window8_256", drop_path_rate=0, **SWIN), 8, 14),
     "densenet": (lambda: DenseNet(**DENSE), 8, 8),
