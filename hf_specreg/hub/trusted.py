@@ -10,17 +10,37 @@ def by_trusted_publisher(api: HfApi, repo_id: str) -> bool:
     """Whether the client takes its token for this repository by OIDC, in place of a user's.
 
     Raises:
-        ValueError: it takes one for another repository.
+        ValueError: it takes one for another repository, or for a namespace, which cannot write.
     """
-    resource = os.environ.get("HF_OIDC_RESOURCE")
-    if not resource or api.token is not None:
+    resource = _resource(api)
+    if resource is None:
         return False
     if resource != repo_id:
+        of = "a token for it" if "/" in resource else "a token for a namespace only reads, and"
         raise ValueError(
-            f"HF_OIDC_RESOURCE is {resource}, and a token for it cannot write to {repo_id}: set it "
-            f"to {repo_id}"
+            f"HF_OIDC_RESOURCE is {resource}, and {of} cannot write to {repo_id}: set it to "
+            f"{repo_id}"
         )
     return True
+
+
+def refuse_for_several(api: HfApi) -> None:
+    """Refuse a trusted publisher's token where several repositories and a collection are written.
+
+    Raises:
+        ValueError: the client would take one.
+    """
+    if resource := _resource(api):
+        raise ValueError(
+            f"HF_OIDC_RESOURCE is {resource}, and such a token writes to no more than one "
+            "repository, and to no collection: push each encoder by hf-specreg push with its own, "
+            "or unset it and take a user's token"
+        )
+
+
+def _resource(api: HfApi) -> str | None:
+    """What the client asks a token for by OIDC; None where it takes a user's."""
+    return (os.environ.get("HF_OIDC_RESOURCE") or None) if api.token is None else None
 
 
 def scoped(access: dict[str, Any], places: set[str]) -> bool:

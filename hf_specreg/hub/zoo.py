@@ -19,6 +19,7 @@ from hf_specreg.encoders.download import WEIGHTS_FILE
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, card_metadata
 from hf_specreg.hub.publish import PATIENCE, PublishError, Pushed, push
+from hf_specreg.hub.trusted import refuse_for_several
 
 ZOO_FILE = "zoo.yaml"
 _TEXT = {"type": "string", "minLength": 1}
@@ -122,8 +123,10 @@ def publish_zoo(
 
     Raises:
         PublishError, CardError, HubError: as `push`; what was pushed before stays.
+        ValueError: the token would be a trusted publisher's, which is for one repository.
     """
     api, pushed, collection = HfApi(token=token), [], None
+    refuse_for_several(api)
     for name, entry in entries(folder).items():
         arguments = {"license": license, **entry}
         done = push(
