@@ -21,8 +21,9 @@ from hf_specreg.robustness.attacks import Attack
 from hf_specreg.robustness.attacks.autoattack import AutoAttack
 from hf_specreg.robustness.attacks.fmn import CANDIDATES, FMN
 from hf_specreg.robustness.attacks.foolbox import PGD, PULL_BACK_STEPS, CarliniWagner, DeepFool
+from hf_specreg.robustness.attacks.geometry import bisections
 from hf_specreg.robustness.attacks.hopskipjump import HopSkipJump
-from hf_specreg.robustness.attacks.tangent import TangentAttack, bisections
+from hf_specreg.robustness.attacks.tangent import TangentAttack
 from hf_specreg.robustness.classifier import Classifier
 from hf_specreg.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_specreg.robustness.evaluate import Plan

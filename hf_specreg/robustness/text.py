@@ -15,6 +15,7 @@ STRENGTH = (
     "runs",
     "attacks",
     "max_queries",
+    "low_frequencies",
 )
 
 

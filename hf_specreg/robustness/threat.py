@@ -4,6 +4,7 @@ Every eps and every distance of this package is in those units. The normalisatio
 so that the box is the image's.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,3 +44,9 @@ class AttackResult(NamedTuple):
     queries: Tensor
     trajectory: Tensor | None = None
     warnings: tuple[str, ...] = ()
+
+
+def joined(results: Sequence[AttackResult]) -> AttackResult:
+    """Return the results of several batches, without warnings and all with a trajectory, as one."""
+    tensors = zip(*(result[:4] for result in results), strict=True)
+    return AttackResult(*(torch.cat(parts) for parts in tensors))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_specreg.robustness.attacks import ATTACKS, MissingPackageError, make_attacks
+from hf_specreg.robustness.attacks import ATTACKS, MissingPackageError, describe, make_attacks
 from hf_specreg.robustness.classifier import Classifier
+from hf_specreg.robustness.text import strength
 from hf_specreg.robustness.threat import distance, in_box
 
 SHAPE = (1, 4, 4)
@@ -250,6 +251,18 @@ def test_unknown_attacks_and_settings_are_named():
         make_attacks({"pgd-l2": {"restarts": 0}})
     with pytest.raises(ValueError, match=r"tangent: tolerance \(0.0\) must be positive"):
         make_attacks({"tangent": {"tolerance": 0.0}})
+    with pytest.raises(ValueError, match=r"low_frequencies \(1.5\) must be in \(0, 1\]"):
+        make_attacks({"tangent": {"low_frequencies": 1.5}})
+
+
+def test_a_variant_is_stated_where_it_is_on():
+    plain, variant = (
+        describe(make_attacks({"tangent": settings})["tangent"])
+        for settings in ({}, {"low_frequencies": 0.25})
+    )
+    assert variant == {**plain, "low_frequencies": 0.25}
+    assert "low_frequencies" not in plain
+    assert strength(variant) == "iterations 40, low frequencies 0.25"
 
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):

@@ -73,7 +73,6 @@ def test_neither_bisection_nor_probes_mix_devices_or_wait():
         run = _Run(TangentAttack(), Classifier(net), images, labels, range(3), None)
         index = torch.arange(3, device=DEVICE)
         run.to_boundary(index, run.x)
-        noise, probes = torch.empty(2, 64, 64, device=DEVICE)
         delta = run.distances[0] / 64
-        run.draw(noise, probes, run.boundary[0].float(), delta, run.generators[0])
-        assert run.decide(probes, index[:1].expand(64)).device.type == DEVICE
+        run.probes.draw(slice(64), run.boundary[0].float(), delta, run.generators[0])
+        assert run.decide(run.probes.points[:64], index[:1].expand(64)).device.type == DEVICE

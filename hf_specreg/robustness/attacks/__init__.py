@@ -3,10 +3,10 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
-from hf_specreg.robustness.attacks.attack import Attack
+from hf_specreg.robustness.attacks.attack import VARIANT, Attack
 from hf_specreg.robustness.attacks.autoattack import AutoAttack
 from hf_specreg.robustness.attacks.fmn import FMN
 from hf_specreg.robustness.attacks.foolbox import PGD, CarliniWagner, DeepFool
@@ -69,5 +69,7 @@ def _require(package: str, attack: str) -> None:
 
 
 def describe(attack: Attack) -> dict[str, Any]:
-    """Return an attack's settings as plain data."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attack).items()}
+    """Return an attack's settings as plain data; a variant is named where it is on."""
+    known = {f.name: getattr(attack, f.name) for f in fields(attack)}
+    off = {f.name for f in fields(attack) if f.metadata == VARIANT and known[f.name] is None}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k not in off}

@@ -16,6 +16,8 @@ from torch import Tensor
 from hf_specreg.robustness.classifier import Classifier
 from hf_specreg.robustness.threat import ROUNDING, AttackResult, Norm, distance, in_box
 
+VARIANT = {"variant": True}  # metadata of a setting that, unless it is None, makes another attack
+
 
 class Attack(Protocol):
     """An attack with its settings, which are the fields of its dataclass.

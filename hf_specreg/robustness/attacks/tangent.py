@@ -14,21 +14,25 @@ From a boundary point b at distance D of the image x, iteration t
 
 Sources: Ma, Guo, Chen, Yong, Wang, "Finding Optimal Tangent Points for Reducing Distortions of
 Hard-label Attacks", NeurIPS 2021 (arXiv:2111.07492); the normal's estimate is HopSkipJump's (Chen,
-Jordan, Wainwright, S&P 2020). It is the measure of arXiv:2405.17181, with T = 40.
+Jordan, Wainwright, S&P 2020). It is the measure of arXiv:2405.17181, with T = 40. Probes of low
+frequencies alone (`low_frequencies`) are a variant, and not that measure.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_specreg.ranges import require
+from hf_specreg.robustness.attacks.attack import VARIANT
+from hf_specreg.robustness.attacks.budget import forward_size, images_at_once
+from hf_specreg.robustness.attacks.geometry import bisections, tangent_points
+from hf_specreg.robustness.attacks.probes import BLOCK, Probes
 from hf_specreg.robustness.classifier import Classifier
-from hf_specreg.robustness.threat import AttackResult, Norm
+from hf_specreg.robustness.threat import AttackResult, Norm, joined
 
-BLOCK = 64  # probes drawn at once: the stream of an image's numbers must not depend on its company
 MAX_HALVINGS = 30
 SMALLEST_STEP = 2.0**-20  # of a probe, a pixel: some 16 roundings of a float32 pixel
 START_TRIES = 100
@@ -46,10 +50,16 @@ class TangentAttack:
             less from 2,155 pixels on: d^-1.5, so that the boundary is known better than the probes'
             steps across it, down to 1e-7, where float32 pixels end.
         max_queries: per image; no query is made beyond it. None: no limit.
-        batch_size: probes classified at once, which bounds the memory; default: 1,024, or fewer if
-            they have more than 2^25 pixels together.
+        batch_size: images classified at once, at most, which bounds the model's memory; default:
+            1,024, or as many as have the pixels of 64 images of 3x224x224.
         authors_compatible: leave the probes Gaussian, of length about sqrt(d), as the code of
             arXiv:2405.17181 does, instead of on the unit sphere as in the original.
+        low_frequencies: a variant, off by default: probes of the lowest frequencies of a 2-D cosine
+            transform alone, this part of them along height and along width (QEBA-F's 1 / r, of
+            arXiv:2005.14137), in (0, 1].
+
+    Raises:
+        ValueError: low_frequencies are not in (0, 1].
     """
 
     norm: ClassVar[Norm] = "l2"
@@ -65,6 +75,10 @@ class TangentAttack:
     max_queries: int | None = None
     batch_size: int | None = None
     authors_compatible: bool = False
+    low_frequencies: float | None = field(default=None, metadata=VARIANT)
+
+    def __post_init__(self):
+        require(self, "in (0, 1]", "low_frequencies")
 
     @torch.no_grad()
     def run(
@@ -78,7 +92,7 @@ class TangentAttack:
         targets: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> AttackResult:
-        """Attack images, each with random numbers of its own.
+        """Attack images, each with random numbers of its own, as many at once as memory allows.
 
         Args:
             classifier: what is attacked.
@@ -101,7 +115,15 @@ class TangentAttack:
             )
         if len(seeds) != len(images):
             raise ValueError(f"{len(seeds)} seeds for {len(images)} images")
-        return _Run(self, classifier, images, labels, seeds, targets).run(starts)
+        pixels = images.shape[1:].numel()
+        size = images_at_once(pixels, self.batch_size or forward_size(pixels))
+        results = []
+        for first in range(0, max(1, len(images)), size):
+            own = slice(first, first + size)
+            target, start = (None if t is None else t[own] for t in (targets, starts))
+            run = _Run(self, classifier, images[own], labels[own], seeds[own], target)
+            results.append(run.run(start))
+        return joined(results)
 
     def probes(self, iteration: int) -> int:
         """How many probes iteration 1, 2, ... has."""
@@ -123,9 +145,17 @@ class _Run:
         self.x = images.to(self.device).flatten(1).double()
         d = self.x.shape[1]
         self.bisections = bisections(settings.tolerance, d)
-        self.batch_size = settings.batch_size or max(BLOCK, min(1024, 2**25 // d))
+        self.batch_size = settings.batch_size or forward_size(d)
         self.wanted = (labels if targets is None else targets).to(self.device)
         self.targeted = targets is not None
+        rows = max(self.batch_size, BLOCK)
+        self.probes = Probes(
+            self.shape,
+            rows,
+            self.device,
+            low_frequencies=settings.low_frequencies,
+            gaussian=settings.authors_compatible,
+        )
         self.generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
         self.queries = torch.zeros(len(images), dtype=torch.long, device=self.device)
         self.boundary = self.x.clone()
@@ -277,72 +307,24 @@ class _Run:
         ]
         sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
         total = self.x.new_zeros(len(index))  # of the decisions
-        rows = max(self.batch_size, BLOCK)
-        noise = torch.empty(rows, d, device=self.device)
-        probes = torch.empty_like(noise)
+        steps, points = self.probes.steps, self.probes.points
         boundary = self.boundary[index].float()
         while pieces:
             spans, filled = [], 0
-            while pieces and filled + pieces[0][1] <= rows:
+            while pieces and filled + pieces[0][1] <= len(steps):
                 i, size = pieces.pop(0)
                 span = slice(filled, filled + size)
-                self.draw(noise[span], probes[span], boundary[i], deltas[i], drawing[i])
+                self.probes.draw(span, boundary[i], deltas[i], drawing[i])
                 spans.append((i, span))
                 filled = span.stop
             owner = torch.cat([index[i].expand(span.stop - span.start) for i, span in spans])
-            decisions = (2 * self.decide(probes[:filled], owner) - 1).to(noise)
+            decisions = (2 * self.decide(points[:filled], owner) - 1).to(steps)
             weights = torch.stack([decisions, torch.ones_like(decisions)])
             for i, span in spans:  # block by block, so that the order of the sum is fixed too
-                sums[i] += weights[:, span] @ noise[span]
+                sums[i] += weights[:, span] @ steps[span]
                 total[i] += decisions[span].sum()
         signed, plain = sums.unbind(1)
         mean = (total / counts.clamp(min=1))[:, None]
         # Where all decisions are alike there is nothing to subtract.
         normal = torch.where(mean.abs() == 1, mean * plain, signed - mean * plain)
         return normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True).clamp(min=1e-12)
-
-    def draw(
-        self,
-        noise: Tensor,
-        probes: Tensor,
-        b: Tensor,
-        delta: Tensor | float,
-        generator: torch.Generator,
-    ) -> None:
-        """Fill noise [n, d] with steps of length delta, cut to the box, and probes with b + them.
-
-        The step is kept, not recovered from the probe, whose rounding is as large as the step.
-        """
-        noise.normal_(generator=generator)
-        if self.settings.authors_compatible:
-            noise.mul_(delta)
-        else:
-            norms = torch.linalg.vector_norm(noise, dim=1, keepdim=True)
-            noise.mul_(norms.reciprocal() * delta)
-        torch.clamp(noise, -b, 1 - b, out=noise)
-        torch.add(noise, b, out=probes).clamp_(0, 1)
-
-
-def bisections(tolerance: float | None, d: int) -> int:
-    """Return how many halvings of a segment reach the tolerance, on images of d pixels."""
-    return math.ceil(-math.log2(tolerance or max(min(1e-5, d**-1.5), 1e-7)))
-
-
-def tangent_points(
-    centre: Tensor, towards: Tensor, across: Tensor, radius: Tensor, distance: Tensor
-) -> Tensor:
-    """Return where the line from x touches the sphere around `centre`, on the side of `across`.
-
-    Args:
-        centre: b, [M, d], with x = centre + distance * towards.
-        towards: [M, d], unit.
-        across: [M, d], unit, orthogonal to `towards`.
-        radius: [M, 1], at most the distance.
-        distance: [M, 1].
-
-    Returns:
-        [M, d], cut to the box.
-    """
-    cosine = radius / distance
-    sine = (1 - cosine.square()).clamp(min=0).sqrt()
-    return (centre + radius * (cosine * towards + sine * across)).clamp(0, 1)
