@@ -1,6 +1,7 @@
 """TangentAttack with probes of low frequencies alone, against probes of all directions.
 
-    python benchmarks/low_frequencies.py MODEL [--sizes 64 128] [--parts 0.5 0.25] [--iterations 12]
+    python benchmarks/low_frequencies.py MODEL [--sizes 64] [--parts 0.5 0.25] [--images 8]
+        [--iterations 12]
 
 Images are square crops of scikit-learn's two photographs, labels what the model takes them for.
 Printed, for each size and part of the frequencies: the mean L2 distance at the end; the geometric
@@ -34,17 +35,17 @@ COLUMNS = (
 
 
 def photographs(size: int) -> Tensor:
-    """Return square crops of two photographs, [8, 3, size, size] in [0, 1]."""
+    """Return square crops of two photographs in turn, [8, 3, size, size] in [0, 1]."""
     crops = []
     for photograph in load_sample_images().images:
         pixels = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].float() / 255
-        side = pixels.shape[2]
-        places = torch.linspace(0, pixels.shape[3] - side, 2).int().tolist()
-        crops += [pixels[..., at : at + side] for at in places]
+        side, width = pixels.shape[2:]
         half = side // 2
-        crops += [pixels[..., half:, at : at + half] for at in (0, half)]
-    resized = [interpolate(c, (size, size), mode="bilinear", antialias=True) for c in crops]
-    return torch.cat(resized).clamp(0, 1)
+        of_it = [pixels[..., at : at + side] for at in (0, width - side)]
+        of_it += [pixels[..., half:, at : at + half] for at in (0, width - side)]
+        resized = [interpolate(c, (size, size), mode="bilinear", antialias=True) for c in of_it]
+        crops.append(torch.cat(resized))
+    return torch.stack(crops, dim=1).flatten(0, 1).clamp(0, 1)
 
 
 def as_near(trajectory: Tensor, reference: Tensor) -> Tensor:
@@ -86,8 +87,9 @@ def main() -> None:
     """Attack and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder, Hub id or timm name")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64])
     parser.add_argument("--parts", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=12)
     arguments = parser.parse_args()
     subject = Subject.of(arguments.model)
@@ -96,8 +98,10 @@ def main() -> None:
     for size in arguments.sizes:
         reference = None
         for part in (None, *arguments.parts):
-            attack = TangentAttack(iterations=arguments.iterations, low_frequencies=part)
-            images = photographs(size)
+            attack = TangentAttack(
+                iterations=arguments.iterations, batch_size=64, low_frequencies=part
+            )
+            images = photographs(size)[: arguments.images]
             with subject.frozen():
                 labels = subject.classifier.predict(images)
                 seeds = range(len(images))
