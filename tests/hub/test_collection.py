@@ -42,7 +42,8 @@ def test_a_folder_lists_the_same(encoder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     main(["list", str(tmp_path), "--sort", "robust at L2 0.5 by tangent"])
     said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
-    assert max(map(len, said.splitlines())) <= 80
+    lines = [line for line in said.splitlines() if str(tmp_path) not in line]  # as long as it is
+    assert max(map(len, lines)) <= 80
     assert "91.7%" in said
     assert re.search(r"by\s+tangent", said)
     assert "same attack only" in said
