@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from hf_specreg.robustness.report import RobustnessReport
     from hf_specreg.spectral.input_gradient import InputGradientPenalty
     from hf_specreg.spectral.penalty import SpectralPenalty
+    from hf_specreg.spectral.regularizers import (
+        InputGradientConfig,
+        RegularizersConfig,
+        SensitivityConfig,
+    )
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.callback import SpectralPenaltyCallback
     from hf_specreg.training.timm_task import regularize_task
@@ -17,8 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FeatureSpace",
+    "InputGradientConfig",
     "InputGradientPenalty",
+    "RegularizersConfig",
     "RobustnessReport",
+    "SensitivityConfig",
     "SensitivityPenalty",
     "SpecRegModel",
     "SpecRegTrainer",
@@ -33,8 +41,11 @@ __version__ = "0.1.0"
 # that adds the penalty no data sets, scipy or schemas.
 _PLACES = {
     "FeatureSpace": "encoders.features",
+    "InputGradientConfig": "spectral.regularizers",
     "InputGradientPenalty": "spectral.input_gradient",
+    "RegularizersConfig": "spectral.regularizers",
     "RobustnessReport": "robustness.report",
+    "SensitivityConfig": "spectral.regularizers",
     "SensitivityPenalty": "spectral.sensitivity",
     "SpecRegModel": "encoders.model",
     "SpecRegTrainer": "training.trainer",

@@ -36,6 +36,7 @@ from hf_specreg.encoders.fused import pin_again, with_pins
 from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.input_size import find_input_size
 from hf_specreg.encoders.merging import merged
+from hf_specreg.encoders.pixels import for_channels
 from hf_specreg.encoders.resize import resize
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ class SpecRegModel(nn.Module):
         head: dotted names of the head's modules in `network`; empty for a headless encoder.
         metadata: what `specreg.json` holds.
         wraps: the attribute that holds what normalised images are for; see `encoders/modules.py`.
+        takes_pixels: its images are in [0, 1]; see `encoders/pixels.py`.
 
     Raises:
         ValueError: as many means, deviations or labels as channels and classes are expected.
     """
 
     wraps = "network"
+    takes_pixels = True
 
     def __init__(
         self,
@@ -341,9 +344,3 @@ def _read(folder: Path, name: str | Path) -> tuple[dict[str, Any], dict[str, Any
     if (folder / PROCESSOR_FILE).is_file():  # transformers reads it later, and checks less
         read_json(folder / PROCESSOR_FILE)
     return config, read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-
-
-def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """The values; or their mean for each channel, where the number of channels is another."""
-    values = tuple(values)
-    return values if len(values) == channels else (sum(values) / len(values),) * channels

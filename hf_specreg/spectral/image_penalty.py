@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.pixels import in_pixels
 from hf_specreg.spectral.precision import full_precision
-from hf_specreg.spectral.regularizers.term import Compute, RampedConfig, Regularizer
+from hf_specreg.spectral.regularizers.term import Compute, RampedConfig, Regularizer, check_batch
 
 
 class ImagePenalty:
     """A term of images beside the loss, called once per optimizer step.
 
-    It is of a batch's first images (`images`), in evaluation mode: batch norms use their running
-    statistics and leave them as they are. They run uncompiled and, of timm's models, without
-    activation checkpointing; checkpointing in code of your own is not derived twice. With gradient
-    accumulation, call it in one of the micro-batches only, as `SpectralPenalty`; with several
-    processes each has its own images.
+    It is of a batch's first images (`images`), with the model in evaluation mode, whatever mode it
+    is in: batch norms use their running statistics and leave them as they are. Images are what the
+    model takes, and derivatives per [0, 1] pixel (`pixel_std`). They run in float32, uncompiled
+    and, of timm's models, without activation checkpointing; checkpointing in code of your own is
+    not derived twice. With gradient accumulation, call it in one of the micro-batches only, as
+    `SpectralPenalty`; with several processes each has its own images.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -33,6 +35,10 @@ class ImagePenalty:
         input_size: (C, H, W) of the images; default: the model's own configuration.
         head: dotted name or names of the head, () for a model that is all encoder; default: found
             for timm and transformers.
+        pixel_std: by what the images were divided when they were normalised, in [0, 1] pixels, a
+            number or one of each channel, such as `processor.image_std` of transformers; default:
+            of a timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing, since it
+            takes images in [0, 1]. Other models must say it.
         seed: of what is random; torch's own random numbers are left alone.
         **settings: those of `kind`, and `every`.
 
@@ -42,8 +48,11 @@ class ImagePenalty:
         step: how many times it was called.
 
     Raises:
-        ValueError: a setting is out of range, the head or the input size is not known, or there is
-            no head and the term is of labels.
+        ValueError: a setting is out of range, the head, the input size or the pixel_std is not
+            known, or there is no head and the term is of labels; in a call, the images are
+            integers, the first batch has fewer than were asked for, or labels are not there or are
+            no classes.
+        RuntimeError: it is called where no gradient is recorded.
     """
 
     kind: ClassVar[type[RampedConfig]]
@@ -57,6 +66,7 @@ class ImagePenalty:
         ramp: int = 0,
         input_size: tuple[int, int, int] | None = None,
         head: str | Sequence[str] | None = None,
+        pixel_std: float | Sequence[float] | None = None,
         seed: int = 0,
         **settings: Any,
     ):
@@ -64,6 +74,7 @@ class ImagePenalty:
         if ramp < 0 or self.settings.ramp_epochs:
             raise ValueError(f"ramp ({ramp}) counts calls, at least 0; ramp_epochs is of recipes")
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
+        self._in_pixels = in_pixels(self.space, pixel_std)
         if self.kind.of_labels and not self.space.head:
             raise ValueError(
                 f"{type(self).__name__} is of labels, and this encoder has no head to tell them: "
@@ -71,6 +82,7 @@ class ImagePenalty:
             )
         self.seed = seed
         self.step = 0
+        self._least = settings.get("images") or 1  # that were asked for
         self._generator = torch.Generator()
         every, compute = self.settings.every, self._compute()
         self._term = Regularizer(
@@ -79,17 +91,25 @@ class ImagePenalty:
 
     def _compute(self) -> Compute:
         """Return the term, of which `_generator` decides what is random."""
-        return self.settings.term(self.space)
+        return self.settings.term(self._in_pixels)
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def _at(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
+        name = type(self).__name__
+        check_batch(name, images, labels, of_labels=self.kind.of_labels)
+        if len(images) < self._least:
+            raise ValueError(
+                f"{name} is of {self._least} images, and the first batch has {len(images)}: pass "
+                f"larger batches, or images={len(images)} when it is made"
+            )
+        self._least = 1  # the rest of an epoch may be smaller
         step, self.step = self.step, self.step + 1
         if not self._term.due(step):
             return full_precision(images.new_zeros(()))
         # Of the place in the training, so that the count is all that there is to resume from.
         self._generator.manual_seed(self.seed + step)
-        return self._term(images, labels, (), step=step)
+        return self._term(self._in_pixels.model.pixels(images), labels, (), step=step)
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise TypeError(

@@ -23,9 +23,7 @@ class InputGradientPenalty(ImagePenalty):
     `images`, `by` and `step` of `InputGradientConfig`. A part of the batch is enough: 8 images of
     128 gave as much as 16 (`docs/results.md`, cifar10). It costs a forward and a backward pass
     over those images, and in `loss.backward()` the derivative of both; by finite differences two
-    forward passes and a backward one. The gradient is per pixel of the images as the model takes
-    them: of a model that is fed normalised images it is as many times smaller as their standard
-    deviation says.
+    forward passes and a backward one.
     """
 
     kind = InputGradientConfig
@@ -36,6 +34,9 @@ class InputGradientPenalty(ImagePenalty):
 
         Args:
             images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
-            labels: [B], the true classes.
+            labels: [B], the true classes, int64.
+
+        Raises:
+            ValueError, RuntimeError: as for `ImagePenalty`.
         """
         return self._at(images, labels)

@@ -27,7 +27,7 @@ class SensitivityPenalty(ImagePenalty):
     It costs passes over the images: by double backprop a forward and a backward pass, and in
     `loss.backward()` the derivative of both; by finite differences a second forward pass in the
     place of second derivatives. Each power step of "top" adds a backward and a forward pass. The
-    head gets no gradient from it. The arithmetic is that of the weights, also under autocast.
+    head gets no gradient from it.
 
     Raises:
         ValueError: as for `ImagePenalty`, or a "margin" is asked for of a head that is not one
@@ -37,7 +37,7 @@ class SensitivityPenalty(ImagePenalty):
     kind = SensitivityConfig
 
     def _compute(self) -> Compute:
-        return self.settings.term(self.space, generator=self._generator)
+        return self.settings.term(self._in_pixels, generator=self._generator)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
@@ -47,6 +47,7 @@ class SensitivityPenalty(ImagePenalty):
             images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
 
         Raises:
-            ValueError: there are fewer than 2 images.
+            ValueError: there are fewer than 2 images; else, and RuntimeError, as for
+                `ImagePenalty`.
         """
         return self._at(images)

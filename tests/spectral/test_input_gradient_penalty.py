@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from hf_specreg import InputGradientPenalty
 from hf_specreg.spectral.regularizers.input_gradient import input_gradient_norm
@@ -58,6 +59,59 @@ def test_autocast_does_not_round_it():
         value = InputGradientPenalty(model, strength=1.0)(images(), LABELS)
     expected = input_gradient_norm(model, images(), LABELS)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "says"),
+    [
+        (images(), None, "is of the labels: pass"),
+        (images(), LABELS.float(), r"\(5,\) of torch.float32: convert them with .long\(\)"),
+        (images(), torch.eye(3)[LABELS], r"\(5, 3\) of torch.float32.* from before mixup"),
+        (images(), LABELS[:4], r"5 labels of int64, and these are \(4,\)"),
+        (images().mul(255).byte(), LABELS, "these are torch.uint8: divide pixels of 0 to 255"),
+        (images(2), LABELS[:2], "is of 3 images, and the first batch has 2: .* images=2"),
+    ],
+)
+def test_what_a_batch_lacks_is_said_even_in_the_burn_in(x, labels, says):
+    penalty = InputGradientPenalty(tiny(), strength=1, images=3, burn_in=5)
+    with pytest.raises(ValueError, match=says):
+        penalty(x, labels)
+    assert penalty.step == 0
+
+
+def test_the_rest_of_an_epoch_may_be_smaller():
+    penalty = InputGradientPenalty(tiny().eval(), strength=1, images=3)
+    penalty(images(), LABELS)
+    expected = gradient_norm(tiny().eval(), images(2), LABELS[:2])
+    torch.testing.assert_close(penalty(images(2), LABELS[:2]), expected)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradient_is_recorded_it_is_no_term(without):
+    penalty = InputGradientPenalty(tiny(), strength=1)
+    with without(), pytest.raises(RuntimeError, match=r"without a gradient.*in training only"):
+        penalty(images(), LABELS)
+
+
+def test_labels_of_a_byte_are_classes_too_and_an_evaluating_model_gives_the_same():
+    model = tiny("resnet20_cifar", drop_rate=0.5)
+    penalty = InputGradientPenalty(model, strength=1)
+    expected = penalty(images(), LABELS)
+    assert model.training
+    model.eval()
+    torch.testing.assert_close(penalty(images(), LABELS.byte()), expected, rtol=0, atol=0)
+    assert not model.training
+
+
+def test_autocast_in_a_models_own_forward_does_not_round_it():
+    """accelerate puts it there, and with it transformers' Trainer."""
+    model = tiny()
+    expected = InputGradientPenalty(model, strength=1)(images(), LABELS)
+    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
+    patched = model.forward
+    found = InputGradientPenalty(model, strength=1)(images(), LABELS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert model.forward is patched
 
 
 @pytest.mark.parametrize(

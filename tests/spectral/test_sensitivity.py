@@ -311,7 +311,12 @@ def test_finite_differences_of_weights_in_half_precision_are_refused(dtype):
 def test_a_wrapped_model_and_one_without_a_head():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.GELU(), nn.Linear(6, 5))
     wrapped = SensitivityPenalty(
-        nn.DataParallel(network), strength=1, head=(), input_size=(1, 8, 8), direction="neighbour"
+        nn.DataParallel(network),
+        strength=1,
+        head=(),
+        input_size=(1, 8, 8),
+        pixel_std=1,
+        direction="neighbour",
     )
     value = wrapped(images())
     value.backward()
@@ -319,7 +324,7 @@ def test_a_wrapped_model_and_one_without_a_head():
     torch.testing.assert_close(value, expected)
     assert network[3].weight.grad.norm() > 0
     with pytest.raises(ValueError, match="'margin' is of a head"):
-        SensitivityPenalty(wrapped.space, strength=1, direction="margin")
+        SensitivityPenalty(wrapped.space, strength=1, pixel_std=1, direction="margin")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +368,6 @@ def test_a_setting_that_is_none_of_its_kinds_is_named(setting, said):
 
 def test_a_penalty_cannot_be_copied():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3))
-    penalty = SensitivityPenalty(net, strength=1.0, head="2", input_size=(1, 8, 8))
+    penalty = SensitivityPenalty(net, strength=1.0, head="2", input_size=(1, 8, 8), pixel_std=1)
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         copy.deepcopy(penalty)

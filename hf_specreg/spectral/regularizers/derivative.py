@@ -57,20 +57,24 @@ class DerivativeConfig(RegularizerConfig):
 @contextmanager
 def derivable_twice(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode, as it can be derived twice: uncompiled, with attention in
-    the one form for that, and without the activation checkpointing of timm's models (that of
-    transformers' is off in evaluation mode), whose memory is not saved here.
+    the one form for that, without the activation checkpointing of timm's models (that of
+    transformers' is off in evaluation mode), whose memory is not saved here, and without the
+    autocast that accelerate puts into a model's `forward`.
     """
     attributes = [vars(module) for module in model.modules()]
-    checkpointing = [own for own in attributes if own.get("grad_checkpointing")]
+    changes = [(own, "grad_checkpointing", False) for own in attributes]
+    changes += [(own, "forward", own.get("_original_forward")) for own in attributes]
+    changes = [(own, name, new) for own, name, new in changes if own.get(name) and new is not None]
+    before = [own[name] for own, name, _ in changes]
     eager = torch.compiler.set_stance("force_eager")
     with evaluating(model), sdpa_kernel(SDPBackend.MATH), eager:
         try:
-            for own in checkpointing:
-                own["grad_checkpointing"] = False
+            for own, name, new in changes:
+                own[name] = new
             yield
         finally:
-            for own in checkpointing:
-                own["grad_checkpointing"] = True
+            for (own, name, _), old in zip(changes, before, strict=True):
+                own[name] = old
 
 
 def check_differences(model: nn.Module) -> None:

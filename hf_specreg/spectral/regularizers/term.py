@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_specreg.ranges import require
 
 # images, labels, features -> 0-d
 Compute = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]
+CLASSES = (torch.int64, torch.uint8)  # of a label, as the cross-entropy takes them
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
 
 
@@ -132,3 +134,39 @@ class Regularizer:
         """
         strength = self.strength if step is None else self.strength_at(step)
         return strength * self.compute(images, labels, features)
+
+
+def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: bool) -> None:
+    """Raise if a term of the data cannot be taken of a batch, without waiting for the device.
+
+    Args:
+        name: of the term, in the error.
+        images: [B, C, H, W], floating point.
+        labels: [B], classes; asked for `of_labels` only.
+        of_labels: whether the term is of the labels.
+
+    Raises:
+        RuntimeError: no gradient is recorded here.
+        ValueError: the images are integers, or the labels are not there or no classes.
+    """
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} would be a loss term without a gradient under torch.no_grad or "
+            "torch.inference_mode: call it in training only"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"{name} is of images as the model takes them, in floating point, and these are "
+            f"{images.dtype}: divide pixels of 0 to 255 by 255, and normalise them where the "
+            "model does not"
+        )
+    if not of_labels:
+        return
+    if labels is None:
+        raise ValueError(f"{name} is of the labels: pass those of the images as labels")
+    if labels.dtype not in CLASSES or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} is of one class an image, {len(images)} labels of int64, and these are "
+            f"{tuple(labels.shape)} of {labels.dtype}: convert them with .long(), or pass those "
+            "from before mixup"
+        )

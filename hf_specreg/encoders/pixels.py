@@ -1,0 +1,109 @@
+"""Images as [0, 1] pixels, which strengths and distances are in, however a model takes them.
+
+A network is fed z = (x - mean) / std of images x in [0, 1]. Of the function x' -> f(x' / std) at
+x' = std z, which is x but for a constant, every derivative and difference is per [0, 1] pixel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.trace import call
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_pixels(space: FeatureSpace, pixel_std: float | Sequence[float] | None) -> FeatureSpace:
+    """Return the feature space of the same network, whose model takes a `PixelModel`'s pixels.
+
+    Args:
+        space: of a model on images as it takes them.
+        pixel_std: as for `find_pixel_std`.
+
+    Raises:
+        ValueError: as for `find_pixel_std`.
+    """
+    std = find_pixel_std(space.model, space.input_size[0], pixel_std)
+    return replace(space, model=PixelModel(space.model, std))
+
+
+def find_pixel_std(
+    model: nn.Module, channels: int, pixel_std: float | Sequence[float] | None = None
+) -> tuple[float, ...] | None:
+    """Return by what a model's images were divided, per channel; None: they are in [0, 1].
+
+    Args:
+        model: without what is put around it for training.
+        channels: of its images.
+        pixel_std: what it was, in [0, 1] pixels: a number, or one of each channel. Default: of a
+            timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing.
+
+    Raises:
+        ValueError: it is not known and not given, out of range, of another number of channels, or
+            given for a model that divides by it itself.
+    """
+    name = type(model).__name__
+    inside = getattr(type(model), "takes_pixels", False)
+    if pixel_std is None:
+        stated = (getattr(model, "pretrained_cfg", None) or {}).get("std")
+        if not inside and not stated:
+            raise ValueError(
+                f"{name} does not say how its images are normalised, and this term is per [0, 1] "
+                "pixel: pass pixel_std=processor.image_std, or pixel_std=1 for images in [0, 1]"
+            )
+        return None if inside else for_channels(stated, channels)
+    if inside:
+        raise ValueError(
+            f"{name} takes images in [0, 1] and normalises them itself: leave pixel_std out"
+        )
+    values = tuple(pixel_std) if hasattr(pixel_std, "__len__") else (pixel_std,) * channels
+    if len(values) != channels or not all(0 < value <= 1 for value in values):
+        raise ValueError(
+            f"pixel_std ({pixel_std}) must be a number in (0, 1], or one of each of the {channels} "
+            "channels: that of images in [0, 1]"
+        )
+    return values
+
+
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """The values; or their mean for each channel, where the number of channels is another."""
+    values = tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+class PixelModel(nn.Module):
+    """A model on images in [0, 1] pixels, but for a constant, and in float32 at the least.
+
+    Args:
+        model: any.
+        std: by what its images were divided, per channel; None: they are in [0, 1].
+
+    Attributes:
+        wraps: the attribute that holds the model; see `encoders/modules.py`.
+    """
+
+    wraps = "model"
+
+    def __init__(self, model: nn.Module, std: Sequence[float] | None):
+        super().__init__()
+        self.model = model
+        self.std = None if std is None else torch.tensor(std).reshape(-1, 1, 1)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images [B, C, H, W], as the model takes them, in pixels."""
+        images = images.float() if images.dtype in HALF else images
+        if self.std is None:
+            return images
+        self.std = self.std.to(images)  # copied to the device once
+        return images * self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Run the model on [B, C, H, W] of `pixels`; on weights of half precision as float32."""
+        images = pixels if self.std is None else pixels / self.std
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        wide = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
+        return functional_call(self.model, wide, (images,)) if wide else call(self.model, images)

@@ -1,0 +1,104 @@
+"""Derivatives per [0, 1] pixel, whatever normalised images a model takes."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import ViTForImageClassification
+
+from hf_specreg import InputGradientPenalty, SensitivityPenalty
+from hf_specreg.encoders.pixels import find_pixel_std
+from tests.tiny import images, tiny, vit_config
+
+STD = (0.25,)
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+def pixel_model(name="mlp_2000"):
+    """A SpecRegModel that normalises by STD, with a network that says another one."""
+    encoder = tiny(name, pixel_mean=(0.1,), pixel_std=STD).eval()
+    encoder.network.pretrained_cfg["std"] = (0.5,) * 3
+    return encoder
+
+
+@pytest.mark.parametrize("by", ["double_backprop", "finite_difference"])
+@pytest.mark.parametrize("kind", [InputGradientPenalty, SensitivityPenalty])
+def test_of_a_network_on_normalised_images_it_is_that_of_the_whole_model_on_pixels(kind, by):
+    encoder = pixel_model()
+    labels = [LABELS] if kind is InputGradientPenalty else []
+    expected = kind(encoder, strength=1, by=by)(images(), *labels)
+    penalty = kind(encoder.network, strength=1, by=by, pixel_std=STD)
+    found = penalty(encoder.normalize(images()), *labels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert penalty.space.model is encoder.network
+
+
+def test_timm_says_by_what_images_were_divided_and_an_argument_overrides_it():
+    network = pixel_model().network
+    norms = {
+        std: InputGradientPenalty(network, strength=1, pixel_std=std)(images(), LABELS)
+        for std in (None, 0.5, 1)
+    }
+    torch.testing.assert_close(norms[None], norms[0.5])
+    torch.testing.assert_close(norms[None], 2 * norms[1])
+    colour = timm.create_model("test_vit", img_size=32)
+    assert find_pixel_std(colour, 3) == tuple(colour.pretrained_cfg["std"])
+    assert find_pixel_std(colour, 3, np.array([0.1, 0.2, 0.3])) == (0.1, 0.2, 0.3)
+
+
+def own():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 3))
+
+
+def of_transformers():
+    return ViTForImageClassification(vit_config(num_labels=3))
+
+
+@pytest.mark.parametrize(("make", "head"), [(own, "2"), (of_transformers, None)])
+@pytest.mark.parametrize("kind", [InputGradientPenalty, SensitivityPenalty])
+def test_models_that_do_not_say_it_must_be_told(make, head, kind):
+    known = {"strength": 1, "head": head, "input_size": (1, 8, 8)}
+    with pytest.raises(ValueError, match=r"how its images are normalised.*processor\.image_std"):
+        kind(make(), **known)
+    assert kind(make(), **known, pixel_std=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (58.4, r"pixel_std \(58.4\) must be a number in \(0, 1\]"),
+        (0, r"pixel_std \(0\) must be"),
+        ((0.2, 0.3), r"one of each of the 1 channels"),
+    ],
+)
+def test_a_deviation_that_cannot_be_is_named(given, says):
+    with pytest.raises(ValueError, match=says):
+        find_pixel_std(own(), 1, given)
+
+
+def test_a_model_that_normalises_itself_is_not_told():
+    with pytest.raises(ValueError, match=r"SpecRegModel takes images in \[0, 1\].*leave pixel_std"):
+        InputGradientPenalty(tiny(), strength=1, pixel_std=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny, of_transformers])
+def test_of_weights_in_half_precision_it_is_computed_in_float32(make, dtype):
+    """Against the same weights, as rounded, in float32."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    given = {} if make is tiny else {"pixel_std": 0.5}
+    found = InputGradientPenalty(model, strength=1, **given)(images().to(dtype), LABELS)
+    found.backward()
+    weights = dict(model.named_parameters())
+    assert any(p.grad is not None and p.grad.norm() > 0 for p in weights.values())
+    assert all(p.dtype == dtype for p in weights.values())
+    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    model.zero_grad()
+    model.float()
+    expected = InputGradientPenalty(model, strength=1, **given)(images().to(dtype).float(), LABELS)
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad.to(dtype), msg=name)
