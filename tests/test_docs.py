@@ -62,6 +62,10 @@ RUN_BY = {
         f"{HERE}::test_what_is_saved_loads_as_shown",
         "tests/hub/test_snippets.py::test_from_an_encoder_on_the_hub_to_one_of_your_own",
     ],
+    "scale.md": [
+        "tests/spectral/test_sharding.py::test_a_sharded_loop_is_that_of_whole_weights_and_resumes"
+    ]
+    * 3,
     "zoo.md": ["tests/hub/test_notebook.py::test_a_picture_is_attacked_as_shown"],
 }
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 
@@ -11,7 +12,17 @@ def merged(network: nn.Module) -> nn.Module:
     """Return the network with LoRA merged, parametrizations computed and weights contiguous.
 
     A network that needs none of it is returned as it is, else a copy.
+
+    Raises:
+        ValueError: the weights are sharded.
     """
+    if any(isinstance(p, DTensor) for p in network.parameters()):
+        raise ValueError(
+            f"{type(network).__name__} holds only one process's part of its weights: gather them "
+            "by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), and load them into a copy of the "
+            "model that was made before fully_shard, to be saved"
+        )
     adapted = any(
         hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
         for m in network.modules()

@@ -1,12 +1,9 @@
 """Trains small networks with sharded weights (FSDP2) and with whole ones, and compares.
 
-    python -m torch.distributed.run --nproc_per_node 2 sharded.py RESULT
-
 The differences of weights and of sigmas, the largest over all, are left in RESULT as JSON.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import timm
@@ -66,9 +63,9 @@ def train(network, *, rank=0, processes=1, layout=None, fold_norm=False):
     return weights, value.item(), penalty.sigmas()
 
 
-def main(result):
+def main(arguments):
     """Compare all layouts of all networks."""
-    torch.set_num_threads(1)
+    (result,) = arguments
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     found = {}
@@ -87,7 +84,3 @@ def main(result):
     if rank == 0:
         Path(result).write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,21 +1,18 @@
 """Layers shared out over processes, and sharded weights."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
+from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.spectral.sharding import Rows, block_products, scaled, shares
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+from tests.processes import run
+from tests.tiny import tiny
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30), st.integers(1, 8))
@@ -63,11 +60,7 @@ def test_a_kernel_with_its_channels_last_is_read_in_the_order_of_memory():
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
     result = tmp_path_factory.mktemp("sharded") / "differences.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(HERE / "sharded.py"), str(result)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run("tests.spectral.sharded", str(result))
     return json.loads(result.read_text())
 
 
@@ -82,19 +75,47 @@ def test_sharded_weights_train_to_those_of_one_process(differences, network, lay
     assert found["sigmas"] < 1e-4  # converged to a residual of 1e-3
 
 
-def test_a_model_that_is_sharded_already_is_an_error_with_the_remedy(monkeypatch):
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+def test_a_sharded_loop_is_that_of_whole_weights_and_resumes(tmp_path):
+    """On two processes, by the snippets of docs/scale.md: the weights of DistributedDataParallel
+    after 20 steps, those of the run that was not stopped, and a folder of whole ones."""
+    run("tests.spectral.sharded_loop", str(tmp_path))
+    found = {f.stem: load_file(f) for f in tmp_path.glob("*.safetensors")}
+    moved = [(found["half"][n] - w).abs().max() for n, w in found["sharded"].items()]
+    assert min(moved) > 0
+    for name, weight in found["whole"].items():
+        torch.testing.assert_close(found["sharded"][name], weight, rtol=0, atol=1e-5, msg=name)
+        assert torch.equal(found["resumed"][name], found["sharded"][name]), name
+    saved = dict(SpecRegModel.from_pretrained(tmp_path / "encoder").named_parameters())
+    assert saved.keys() == found["half"].keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in found["half"].items())
 
-    from hf_specreg import SpectralPenalty
+
+@pytest.fixture
+def alone():
+    """A mesh of this process alone."""
+    from torch.distributed.tensor import init_device_mesh
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
-    try:
-        net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
-        mesh = init_device_mesh("cpu", (1,))
-        net[1].weight = nn.Parameter(DTensor.from_local(net[1].weight.data, mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match=r"before .*fully_shard"):
-            SpectralPenalty(net, head="2", input_size=(3, 2, 2))
-    finally:
-        torch.distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_is_sharded_already_is_an_error_with_the_remedy(alone):
+    from torch.distributed.tensor import DTensor, Shard
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+    net[1].weight = nn.Parameter(DTensor.from_local(net[1].weight.data, alone, [Shard(0)]))
+    with pytest.raises(ValueError, match=r"before .*fully_shard"):
+        SpectralPenalty(net, head="2", input_size=(3, 2, 2))
+
+
+def test_a_folder_is_not_written_from_shards(alone, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny()
+    fully_shard(model, mesh=alone)
+    with pytest.raises(ValueError, match="get_model_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
