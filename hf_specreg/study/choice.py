@@ -42,7 +42,7 @@ class Choice:
         reason: why this one, or none.
         control: epochs of the best plain network that is no better, by validation accuracy; None:
             that is the one trained to the end.
-        matched: whether that one is as good, within the margin, or as good as a plain one can be.
+        matched: whether that one is as good, within the margin, or as good as a plain one gets.
     """
 
     method: str
@@ -177,9 +177,8 @@ class Results:
         return -np.inf if ratio["value"] is None else ratio["value"]
 
     def _control(self, key: Key) -> tuple[float | None, bool]:
-        """The best plain network that is no better than this one, and whether it is as good.
-
-        The plain network that is trained to the end is as good as can be, wherever it is no better.
+        """The best plain network that is no better than this one, and whether that decides: it is
+        as good within the margin, it is the one trained to the end, or no plain network is better.
         """
         goal = self.values(key, "validation", "accuracy").mean()
         known = [self.plain, *(k for k in self.keys if k[0] == STOPPED and self.whole(k))]
@@ -189,7 +188,7 @@ class Results:
             return min(reached, key=reached.get)[1], False
         best = max(below, key=below.get)
         near = goal - below[best] <= self.config.accuracy_margin + 1e-9
-        return best[1], bool(near or best == self.plain)
+        return best[1], bool(near or best == self.plain or len(below) == len(reached))
 
     def chosen(self) -> list[Cell]:
         """Return the cells that get the final attacks: the plain network's and the chosen ones."""

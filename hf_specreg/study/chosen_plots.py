@@ -54,8 +54,8 @@ def ratios(content: Mapping[str, Any]) -> tuple["Figure", str]:
     axes.set_xlabel("mean distance over that of the plain network")
     caption = (
         "Mean distance over that of the plain network (filled), and of the plain network stopped "
-        "at the accuracy of the method (open), paired, with 95 % intervals. Right of 1 is harder "
-        "to attack. Where the open mark is missing, no network stopped earlier has that accuracy."
+        "at the accuracy of the method (open), paired, with 95 % intervals. Right of 1 is "
+        "farther. Where the open mark is missing, no network stopped earlier has that accuracy."
     )
     return figure, caption
 

@@ -13,7 +13,7 @@ from hf_specreg.robustness.text import (
     points,
     table,
 )
-from hf_specreg.study.verdict import not_chosen, side, summary, verdicts
+from hf_specreg.study.verdict import not_chosen, outcome, side, summary, verdicts
 
 SPLITS = ("train", "validation", "test")
 SIGNS = {1: "+", -1: "-", 0: "0"}
@@ -54,7 +54,9 @@ def caution(content: Mapping[str, Any]) -> str:
         "are stated; each holds at 95 % by itself, and knows nothing of the choice of a strength, "
         "which was made by validation images of the same trainings. Harder is said only where the "
         "interval of the ratio lies above 1 against the plain network and against the one stopped: "
-        "trained for fewer epochs, the best that is no more accurate on validation images."
+        "trained for fewer epochs, the best that is no more accurate on validation images; where "
+        f"that one is more than {100 * content['accuracy_margin']:g} points less accurate, neither "
+        "harder nor easier is said."
     )
 
 
@@ -139,6 +141,10 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         ]
         for row in content[part]
     ]
+    if part == "table":  # what is said of a method; the final attacks may only contradict it
+        header.append("verdict")
+        for row, shown in zip(content[part], rows, strict=True):
+            shown.append("" if row["method"] == plain else outcome(row))
     return Section(title, note, header, rows)
 
 

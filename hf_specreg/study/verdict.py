@@ -1,9 +1,10 @@
 """Whether a method makes networks harder to attack at equal accuracy, in words.
 
 Harder only where the interval of the mean distance's ratio lies above 1 twice: against the plain
-network, and against the plain network stopped earlier, at the accuracy of the method. A network
-that has learnt less is often harder to attack, so that the first alone shows nothing of the method.
-Easier where either interval lies below 1. All else is no difference that was shown.
+network, and against the best plain network, stopped earlier or not, that is no more accurate. A
+network that has learnt less is often harder to attack, so that the first alone shows nothing of the
+method. Easier where either interval lies below 1. All else is no difference that was shown; and
+where that plain network is less accurate by more than the margin, nothing is known.
 """
 
 from collections.abc import Mapping
@@ -12,16 +13,18 @@ from typing import Any
 from hf_specreg.robustness.statistics import Estimate
 from hf_specreg.robustness.text import listed, number, points
 
-HARDER, EASIER, NEITHER, UNKNOWN = "harder", "easier", "no difference", "cannot be said"
+HARDER, EASIER, NEITHER = "harder", "easier", "no difference shown"
+UNMATCHED, UNKNOWN = "not known at equal accuracy", "cannot be said"
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Return what a row of the table shows: HARDER, EASIER, NEITHER, or UNKNOWN for no ratio.
-
-    A control whose accuracy is not that of the method is none.
+    """Return what a row of the table shows: HARDER, EASIER or NEITHER; UNMATCHED where there is no
+    ratio to a plain network of the method's accuracy, UNKNOWN where there is none to any.
     """
-    if row["ratio"] is None or row["ratio"]["value"] is None:
+    if not _known(row["ratio"]):
         return UNKNOWN
+    if not _known(_control_ratio(row)):
+        return UNMATCHED
     sides = [side(row["ratio"]), side(_control_ratio(row))]
     if sides == [1, 1]:
         return HARDER
@@ -30,7 +33,8 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 def summary(content: Mapping[str, Any]) -> list[str]:
     """Return which methods are harder to attack, which are not, in a line each."""
-    found: dict[str, list[str]] = {shown: [] for shown in (HARDER, NEITHER, EASIER, UNKNOWN)}
+    order = HARDER, NEITHER, EASIER, UNMATCHED, UNKNOWN
+    found: dict[str, list[str]] = {shown: [] for shown in order}
     for row in _compared(content):
         found[outcome(row)].append(at_strength(row))
     found[UNKNOWN] += [entry["method"] for entry in not_chosen(content)]
@@ -38,6 +42,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         HARDER: "Harder to attack than the plain network at equal accuracy",
         NEITHER: "No difference shown",
         EASIER: "Easier to attack",
+        UNMATCHED: "Not known at equal accuracy, until there are stopped_epochs nearer to it",
         UNKNOWN: "Not compared at equal accuracy",
     }
     return [
@@ -81,6 +86,8 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
             if side(ratio) < 0
         ]
         said = f"{name} is easier to attack than {listed(worse)}"
+    elif shown == UNMATCHED:
+        said = f"Whether {name} is harder to attack is not known at equal accuracy"
     else:
         said = f"No difference between {name} and the plain network is shown at equal accuracy"
     parts = [
@@ -112,6 +119,10 @@ def _control_ratio(row: Mapping[str, Any]) -> Estimate | None:
     return control["ratio"] if control and control["matched"] else None
 
 
+def _known(ratio: Estimate | None) -> bool:
+    return ratio is not None and ratio["value"] is not None
+
+
 def side(ratio: Estimate | None) -> int:
     """Return 1 where the interval lies above 1, -1 below, 0 where it holds 1 or there is none."""
     if ratio is None or None in ratio["ci"]:
@@ -127,7 +138,7 @@ def _times(ratio: Estimate, network: str) -> str:
 
 def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     control = row["control"]
-    if control is None or control["ratio"] is None or control["ratio"]["value"] is None:
+    if control is None or not _known(control["ratio"]):
         return "it is not compared with the plain network stopped at its accuracy"
     epochs = "" if control["strength"] is None else f" at {control['strength']:g} epochs"
     shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
@@ -136,7 +147,7 @@ def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     if not control["matched"]:
         return (
             f"the plain network stopped{epochs} is not within the margin of its accuracy, and "
-            "decides nothing"
+            "decides nothing (stopped_epochs whose accuracy is nearer below its own would)"
         )
     return _times(control["ratio"], f"the plain network stopped{epochs}")
 

@@ -90,3 +90,15 @@ def test_a_control_that_is_much_worse_is_none(chosen):
     finally:
         ACCURACY[STOPPED, 2], ACCURACY[STOPPED, 3] = 0.893, 0.897
     assert (choice.control, choice.matched) == (1, False)
+
+
+@pytest.mark.parametrize(("accuracy", "matched"), [(0.950, True), (0.903, False)])
+def test_a_method_above_all_plain_networks_is_compared_with_the_best_of_them(
+    accuracy, matched, chosen, monkeypatch
+):
+    """Stopped networks may be better than the one trained to the end."""
+    monkeypatch.setitem(ACCURACY, (STOPPED, 2), 0.920 if matched else 0.8975)
+    monkeypatch.setitem(ACCURACY, (STOPPED, 3), 0.940)
+    monkeypatch.setitem(ACCURACY, ("none", None), 0.905)
+    choice, _ = chosen({0.1: 0.5, 0.2: 0.5, 0.3: accuracy})
+    assert (choice.control, choice.matched) == ((3, True) if matched else (2, False))

@@ -6,7 +6,17 @@ import pytest
 from hf_specreg.robustness.text import number, percent
 from hf_specreg.study.result import Study
 from hf_specreg.study.text import sections, to_markdown
-from hf_specreg.study.verdict import EASIER, HARDER, NEITHER, UNKNOWN, outcome, verdict, verdicts
+from hf_specreg.study.verdict import (
+    EASIER,
+    HARDER,
+    NEITHER,
+    UNKNOWN,
+    UNMATCHED,
+    outcome,
+    summary,
+    verdict,
+    verdicts,
+)
 
 ABOVE, AROUND, BELOW = (
     {"value": 1.2, "ci": [1.1, 1.3]},
@@ -30,16 +40,18 @@ def row_of(content, method="jacobian"):
         (ABOVE, AT_ONE, True, NEITHER),
         (AROUND, ABOVE, True, NEITHER),
         (AROUND, AROUND, True, NEITHER),
-        (ABOVE, ABOVE, False, NEITHER),
-        (ABOVE, None, True, NEITHER),
-        (ABOVE, NOTHING, True, NEITHER),
+        (ABOVE, ABOVE, False, UNMATCHED),
+        (AROUND, ABOVE, False, UNMATCHED),
+        (BELOW, BELOW, False, UNMATCHED),
+        (ABOVE, None, True, UNMATCHED),
+        (ABOVE, NOTHING, True, UNMATCHED),
         (ALONE, ALONE, True, NEITHER),
         (BELOW, ABOVE, True, EASIER),
         (ABOVE, BELOW, True, EASIER),
-        (ABOVE, BELOW, False, NEITHER),
+        (ABOVE, BELOW, False, UNMATCHED),
         (AROUND, BELOW, True, EASIER),
         (BELOW, BELOW, True, EASIER),
-        (BELOW, None, True, EASIER),
+        (BELOW, None, True, UNMATCHED),
         (NOTHING, ABOVE, True, UNKNOWN),
         (None, ABOVE, True, UNKNOWN),
     ],
@@ -55,7 +67,26 @@ def test_harder_needs_both_intervals_above_one(content, plain, control, matched,
     )
     assert ("is easier to attack than" in said) == (shown == EASIER)
     assert ("No difference between jacobian at 0.01" in said) == (shown == NEITHER)
+    assert ("is not known at equal accuracy" in said) == (shown == UNMATCHED)
     assert ("cannot be said" in said) == (shown == UNKNOWN)
+
+
+def test_what_is_not_known_at_equal_accuracy_is_said_everywhere_with_its_remedy(content):
+    row = next(row for row in content["table"] if row["method"] == "jacobian")
+    row["ratio"] = row["control"]["ratio"] = BELOW
+    row["control"]["matched"] = False
+    listed = [said for said in summary(content) if "jacobian" in said]
+    assert listed == [
+        "Not known at equal accuracy, until there are stopped_epochs nearer to it: "
+        "jacobian at 0.01."
+    ]
+    assert "stopped_epochs whose accuracy is nearer below its own would" in verdict(row, content)
+    equal = sections(content)["distances"]
+    shown = {r[0]: r[equal.header.index("verdict")] for r in equal.rows}
+    assert shown["jacobian"] == UNMATCHED
+    assert shown["none"] == ""
+    assert {outcome(row) for row in content["table"][1:]} == set(shown.values()) - {""}
+    assert "verdict" not in sections(content)["final"].header
 
 
 def test_a_method_is_easier_than_what_its_interval_says(content):
@@ -68,10 +99,12 @@ def test_a_method_is_easier_than_what_its_interval_says(content):
     assert "than the plain network and the plain network stopped at its acc" in verdict(
         row, content
     )
-    row["control"] = None
+    row["control"]["ratio"] = AROUND
     said = verdict(row, content)
     assert "easier to attack than the plain network: the mean" in said
     assert "0.800 (0.700 to 0.900) times that of the plain network (nearer)" in said
+    row["control"] = None
+    said = verdict(row, content)
     assert "not compared with the plain network stopped at its accuracy" in said
 
 
