@@ -1,7 +1,7 @@
 """Train, attack and describe a small zoo of encoders, each a configuration of recipes/zoo.yaml.
 
     make zoo [MNIST=FOLDER] [CIFAR10=FOLDER]
-    python recipes/zoo.py --data '{mnist: FOLDER}' --only '[digits-simclr]'
+    python recipes/zoo.py --data '{mnist: FOLDER}' --only '[mnist-simclr]'
 
 The same command goes on where it was stopped. An encoder's run and report are in OUTPUT/NAME/, its
 card in CARDS/NAME/, the page of all beside CARDS; OUTPUT/zoo.yaml is what `hf-specreg publish-zoo
@@ -199,9 +199,14 @@ def make_zoo(
     zoo = Zoo(entries, evaluation, data or {}, settings or {}, Path(output), Path(cards))
     known = {"digits", *zoo.data}
     asked = [name for name in entries if not only or name in only]
-    chosen = [name for name in asked if entries[name].data in known]
-    if left := [name for name in asked if name not in chosen]:
+    left: list[str] = []
+    for name in asked:
+        entry = entries[name]
+        if entry.data not in known or {entry.start, entry.baseline} & {*left}:
+            left.append(name)
+    if left:
         print(f"left out, as their data are not given: {', '.join(left)}")
+    chosen = [name for name in asked if name not in left]
     zoo.check(chosen)
     stated = zoo.output / ZOO_FILE
     made = read_zoo(stated) if stated.is_file() else {}

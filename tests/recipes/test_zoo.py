@@ -18,6 +18,11 @@ SMALL = {
             "settings": {"penalty.strength": 0, "regularizers.sensitivity.strength": 0.1},
         },
         "elsewhere": {"config": "mnist_mlp.yaml", "data": "mnist"},
+        "moved": {
+            "config": "digits_transfer.yaml",
+            "recipe": "transfer",
+            "start": "elsewhere",
+        },
     },
 }
 TINY = {
@@ -38,12 +43,14 @@ def test_every_entry_is_a_run_and_comes_after_what_it_needs():
     names = list(known)
     for i, (name, entry) in enumerate(known.items()):
         run = made.run(name)
-        assert run.penalty.strength == 0
-        assert (run.regularizers.sensitivity.strength > 0) == name.endswith("sensitivity")
+        terms = run.regularizers
+        assert (run.penalty.strength > 0) == name.endswith(("rep-spectral", "both"))
+        assert (terms.input_gradient.strength > 0) == name.endswith(("input-gradient", "both"))
+        assert (terms.sensitivity.strength > 0) == name.endswith("sensitivity")
         assert run.data.source == data.get(entry.data, "digits")
         for needed in filter(None, (entry.start, entry.baseline)):
             assert needed in names[:i]
-            assert known[needed].data == entry.data
+            assert known[needed].data == entry.data or needed == entry.start
         if entry.start:
             assert run.model.name == f"runs/zoo/{entry.start}/run/model"
         assert entry.data in content["evaluation"]["eps"]
@@ -54,7 +61,7 @@ def test_a_zoo_is_made_once_and_can_be_listed_and_published(tmp_path, monkeypatc
     Path("small.yaml").write_text(yaml.safe_dump(SMALL))
     made = {"file": "small.yaml", "settings": TINY, "output": "out", "cards": "cards/zoo"}
     zoo.make_zoo(**made)
-    assert "left out, as their data are not given: elsewhere" in capsys.readouterr().out
+    assert "left out, as their data are not given: elsewhere, moved\n" in capsys.readouterr().out
     rows = {row["encoder"]: row for row in collect("cards/zoo")}
     assert rows["sensitive"]["method"] == "supervised, sensitivity 0.1"
     assert rows["plain"]["method"] == "supervised"
@@ -93,7 +100,7 @@ def test_what_is_not_in_the_zoo_is_named(given, message):
     ("name", "needed"),
     [
         ("digits-5to9-transferred", "digits-0to4"),
-        ("digits-simclr-sensitivity", "digits-simclr"),
+        ("mnist-to-digits-input-gradient", "mnist-supervised"),
     ],
 )
 def test_what_an_encoder_needs_is_said_in_one_line_before_it_is_trained(
