@@ -120,7 +120,8 @@ def headline(content: Mapping[str, Any]) -> str:
 
 
 def _stopped(control: Mapping[str, Any]) -> str:
-    return ratio(control["ratio"]) if control["matched"] else "none as accurate"
+    said = ratio(control["ratio"])
+    return said if control["matched"] else f"{said}, less accurate"
 
 
 def with_headline(text: str, content: Mapping[str, Any]) -> str:

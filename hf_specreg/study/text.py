@@ -55,8 +55,8 @@ def caution(content: Mapping[str, Any]) -> str:
         "which was made by validation images of the same trainings. Harder is said only where the "
         "interval of the ratio lies above 1 against the plain network and against the one stopped: "
         "trained for fewer epochs, the best that is no more accurate on validation images; where "
-        f"that one is more than {100 * content['accuracy_margin']:g} points less accurate, neither "
-        "harder nor easier is said."
+        f"that one is more than {100 * content['accuracy_margin']:g} points less accurate, harder "
+        "and easier are what both say, and all else is not known."
     )
 
 
@@ -304,5 +304,5 @@ def _control(control: Mapping[str, Any] | None) -> tuple[str, str, str]:
         return "", "", ""
     epochs = maybe("{:g} epochs, ".format, control["strength"])
     at = f"{epochs}{percent(control['accuracy']).split(' (')[0]}"
-    said = at if control["matched"] else f"{at}: not the accuracy of the method"
+    said = at if control["matched"] else f"{at}: less accurate than the method"
     return ratio(control["ratio"]), signs(control["signs"]), said

@@ -3,8 +3,11 @@
 Harder only where the interval of the mean distance's ratio lies above 1 twice: against the plain
 network, and against the best plain network, stopped earlier or not, that is no more accurate. A
 network that has learnt less is often harder to attack, so that the first alone shows nothing of the
-method. Easier where either interval lies below 1. All else is no difference that was shown; and
-where that plain network is less accurate by more than the margin, nothing is known.
+method. Easier where either interval lies below 1. All else is no difference that was shown.
+
+Where that plain network is less accurate by more than the margin, the accuracy of the method lies
+between those of two plain networks: harder or easier is then what holds against both, and all else
+is not known.
 """
 
 from collections.abc import Mapping
@@ -18,14 +21,19 @@ UNMATCHED, UNKNOWN = "not known at equal accuracy", "cannot be said"
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Return what a row of the table shows: HARDER, EASIER or NEITHER; UNMATCHED where there is no
-    ratio to a plain network of the method's accuracy, UNKNOWN where there is none to any.
+    """Return what a row of the table shows: HARDER, EASIER or NEITHER; UNMATCHED where plain
+    networks around the method's accuracy do not agree, UNKNOWN where there is no ratio to any.
     """
     if not _known(row["ratio"]):
         return UNKNOWN
-    if not _known(_control_ratio(row)):
+    control = row["control"]
+    if not (control and _known(control["ratio"])):
         return UNMATCHED
-    sides = [side(row["ratio"]), side(_control_ratio(row))]
+    sides = [side(row["ratio"]), side(control["ratio"])]
+    if not control["matched"]:
+        below = control["accuracy"]["value"] <= row["accuracy"]["value"]
+        agreed = {(1, 1): HARDER, (-1, -1): EASIER} if below else {}
+        return agreed.get(tuple(sides), UNMATCHED)
     if sides == [1, 1]:
         return HARDER
     return EASIER if -1 in sides else NEITHER
@@ -81,7 +89,7 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
             network
             for network, ratio in (
                 ("the plain network", row["ratio"]),
-                ("the plain network stopped at its accuracy", _control_ratio(row)),
+                ("the plain network stopped at its accuracy", (row["control"] or {}).get("ratio")),
             )
             if side(ratio) < 0
         ]
@@ -114,11 +122,6 @@ def at_strength(entry: Mapping[str, Any]) -> str:
     return entry["method"] if strength is None else f"{entry['method']} at {strength:g}"
 
 
-def _control_ratio(row: Mapping[str, Any]) -> Estimate | None:
-    control = row["control"]
-    return control["ratio"] if control and control["matched"] else None
-
-
 def _known(ratio: Estimate | None) -> bool:
     return ratio is not None and ratio["value"] is not None
 
@@ -144,12 +147,15 @@ def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
     if control["matched"] and control["strength"] not in shorter:
         return "the plain network has this accuracy only when it is trained to the end"
-    if not control["matched"]:
+    times = _times(control["ratio"], f"the plain network stopped{epochs}")
+    if control["matched"]:
+        return times
+    if outcome(row) == UNMATCHED:
         return (
-            f"the plain network stopped{epochs} is not within the margin of its accuracy, and "
-            "decides nothing (stopped_epochs whose accuracy is nearer below its own would)"
+            f"{times}, which is not within the margin of its accuracy (stopped_epochs whose "
+            "accuracy is nearer below its own would decide)"
         )
-    return _times(control["ratio"], f"the plain network stopped{epochs}")
+    return f"{times}, which is less accurate by more than the margin"
 
 
 def _accuracy(difference: Estimate, margin: float) -> str:

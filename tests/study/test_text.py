@@ -40,9 +40,11 @@ def row_of(content, method="jacobian"):
         (ABOVE, AT_ONE, True, NEITHER),
         (AROUND, ABOVE, True, NEITHER),
         (AROUND, AROUND, True, NEITHER),
-        (ABOVE, ABOVE, False, UNMATCHED),
+        (ABOVE, ABOVE, False, HARDER),
         (AROUND, ABOVE, False, UNMATCHED),
-        (BELOW, BELOW, False, UNMATCHED),
+        (ABOVE, AROUND, False, UNMATCHED),
+        (BELOW, AROUND, False, UNMATCHED),
+        (BELOW, BELOW, False, EASIER),
         (ABOVE, None, True, UNMATCHED),
         (ABOVE, NOTHING, True, UNMATCHED),
         (ALONE, ALONE, True, NEITHER),
@@ -73,14 +75,15 @@ def test_harder_needs_both_intervals_above_one(content, plain, control, matched,
 
 def test_what_is_not_known_at_equal_accuracy_is_said_everywhere_with_its_remedy(content):
     row = next(row for row in content["table"] if row["method"] == "jacobian")
-    row["ratio"] = row["control"]["ratio"] = BELOW
-    row["control"]["matched"] = False
+    row["ratio"], row["control"] = BELOW, {**row["control"], "ratio": ABOVE, "matched": False}
     listed = [said for said in summary(content) if "jacobian" in said]
     assert listed == [
         "Not known at equal accuracy, until there are stopped_epochs nearer to it: "
         "jacobian at 0.01."
     ]
-    assert "stopped_epochs whose accuracy is nearer below its own would" in verdict(row, content)
+    assert "stopped_epochs whose accuracy is nearer below its own would decide" in verdict(
+        row, content
+    )
     equal = sections(content)["distances"]
     shown = {r[0]: r[equal.header.index("verdict")] for r in equal.rows}
     assert shown["jacobian"] == UNMATCHED
@@ -116,7 +119,16 @@ def test_the_sentence_says_what_else_weakens_it(content):
     said = verdict(row, content)
     assert "one seed, so nothing is known of the spread between trainings" in said
     assert "-2.0 points (-3.0 to -1.0), more than the 0.5 points that were allowed" in said
-    assert "is not within the margin of its accuracy, and decides nothing" in said
+    assert "(farther), which is less accurate by more than the margin; accuracy -2.0 points" in said
+
+
+def test_a_method_lies_between_two_plain_networks_only_where_it_is_more_accurate_than_one(content):
+    row = row_of(content)
+    row["ratio"] = row["control"]["ratio"] = ABOVE
+    row["control"] |= {"matched": False, "accuracy": dict(row["accuracy"])}
+    assert outcome(row) == HARDER
+    row["control"]["accuracy"]["value"] += 0.001
+    assert outcome(row) == UNMATCHED
 
 
 def test_a_control_that_was_not_stopped_is_named_as_what_it_is(content):
