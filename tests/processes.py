@@ -19,18 +19,20 @@ from tests.forks import forks
 from tests.training import sharded_data, stock_trainers  # noqa: F401
 
 
-def run(script, *arguments, processes=2):
-    """Run a module's main on processes that meet at a free port; return what they print."""
+def run(script, *arguments, processes=2, **variables):
+    """Run a module's main on processes that meet at a free port, with variables of environment;
+    return what they print.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["ACCELERATE_USE_CPU"] = "true"
+    shared |= {"ACCELERATE_USE_CPU": "true", **variables}
     context, said = forks(), []
     for rank in range(processes):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=main, args=(script, arguments, variables, send))
+        process = context.Process(target=main, args=(script, arguments, own, send))
         process.start()
         send.close()
         said.append((process, receive))

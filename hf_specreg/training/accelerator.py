@@ -11,6 +11,7 @@ from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients
 from hf_specreg.training.memory import keep_freed_memory
 from hf_specreg.training.metrics import installed_trackers
+from hf_specreg.training.sharded import check_settings, fsdp_settings
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -33,6 +34,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=installed_trackers(config.log_with),
         project_dir=config.output_dir,
     )
+    if settings := fsdp_settings(accelerator):
+        check_settings(settings, config, mixed_precision=accelerator.mixed_precision)
     accelerator.dataloader_config.non_blocking = accelerator.device.type == "cuda"
     check_processes(accelerator, launched=int(os.environ.get("WORLD_SIZE", "1")))
     if accelerator.device.type == "cpu":
@@ -41,15 +44,16 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def check_processes(accelerator: Accelerator, *, launched: int) -> None:
-    """Raise ValueError, with what can be done instead, if the processes are not one training with
-    whole weights.
+    """Raise ValueError, with what can be done instead, if the processes are not one training whose
+    weights the penalty sees.
     """
     kind = accelerator.distributed_type
-    if kind != DistributedType.NO and not averages_gradients(accelerator):
+    fine = kind in (DistributedType.NO, DistributedType.FSDP) or averages_gradients(accelerator)
+    if not fine:
         raise ValueError(
-            f"the recipes train with DistributedDataParallel, not with {kind.value}: launch them "
-            "with --multi_gpu (distributed_type: MULTI_GPU). For FSDP2 add SpectralPenalty to a "
-            "loop of your own, before fully_shard, or use SpecRegTrainer"
+            f"the recipes train with DistributedDataParallel or FSDP2, not with {kind.value}: "
+            "launch them with --multi_gpu (distributed_type: MULTI_GPU), or where the weights, "
+            "gradients and moments are too much for a GPU with accelerate/one_node_fsdp2"
         )
     if accelerator.num_processes < launched:
         raise ValueError(

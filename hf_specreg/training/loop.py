@@ -6,6 +6,7 @@ and the penalty's vectors are in the checkpoint. So a run that is resumed gives 
 uninterrupted one, on the CPU bit for bit.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.regularizers import build_regularizers
 from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
+from hf_specreg.spectral.sharding import whole
 from hf_specreg.training.accelerator import build_accelerator
 from hf_specreg.training.adversarial import OverfittingCheck
 from hf_specreg.training.config import RunConfig
@@ -41,6 +43,7 @@ from hf_specreg.training.model import prepare_for_training
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
 from hf_specreg.training.resume import check_agreement, starting_point
+from hf_specreg.training.sharded import Shards, fsdp_settings
 from hf_specreg.training.state import RunState, recorded_settings
 
 
@@ -91,31 +94,30 @@ class TrainingLoop:
         if config.sync_batch_norm and self.accelerator.num_processes > 1:
             synchronize_batch_norms(objective)
         length = {"steps_per_epoch": self.steps_per_epoch, "epochs": config.epochs}
-        shared = averages_gradients(self.accelerator)
+        settings = fsdp_settings(self.accelerator)
+        shared = averages_gradients(self.accelerator) and not settings
         self.penalty = build_penalty(
             self.encoder, config.penalty, **length, seed=config.seed, shared=shared
         )
         self.regularizers = build_regularizers(self.encoder, config.regularizers, **length)
-        near_start = any(r.name == "l2_sp" for r in self.regularizers)
-        start_sha256 = weights_sha256(self.encoder) if near_start else None
+        start_sha256 = weights_sha256(self.encoder) if config.regularizers.l2_sp.strength else None
+        shards = Shards(objective, self.accelerator, settings) if settings else None
         optimizer = build_optimizer(objective, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, **length)
         decay = config.optimizer.ema_decay
-        self.objective, self.optimizer, self.loader, self.validation, self.test = (
-            self.accelerator.prepare(objective, optimizer, *loaders)
+        prepare = shards.prepare if shards else partial(self.accelerator.prepare, objective)
+        self.objective, self.optimizer, self.loader, self.validation, self.test = prepare(
+            optimizer, *loaders
         )
         self.state = RunState(
-            config,
-            self.accelerator,
-            self.console,
-            objective,
-            self.penalty,
-            self.optimizer,
-            scheduler,
+            *(config, self.accelerator, self.console),
+            shards.whole if shards else objective,
+            *(self.penalty, self.optimizer, scheduler),
             # Of weights that are the same on all processes, as they are once prepared.
             ema=ModelEmaV3(self.encoder, decay=decay) if decay else None,
             metadata={**(metadata or {}), "config": recorded_settings(config)},
             start_sha256=start_sha256,
+            shards=shards,
         )
         self.steps = StepLog(self.accelerator.device)
 
@@ -227,7 +229,7 @@ class TrainingLoop:
             return {}
         if not self.accelerator.sync_gradients:
             return {"gradient_norm": norm, "clipped_to": norm}
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+        norm = whole(self.accelerator.clip_grad_norm_(self.objective.parameters(), limit))
         clipped_to = (limit / norm).clamp(max=1)
         return {
             "gradient_norm": norm.nan_to_num(0, 0, 0),
@@ -321,11 +323,15 @@ class TrainingLoop:
     @torch.no_grad()
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
         """Return what `score` says of the encoder; of its averaged weights, if any."""
-        encoder = self.state.model
+        self.state.collect()
+        encoder = self.state.model.to(self.accelerator.device)
         for buffer in encoder.buffers():  # each process has its own statistics of batch norms
             buffer.copy_(broadcast(buffer))
         with evaluating(encoder), torch.compiler.set_stance("force_eager"):
-            return self.score(encoder, loader, self.accelerator)
+            scores = self.score(encoder, loader, self.accelerator)
+        if self.state.shards:
+            encoder.cpu()
+        return scores
 
     def _log_training(self, epoch: int) -> None:
         """Log the steps since the last time, having looked for a NaN among them."""

@@ -28,6 +28,7 @@ from hf_specreg.training.checkpoints import (
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError, MetricsFile
 from hf_specreg.training.objectives import Objective
+from hf_specreg.training.sharded import FILE, Shards
 
 
 def recorded_settings(config: RunConfig) -> dict[str, Any]:
@@ -46,13 +47,15 @@ class RunState:
         config: of the run.
         accelerator: of the run; holds the weights and the optimizer.
         console: to say on what has changed since a checkpoint.
-        objective: with the encoder and what else is trained, not wrapped.
+        objective: with the encoder and what else is trained, not wrapped; where weights are
+            sharded the copy that they are collected in.
         penalty: with its vectors.
         optimizer: prepared.
         scheduler: of its rates, by optimizer steps.
         ema: the encoder's averaged weights, if any.
         metadata: what `specreg.json` shall say.
         start_sha256: of the encoder's first weights, where the run keeps near them.
+        shards: the weights that are trained, where they are sharded.
 
     Attributes:
         step: optimizer steps done.
@@ -70,6 +73,7 @@ class RunState:
     ema: ModelEmaV3 | None
     metadata: dict[str, Any]
     start_sha256: str | None = None
+    shards: Shards | None = None
     step: int = 0
     best_accuracy: float = -1.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -138,7 +142,7 @@ class RunState:
                 "began with, and regularizers.l2_sp keeps the weights near it: give it back, or "
                 "name its commit as model.revision"
             )
-        self.accelerator.load_state(str(checkpoint / "state"))
+        self._load_weights(checkpoint)
         if any("lr_scale" not in group for group in self.optimizer.param_groups):
             raise CheckpointError(f"{checkpoint} is of an earlier version: start the run anew")
         vectors = load_file(checkpoint / "penalty.safetensors")
@@ -152,6 +156,18 @@ class RunState:
         if self.accelerator.is_main_process:
             self.metrics_file.cut_after(self.step)
         return progress["epoch"], progress["batch"]
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        state = checkpoint / "state"
+        if (state / FILE).is_file() != (self.shards is not None):
+            there = "whole" if self.shards else "sharded"
+            raise CheckpointError(
+                f"{checkpoint} is of a run with {there} weights: go on with it as it was launched"
+            )
+        if self.shards:
+            self.shards.load(self.optimizer, state)
+        else:
+            self.accelerator.load_state(str(state))
 
     def _check_conditions(self, checkpoint: Path, before: dict[str, Any]) -> None:
         changed = {
@@ -191,12 +207,16 @@ class RunState:
             DivergedError: a weight is not finite.
             CheckpointError: the disk is full or read-only.
         """
+        self.collect()
         self.check_weights()
         self.accelerator.wait_for_everyone()
         folder = self.output / "checkpoints"
         state = folder / ".state"
         with naming_the_last_good(folder, self.step):
-            self.accelerator.save_state(str(state))
+            if self.shards:
+                self.shards.save(self.optimizer, state)
+            else:
+                self.accelerator.save_state(str(state))
         penalty = self.penalty.state_dict()  # by all processes, which share the layers out
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
@@ -226,8 +246,13 @@ class RunState:
         }
         save_checkpoint(folder, self.step, progress, write, keep=self.config.checkpoint.keep)
 
+    def collect(self) -> None:
+        """Gather the weights in the model where they are sharded; all processes must call it."""
+        if self.shards:
+            self.shards.collect()
+
     def save_model(self, folder: Path) -> None:
-        """Write the model in the place of the one that may be there.
+        """Write the model, of weights that were collected, in the place of one that may be there.
 
         Raises:
             DivergedError: a weight is not finite.

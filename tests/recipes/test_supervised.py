@@ -43,12 +43,12 @@ def test_every_configuration_is_valid_and_its_model_can_be_built(path):
             assert build_model(config.model, [str(n) for n in range(10)]).num_classes == 10
 
 
-@pytest.mark.parametrize("name", ["one_node", "two_nodes"])
+@pytest.mark.parametrize("name", ["one_node", "one_node_fsdp2", "two_nodes"])
 def test_accelerates_configurations_are_read_and_named_in_the_docs(name):
     path = ROOT / f"recipes/configs/accelerate/{name}.yaml"
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 * config.num_machines
-    assert config.distributed_type == "MULTI_GPU"
+    assert config.distributed_type == ("FSDP" if name.endswith("fsdp2") else "MULTI_GPU")
     assert f"--config_file {path.name}" in path.read_text()
     assert f"hf-specreg configs accelerate/{name} > {path.name}" in page("training")
     assert f"--config_file {path.name}" in page("training")

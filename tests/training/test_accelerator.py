@@ -11,8 +11,7 @@ from hf_specreg.training.accelerator import check_processes
 @pytest.mark.parametrize(
     ("kind", "processes", "launched", "says"),
     [
-        ("FSDP", 2, 2, "DistributedDataParallel, not with FSDP.*FSDP2 add SpectralPenalty"),
-        ("DEEPSPEED", 2, 2, "not with DEEPSPEED"),
+        ("DEEPSPEED", 2, 2, "DistributedDataParallel or FSDP2, not with DEEPSPEED.*--multi_gpu"),
         ("NO", 1, 2, "2 processes were launched.*ACCELERATE_USE_CPU=true"),
     ],
 )
