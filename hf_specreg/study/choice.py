@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
@@ -30,6 +31,20 @@ class Attacked:
     distances: np.ndarray
     correct: np.ndarray
     reports: Sequence[RobustnessReport]
+
+    def at_half_budget(self) -> np.ndarray | None:
+        """Return what was found at half of every attack's budget, [S, n]; None where an attack does
+        not tell.
+        """
+        halves = []
+        for report in self.reports:
+            attacks = report.content["attacks"].items()
+            names = [n for n, a in attacks if "distance" in a and a["norm"] == "l2"]
+            known = [report.images.get(f"{name}/trajectory") for name in names]
+            if not names or any(trajectory is None for trajectory in known):
+                return None
+            halves.append(np.min([at_half_budget(trajectory) for trajectory in known], axis=0))
+        return np.array(halves, float)
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,13 @@ class Results:
         )
         return self.attacked(key, split, seeds), self.attacked(reference, split, seeds)
 
+    def has(self, key: Key, split: str) -> bool:
+        """Whether the attacks of a split were made on all networks of a method and strength."""
+        own = [
+            self.folder.cell(cell.name) / split / "robustness.json" for cell in self.cells_of(key)
+        ]
+        return bool(own) and all(path.exists() for path in own)
+
     def _report(self, path: Path) -> RobustnessReport:
         """The report of a cell, of the very images that the others are of."""
         if path not in self._reports:
@@ -190,7 +212,15 @@ class Results:
         near = goal - below[best] <= self.config.accuracy_margin + 1e-9
         return best[1], bool(near or best == self.plain or len(below) == len(reached))
 
+    def control(self, choice: Choice) -> Key:
+        """Return the plain network, stopped earlier or not, that a choice is compared with."""
+        return self.plain if choice.control is None else (STOPPED, choice.control)
+
     def chosen(self) -> list[Cell]:
-        """Return the cells that get the final attacks: the plain network's and the chosen ones."""
-        chosen = [(c.method, c.strength) for c in self.choices() if c.strength is not None]
-        return [cell for key in [self.plain, *chosen] for cell in self.cells_of(key)]
+        """Return the cells that get the final attacks: the plain network's, the chosen ones and
+        their controls.
+        """
+        choices = [choice for choice in self.choices() if choice.strength is not None]
+        keys = [self.plain, *((choice.method, choice.strength) for choice in choices)]
+        keys += [self.control(choice) for choice in choices]
+        return [cell for key in dict.fromkeys(keys) for cell in self.cells_of(key)]

@@ -43,7 +43,8 @@ class EvaluationConfig:
         attacks: of every cell, on validation and on test images, from each one's name to its
             settings.
         final_attacks: of the cells that are chosen and of what they are compared with, beside
-            those; on test images.
+            those; on test images. Without any there is no table of them, and masked gradients are
+            looked for all the same.
         eps: L2 radii, in [0, 1] pixels, at which robust accuracy is stated.
         validation: how many validation images are attacked.
         test: how many test images are attacked.

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_specreg.robustness.flags import is_masked
-from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.choice import Choice, Results
+from hf_specreg.study.doubts import masked
 from hf_specreg.study.verdict import side
 
 Content = dict[str, Any]
@@ -81,16 +80,9 @@ def _contradicted(table: Sequence[Content], final: Sequence[Content]) -> list[st
 
 
 def _masked(results: Results) -> list[str]:
-    """Networks on which the final attacks saw signs of masked gradients."""
-    reports = {
-        cell.label: results.folder.cell(cell.name) / "final/robustness.json"
-        for cell in results.chosen()
-    }
-    said = [
-        label
-        for label, path in reports.items()
-        if path.exists() and is_masked(RobustnessReport.load(path).content["flags"])
-    ]
+    """Networks whose gradients look masked."""
+    keys = dict.fromkeys((cell.method, cell.strength) for cell in results.chosen())
+    said = [label for key in keys for label in masked(results, key)]
     if not said:
         return []
     return [f"gradients look masked, so white-box distances may be too large: {'; '.join(said)}"]

@@ -62,6 +62,21 @@ def compared(
     return correct & reference_correct & found
 
 
+def unpaired(
+    distances: np.ndarray,
+    correct: np.ndarray,
+    reference_distances: np.ndarray,
+    reference_correct: np.ndarray,
+) -> np.ndarray:
+    """Return the (seed, image) pairs that are left out of `compared` to the one network's harm,
+    bool [S, n]: both classify the image correctly, and an adversarial image was found for one.
+    """
+    _require_pairs(distances, correct, reference_distances, reference_correct)
+    return (
+        correct & reference_correct & (np.isfinite(distances) != np.isfinite(reference_distances))
+    )
+
+
 def paired_ratio(
     distances: np.ndarray,
     correct: np.ndarray,

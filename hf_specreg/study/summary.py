@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from hf_specreg.robustness.provenance import versions
-from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.study.cells import Cell
 from hf_specreg.study.choice import Attacked, Choice, Key, Results
 from hf_specreg.study.config import STOPPED
+from hf_specreg.study.doubts import doubts
 from hf_specreg.study.flags import flags, versions_of
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
@@ -22,6 +22,7 @@ from hf_specreg.study.statistics import (
     paired_difference,
     paired_ratio,
     signs,
+    unpaired,
 )
 
 Content = dict[str, Any]
@@ -38,7 +39,11 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
     """
     config, choices = results.config, results.choices()
     table = _table(results, choices, "test", timing or {})
-    final = _table(results, choices, "final", {}) if _has_final(results) else []
+    final = _table(results, choices, "final", {}) if _has_final(results, choices) else []
+    compared_with = {choice.method: choice for choice in choices}
+    for row in table[1:]:
+        again = next((r for r in final if r["method"] == row["method"]), None)
+        row["withdrawn"] = doubts(results, compared_with[row["method"]], row, again)
     first = next((r for r in results.records.values() if r and r["status"] == "done"), None)
     data = results.cells.plain.data
     evaluation = config.evaluation
@@ -62,7 +67,9 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         "seeds": list(config.seeds),
         "attacks": {
             "cells": evaluation.attacks,
-            "final": {**evaluation.attacks, **evaluation.final_attacks},
+            "final": {**evaluation.attacks, **evaluation.final_attacks}
+            if evaluation.final_attacks
+            else {},
         },
         "attacked": {key: getattr(evaluation, key) for key in ("validation", "test", "final")},
         "eps": {"l2": list(evaluation.eps)},
@@ -162,7 +169,8 @@ def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: 
         "accuracy_difference": None,
         "distance": _distance(found),
         "distance_half_budget": _half_budget(found),
-        **dict.fromkeys(("ratio", "difference", "signs", "paired_images", "control")),
+        **dict.fromkeys(("ratio", "difference", "signs", "control")),
+        **dict.fromkeys(("paired_images", "unpaired_images")),
         "robust_accuracy": [
             {"norm": "l2", "eps": eps, **mean_over_seeds(hits)} for eps, hits in robust
         ],
@@ -196,13 +204,14 @@ def _against(results: Results, key: Key, reference: Key, split: str) -> Content:
         "difference": paired_difference(*pair),
         "signs": signs(*pair),
         "paired_images": float(compared(*pair).sum(1).mean()),
+        "unpaired_images": int(unpaired(*pair).sum()),
     }
 
 
 def _control(results: Results, key: Key, choice: Choice, split: str) -> Content | None:
-    control = results.plain if choice.control is None else (STOPPED, choice.control)
-    if split == "final" and control != results.plain:
-        return None  # which the final attacks leave out
+    control = results.control(choice)
+    if not results.has(control, split):
+        return None
     found = _against(results, key, control, split)
     del found["paired_images"]
     epochs = choice.control if choice.control is not None else results.cells.plain.epochs
@@ -216,15 +225,10 @@ def _control(results: Results, key: Key, choice: Choice, split: str) -> Content 
 
 def _half_budget(found: Attacked) -> float | None:
     """The mean distance at half of every attack's budget, where the attacks tell."""
-    halves = []
-    for report in found.reports:
-        attacks = report.content["attacks"].items()
-        names = [n for n, a in attacks if "distance" in a and a["norm"] == "l2"]
-        known = [report.images.get(f"{name}/trajectory") for name in names]
-        if not names or any(trajectory is None for trajectory in known):
-            return None
-        halves.append(np.min([at_half_budget(trajectory) for trajectory in known], axis=0))
-    half = np.array(halves)[found.correct & np.isfinite(found.distances)]
+    halves = found.at_half_budget()
+    if halves is None:
+        return None
+    half = halves[found.correct & np.isfinite(found.distances)]
     return float(half.mean()) if len(half) and np.isfinite(half).all() else None
 
 
@@ -238,9 +242,10 @@ def _measures(results: Results, key: Key, measure: str) -> Content:
     }
 
 
-def _has_final(results: Results) -> bool:
-    paths = [results.folder.cell(c.name) / "final/robustness.json" for c in results.chosen()]
-    return bool(paths) and all(path.exists() for path in paths)
+def _has_final(results: Results, choices: Sequence[Choice]) -> bool:
+    keys = [(choice.method, choice.strength) for choice in choices if choice.strength is not None]
+    known = all(results.has(key, "final") for key in [results.plain, *keys])
+    return known and bool(results.config.evaluation.final_attacks)
 
 
 def _device(results: Results) -> str:

@@ -123,7 +123,8 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         f"{attacks(content, faced)} found, over those of {images:,} test images that are "
         f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
         "that both classify correctly; its seeds: + farther, - nearer. Ratio to stopped: the same "
-        f"over {plain} trained for fewer epochs, the best that is no more accurate."
+        f"over {plain} trained for fewer epochs, the best that is no more accurate. Images: that "
+        "are compared, a seed; left out: where nothing was found for one of both networks."
     )
     header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
     header += ["ratio", "seeds", "ratio to stopped", "its seeds", "stopped at", "images"]
@@ -137,7 +138,7 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
             ratio(row["ratio"]),
             signs(row["signs"]),
             *_control(row["control"]),
-            "" if row["paired_images"] is None else f"{row['paired_images']:.0f}",
+            _pairs(row),
         ]
         for row in content[part]
     ]
@@ -296,6 +297,14 @@ def step_time(time: Mapping[str, Any] | None) -> str:
         return ""
     rounds = time["rounds"] or [time["ratio"]]
     return f"{time['ratio']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+
+
+def _pairs(row: Mapping[str, Any]) -> str:
+    """How many images are compared a seed, and how many in all are not, for which an adversarial
+    image was found of one network alone.
+    """
+    left_out = f", {row['unpaired_images']} left out" if row.get("unpaired_images") else ""
+    return maybe("{:.0f}".format, row["paired_images"]) + left_out
 
 
 def _control(control: Mapping[str, Any] | None) -> tuple[str, str, str]:

@@ -18,12 +18,16 @@ from hf_specreg.robustness.text import listed, number, points
 
 HARDER, EASIER, NEITHER = "harder", "easier", "no difference shown"
 UNMATCHED, UNKNOWN = "not known at equal accuracy", "cannot be said"
+WITHDRAWN = "withdrawn"
 
 
 def outcome(row: Mapping[str, Any]) -> str:
     """Return what a row of the table shows: HARDER, EASIER or NEITHER; UNMATCHED where plain
-    networks around the method's accuracy do not agree, UNKNOWN where there is no ratio to any.
+    networks around the method's accuracy do not agree, UNKNOWN where there is no ratio to any;
+    WITHDRAWN where something speaks against the distances.
     """
+    if row.get("withdrawn"):
+        return WITHDRAWN
     if not _known(row["ratio"]):
         return UNKNOWN
     control = row["control"]
@@ -41,7 +45,7 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 def summary(content: Mapping[str, Any]) -> list[str]:
     """Return which methods are harder to attack, which are not, in a line each."""
-    order = HARDER, NEITHER, EASIER, UNMATCHED, UNKNOWN
+    order = HARDER, NEITHER, EASIER, UNMATCHED, WITHDRAWN, UNKNOWN
     found: dict[str, list[str]] = {shown: [] for shown in order}
     for row in _compared(content):
         found[outcome(row)].append(at_strength(row))
@@ -51,6 +55,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         NEITHER: "No difference shown",
         EASIER: "Easier to attack",
         UNMATCHED: "Not known at equal accuracy, until there are stopped_epochs nearer to it",
+        WITHDRAWN: "Withdrawn, since something speaks against the distances",
         UNKNOWN: "Not compared at equal accuracy",
     }
     return [
@@ -94,11 +99,14 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
             if side(ratio) < 0
         ]
         said = f"{name} is easier to attack than {listed(worse)}"
+    elif shown == WITHDRAWN:
+        said = f"The verdict on {name} is withdrawn"
     elif shown == UNMATCHED:
         said = f"Whether {name} is harder to attack is not known at equal accuracy"
     else:
         said = f"No difference between {name} and the plain network is shown at equal accuracy"
     parts = [
+        *row.get("withdrawn", ()),
         "the mean distance of its nearest adversarial images is "
         f"{_times(row['ratio'], 'the plain network')}",
         _against_control(row, content),

@@ -162,7 +162,9 @@ class Worker:
         return f"accuracy {test['accuracy']:.2%}, mean distance {distance}"
 
     def _final(self, cell: Cell) -> Task:
-        """All attacks on fewer of the test images."""
+        """All attacks on fewer of the test images; without any final ones, those of every cell once
+        more, for the look at masked gradients that goes with them.
+        """
         config, folder = self.cells.config.evaluation, self.folder.cell(cell.name)
         attacks = {**config.attacks, **config.final_attacks}
         model = folder / "run" / self.cells.recipe.classifier

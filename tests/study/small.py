@@ -41,7 +41,7 @@ def study(output, **changes):
         output_dir=str(output),
         settings=SETTINGS,
         seeds=(0, 1),
-        stopped_epochs=(2,),
+        stopped_epochs=(3,),
         accuracy_margin=0.2,
         evaluation=EVALUATION,
     )

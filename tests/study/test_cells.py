@@ -14,7 +14,7 @@ def test_every_cell_is_the_base_with_its_method_strength_and_seed(tmp_path):
     found = cells(study(tmp_path))
     assert [(c.method, c.strength) for c in found if c.seed == 0] == [
         ("none", None),
-        (STOPPED, 2),
+        (STOPPED, 3),
         ("weight decay", 0.0001),
         ("weight decay", 0.001),
         ("rep-spectral", 0.01),
@@ -23,7 +23,7 @@ def test_every_cell_is_the_base_with_its_method_strength_and_seed(tmp_path):
     runs = {(c.method, c.strength, c.seed): c.run for c in found}
     assert runs["none", None, 1].seed == 1
     assert runs["none", None, 0].penalty.strength == 0
-    assert runs[STOPPED, 2, 0].epochs == 2
+    assert runs[STOPPED, 3, 0].epochs == 3
     assert runs["weight decay", 0.001, 0].optimizer.weight_decay == 0.001
     assert runs["rep-spectral", 0.01, 0].penalty.strength == 0.01
     assert runs["rep-spectral", 0.01, 0].optimizer == runs["none", None, 0].optimizer

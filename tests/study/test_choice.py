@@ -50,7 +50,11 @@ def test_the_farthest_of_those_within_the_margin_is_chosen(chosen):
     choice, found = chosen({0.1: 0.901, 0.2: 0.895, 0.3: 0.8949})
     assert choice.strength == 0.2
     assert "the farthest on validation images of the 2 of 3 strengths" in choice.reason
-    assert {(c.method, c.strength) for c in found.chosen()} == {("none", None), ("a", 0.2)}
+    assert {(c.method, c.strength) for c in found.chosen()} == {
+        ("none", None),
+        ("a", 0.2),
+        (STOPPED, 2),  # its control, for the final attacks to be compared with
+    }
 
 
 def test_none_is_chosen_where_all_lose_more_and_the_least_loss_is_said(chosen):
@@ -86,10 +90,12 @@ def test_the_control_is_the_best_plain_network_that_is_no_better(
 def test_a_control_that_is_much_worse_is_none(chosen):
     ACCURACY[STOPPED, 2] = ACCURACY[STOPPED, 3] = 0.899
     try:
-        choice, _ = chosen({0.1: 0.5, 0.2: 0.5, 0.3: 0.896})
+        choice, found = chosen({0.1: 0.5, 0.2: 0.5, 0.3: 0.896})
     finally:
         ACCURACY[STOPPED, 2], ACCURACY[STOPPED, 3] = 0.893, 0.897
     assert (choice.control, choice.matched) == (1, False)
+    assert found.control(choice) == (STOPPED, 1)
+    assert (STOPPED, 1) in {(cell.method, cell.strength) for cell in found.chosen()}
 
 
 @pytest.mark.parametrize(("accuracy", "matched"), [(0.950, True), (0.903, False)])

@@ -12,6 +12,7 @@ from hf_specreg.study.verdict import (
     NEITHER,
     UNKNOWN,
     UNMATCHED,
+    WITHDRAWN,
     outcome,
     summary,
     verdict,
@@ -90,6 +91,24 @@ def test_what_is_not_known_at_equal_accuracy_is_said_everywhere_with_its_remedy(
     assert shown["none"] == ""
     assert {outcome(row) for row in content["table"][1:]} == set(shown.values()) - {""}
     assert "verdict" not in sections(content)["final"].header
+
+
+def test_a_verdict_that_is_withdrawn_is_so_everywhere_with_the_reason(content):
+    row = next(row for row in content["table"] if row["method"] == "jacobian")
+    row["ratio"] = row["control"]["ratio"] = ABOVE
+    assert outcome(row) == HARDER
+    row |= {"withdrawn": ["gradients look masked (jacobian 0.01, seed 1)"], "unpaired_images": 7}
+    content = Study(content).content
+    listed = [said for said in summary(content) if "jacobian" in said]
+    assert listed == ["Withdrawn, since something speaks against the distances: jacobian at 0.01."]
+    said = verdict(row, content)
+    assert said.startswith(
+        "The verdict on jacobian at 0.01 is withdrawn: gradients look masked (jacobian 0.01, seed 1"
+    )
+    assert "harder" not in said
+    text = to_markdown(content)
+    assert f"| 870, 7 left out | {WITHDRAWN} |" in text
+    assert said in text
 
 
 def test_a_method_is_easier_than_what_its_interval_says(content):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from hf_specreg.robustness.flags import MASKED
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study import folder as study_folder
 from hf_specreg.study.cells import StudyRunError
@@ -23,11 +24,12 @@ from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import Evaluation
 from hf_specreg.study.result import Study
+from hf_specreg.study.verdict import WITHDRAWN, outcome
 from hf_specreg.study.work import Worker, check_records, expected_seconds
 from hf_specreg.training.interruption import EXIT_CODE
 from tests.forks import forks
 from tests.recipes.conftest import ENVIRONMENT, script
-from tests.study.small import cells, folder, study
+from tests.study.small import EVALUATION, cells, folder, study
 
 SECONDS = ("seconds", "versions", "output_dir", "command")
 
@@ -67,10 +69,14 @@ def test_a_study_says_what_was_found(whole):
         assert row["seeds"] == 2
         assert row["ratio"]["value"] > 0
         assert len(row["signs"]) == 2
-        assert row["control"]["strength"] in (2, 4)
+        assert row["control"]["strength"] in (3, 4)
     assert {row["method"] for row in content["final"]} == {
         row["method"] for row in content["table"]
     }
+    for row in content["final"][1:]:  # against the plain network stopped too
+        assert row["control"]["strength"] in (3, 4)
+        assert len(row["control"]["signs"]) == 2
+    assert "tangent" in content["attacks"]["final"]
     assert content["attacked"] == {"validation": 40, "test": 60, "final": 20}
 
 
@@ -135,7 +141,7 @@ def copied(whole, tmp_path, *names, **changes):
 def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(whole, tmp_path):
     methods = {"none": MethodConfig(), "fast": MethodConfig("optimizer.lr", (1e30, 0.9))}
     config = copied(
-        whole, tmp_path, "none_seed0", "stopped-earlier_2_seed0", methods=methods, seeds=(0,)
+        whole, tmp_path, "none_seed0", "stopped-earlier_3_seed0", methods=methods, seeds=(0,)
     )
     run(config, HowConfig(), "command")
     content = Study.load(tmp_path).content
@@ -233,6 +239,25 @@ def test_final_attacks_can_be_changed_and_are_then_made_anew(whole, tmp_path):
     assert report.content["attacks"]["tangent"]["settings"]["iterations"] == 3
 
 
+def test_without_final_attacks_there_is_no_table_of_them_but_masked_gradients_are_seen(
+    whole, tmp_path
+):
+    evaluation = replace(EVALUATION, final_attacks={})
+    config = copied(whole, tmp_path, evaluation=evaluation)
+    path = folder(config).cell("none_seed1") / "final/robustness.json"
+    report = json.loads(path.read_text())
+    report["flags"].append(f"{MASKED}: PGD does not improve with steps")
+    path.write_text(json.dumps(report))
+    run(config, HowConfig(report=True), "command")
+    content = Study.load(tmp_path).content
+    assert content["final"] == []
+    assert content["attacks"]["final"] == {}
+    for row in content["table"][1:]:
+        (said,) = (r for r in row["withdrawn"] if r.startswith("gradients look masked"))
+        assert "none, seed 1" in said
+        assert outcome(row) == WITHDRAWN
+
+
 def test_a_claim_ends_with_its_process(tmp_path):
     place = StudyFolder(tmp_path)
     context = forks()
@@ -267,7 +292,7 @@ def test_the_time_that_is_left_is_that_of_cells_that_are_done(whole, tmp_path):
     expected = expected_seconds(cells(config), folder(config))
     assert expected["none_seed1"] == 8.0
     assert expected["rep-spectral_0.01_seed1"] == 8.0
-    assert expected[f"{STOPPED.replace(' ', '-')}_2_seed0"] == 4.0
+    assert expected[f"{STOPPED.replace(' ', '-')}_3_seed0"] == 6.0
 
 
 def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path, capsys):

@@ -1,0 +1,96 @@
+"""What speaks against the distances that a verdict is made of, so that it is withdrawn.
+
+Distances are upper bounds: an attack that is not converged, finds nothing, or follows gradients
+that are masked, makes a network look harder to attack than it is. Where that may be so of any of
+the networks that are compared, their ratio shows nothing of the method.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hf_specreg.robustness.flags import CONVERGED, is_masked
+from hf_specreg.robustness.statistics import Estimate
+from hf_specreg.robustness.text import listed
+from hf_specreg.study.choice import Attacked, Choice, Key, Results
+from hf_specreg.study.verdict import side
+
+PLAIN, STOPPED_PLAIN = "the plain network", "the plain network stopped"
+MANY = 0.05  # of the images: found in the second half of the budget alone
+
+
+def doubts(
+    results: Results, choice: Choice, row: Mapping[str, Any], final: Mapping[str, Any] | None
+) -> list[str]:
+    """Return why the verdict on a method is withdrawn; nothing where it stands.
+
+    Args:
+        results: of the cells.
+        choice: the method's strength and its control.
+        row: of the method, by the attacks of every cell.
+        final: the same by the final attacks; None where they were not made.
+    """
+    own, control = (choice.method, choice.strength), results.control(choice)
+    networks, compared = {own: "it", results.plain: PLAIN}, [(PLAIN, row, final)]
+    if control != results.plain:
+        networks[control] = STOPPED_PLAIN
+        compared.append((STOPPED_PLAIN, row["control"], final and final["control"]))
+    found = [
+        f"for {of['unpaired_images']} images, over all seeds, something was found for it or for "
+        f"{network}, and not for both: more steps, or another attack, find the others"
+        for network, of, _ in compared
+        if of["unpaired_images"]
+    ]
+    late = [n for key, n in networks.items() if not is_converged(results.attacked(key, "test"))]
+    if late:
+        found.append(f"the attacks on {listed(late)} have not converged: more steps are needed")
+    hidden = [label for key in networks for label in masked(results, key)]
+    if hidden:
+        found.append(f"gradients look masked ({'; '.join(hidden)})")
+    found += [
+        f"by the final attacks it is the other way round: {again['ratio']['value']:.3f} times the "
+        f"distance of {network}, by those of every cell {of['ratio']['value']:.3f} times"
+        for network, of, again in compared
+        if again and is_contradicted(of["ratio"], again["ratio"])
+    ]
+    return found
+
+
+def is_contradicted(ratio: Estimate, again: Estimate) -> bool:
+    """Whether two ratios lie on different sides of 1, and the interval of one holds no 1."""
+    if ratio["value"] is None or again["value"] is None:
+        return False
+    signs = [np.sign(of["value"] - 1) for of in (ratio, again)]
+    return bool(signs[0] * signs[1] < 0 and (side(ratio) or side(again)))
+
+
+def is_converged(found: Attacked) -> bool:
+    """Whether the distances no longer fell in the second half of the attacks' budget; True where
+    the attacks do not tell.
+    """
+    halves = found.at_half_budget()
+    known = found.correct & np.isfinite(found.distances)
+    if halves is None or not known.any():
+        return True
+    half, full = halves[known], found.distances[known]
+    early = np.isfinite(half)
+    if (~early).mean() > MANY:
+        return False
+    return bool(half[early].mean() <= CONVERGED * full[early].mean())
+
+
+def masked(results: Results, key: Key) -> list[str]:
+    """Return the cells of a method and strength, for people, whose gradients look masked to the
+    attacks of every cell or to the final ones.
+    """
+    splits = [split for split in ("test", "final") if results.has(key, split)]
+    return [
+        cell.label
+        for cell in results.cells_of(key)
+        if any(
+            is_masked(report.content["flags"])
+            for split in splits
+            for report in results.attacked(key, split, [cell.seed]).reports
+        )
+    ]
