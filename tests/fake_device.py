@@ -53,10 +53,10 @@ def place(*modules):
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=DEVICE)
 
 
-def warm(penalty):
-    """Give a penalty, within `fake_device`, the vectors that its first use would find."""
+def warm(penalty, device=DEVICE):
+    """Give a penalty, within `fake_device`, the vectors that its first use would find there."""
     shapes = {n: s for stack in penalty._sum.stacks for n, s in stack.vectors.items()}
-    vectors = {name: torch.empty(shape, device=DEVICE) for name, shape in shapes.items()}
+    vectors = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
     penalty.load_state_dict({"step": 1, "uses": 1, "vectors": vectors})
 
 

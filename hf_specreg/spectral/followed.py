@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.sharding import local, shares, summed, whole
 from hf_specreg.spectral.squares import Factor, sum_of_squares
-from hf_specreg.spectral.tracking import Stack, Triplets, on_cpu, stacks
+from hf_specreg.spectral.tracking import Stack, Triplets, stacks
 
 # Layers of so many weights share a node of the graph: with more, their gradients would leave the
 # cache of a CPU with 32 MiB before they are added to the loss's. Elsewhere a node costs launches.
@@ -32,6 +32,7 @@ class FollowedSum:
         lanczos_steps: of a renewal.
         shared: share the layers out over the processes of torch.distributed.
         seed: of the vectors' first draw.
+        device: where the weights are, until a use finds them on another.
 
     Attributes:
         stacks: of the operators, by their layers' weights.
@@ -51,6 +52,7 @@ class FollowedSum:
         lanczos_steps: int,
         shared: bool,
         seed: int,
+        device: torch.device,
     ):
         self.weight = weight
         self.every = every
@@ -58,16 +60,33 @@ class FollowedSum:
         self.uses = 0
         self.stacks = stacks(operators)
         self.triplets = Triplets(
-            self.stacks, renew_every=renew_every, lanczos_steps=lanczos_steps, seed=seed
+            self.stacks,
+            renew_every=renew_every,
+            lanczos_steps=lanczos_steps,
+            seed=seed,
+            device=device,
         )
-        self._owners = self._share_out() if shared else [0] * len(self.stacks)
-        rank = dist.get_rank() if shared else 0
+        self._device = device
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Part the layers into groups and nodes, for the device that they are on."""
+        if not self.triplets.vectors:  # else each process has those of its own layers
+            self._owners = self._share_out() if self.shared else [0] * len(self.stacks)
+        rank = dist.get_rank() if self.shared else 0
         self._own = [index for index, owner in enumerate(self._owners) if owner == rank]
         groups = [[i for i in group if i in self._own] for group in self.triplets.groups]
         self.groups = [group for group in groups if group]
         sizes = [stack.shape.numel() for stack in self.stacks]
-        most = ONE_NODE if on_cpu(self.stacks) else ONE_NODE_ELSEWHERE
+        most = ONE_NODE if self._device.type == "cpu" else ONE_NODE_ELSEWHERE
         self.nodes = _in_parts(self._own, sizes, most)
+
+    def _follow_model(self, device: torch.device) -> None:
+        """Go where the model was moved to."""
+        if device != self._device:
+            self._device = device
+            self.triplets.place(device)
+            self._arrange()
 
     def _share_out(self) -> list[int]:
         """The process that works on each stack."""
@@ -82,6 +101,7 @@ class FollowedSum:
         Args:
             zero: 0, of the sum's type and where it is.
         """
+        self._follow_model(zero.device)
         weights = self._follow()
         squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
         self.uses += 1
@@ -151,6 +171,7 @@ class FollowedSum:
                     f"the vector {name!r} is {tuple(vector.shape)}, but here it is "
                     f"{tuple(expected[name])}"
                 )
+        self._follow_model(device)
         own = {name for index in self._own for name in self.stacks[index].vectors}
         kept = {n: torch.empty_like(v, device=device) for n, v in vectors.items() if n in own}
         self.uses = uses

@@ -139,8 +139,7 @@ class SpectralPenalty:
         self.scope = scope
         self.every, self.burn_in = every, burn_in
         self.renew_every, self.lanczos_steps = renew_every, lanczos_steps
-        self.fold_norm = fold_norm
-        self.fold_gradient = fold_gradient
+        self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed = seed
         self.step = 0
@@ -218,6 +217,7 @@ class SpectralPenalty:
             lanczos_steps=self.lanczos_steps,
             shared=self.shared,
             seed=self.seed,
+            device=self._device,
         )
         gains = {n.rpartition(".")[0] for norms in self._norms.values() for n in norms.names}
         beside = [self._network.get_submodule(name) for name in gains]

@@ -41,13 +41,12 @@ class SensitivityPenalty(ImagePenalty):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
-        cadences.
+        cadences, and with a warning of a single image, which has no spread.
 
         Args:
             images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
 
         Raises:
-            ValueError: there are fewer than 2 images; else, and RuntimeError, as for
-                `ImagePenalty`.
+            ValueError, RuntimeError: as for `ImagePenalty`.
         """
         return self._at(images)

@@ -48,14 +48,12 @@ class Stack:
         operators: whose parts are of equal size and make up the weight.
         shape: of the weight.
         output_shape: of each operator's u, which is [1, *output_shape].
-        device: where the weight is when it is measured.
     """
 
     weight: Callable[[], Tensor]
     operators: tuple[LinearOperator, ...]
     shape: torch.Size
     output_shape: torch.Size
-    device: torch.device
 
     @property
     def blocks(self) -> int:
@@ -104,22 +102,19 @@ def _stack(layer_weight: Callable[[], Tensor], operators: tuple[LinearOperator, 
     one, weight = operators[0], layer_weight()
     v = torch.empty(1, *one.input_shape, dtype=weight.dtype, device="meta")
     u = one.apply(torch.empty_like(one.part(weight), device="meta"), v)
-    return Stack(layer_weight, operators, weight.shape, u.shape[1:], weight.device)
+    return Stack(layer_weight, operators, weight.shape, u.shape[1:])
 
 
-def on_cpu(stacks: Sequence[Stack]) -> bool:
-    """Whether the weights are on a CPU, all or some."""
-    return any(stack.device.type == "cpu" for stack in stacks)
-
-
-def renewed_together(stacks: Sequence[Stack], *, steps: int) -> list[list[int]]:
+def renewed_together(
+    stacks: Sequence[Stack], *, steps: int, on_cpu: bool = True
+) -> list[list[int]]:
     """Return which stacks, by index, are renewed together: alike, and small enough for a cache in
     so many Lanczos steps.
     """
     kinds: dict[tuple, list[int]] = {}
     for index, stack in enumerate(stacks):
         kinds.setdefault(stack.kind, []).append(index)
-    numbers = CACHED if on_cpu(stacks) else CACHED_ELSEWHERE
+    numbers = CACHED if on_cpu else CACHED_ELSEWHERE
     groups = []
     for alike in kinds.values():
         one = stacks[alike[0]]
@@ -137,6 +132,7 @@ class Triplets:
         renew_every: steps between two renewals of a layer.
         lanczos_steps: of a renewal.
         seed: of the first vectors and of the noise.
+        device: that they are used on.
 
     Attributes:
         vectors: "<name>.u" and "<name>.v" of every operator that was used.
@@ -144,21 +140,36 @@ class Triplets:
         turns: of a stack, which of the `renew_every` steps is its turn.
     """
 
-    def __init__(self, stacks: Sequence[Stack], *, renew_every: int, lanczos_steps: int, seed: int):
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        *,
+        renew_every: int,
+        lanczos_steps: int,
+        seed: int,
+        device: torch.device,
+    ):
         self.stacks = stacks
         self.renew_every = renew_every
         self.lanczos_steps = lanczos_steps
         self.seed = seed
         self.vectors: dict[str, Tensor] = {}
-        self.groups = renewed_together(stacks, steps=lanczos_steps)
-        costs = [sum(stacks[index].cost for index in group) for group in self.groups]
-        self.turns = [0] * len(stacks)
-        turns = shares(costs, min(renew_every, len(costs)))
+        self._directions: dict[int, Tensor] = {}
+        self._noise: Tensor | None = None
+        self.place(device)
+
+    def place(self, device: torch.device) -> None:
+        """Group the stacks as is best on a device, and bring the vectors there."""
+        self.vectors = {name: vector.to(device) for name, vector in self.vectors.items()}
+        self.groups = renewed_together(
+            self.stacks, steps=self.lanczos_steps, on_cpu=device.type == "cpu"
+        )
+        costs = [sum(self.stacks[index].cost for index in group) for group in self.groups]
+        self.turns = [0] * len(self.stacks)
+        turns = shares(costs, min(self.renew_every, len(costs)))
         for group, turn in zip(self.groups, turns, strict=True):
             for index in group:
                 self.turns[index] = turn
-        self._directions: dict[int, Tensor] = {}
-        self._noise: Tensor | None = None
 
     def is_due(self, index: int, step: int, since: int) -> bool:
         """Whether a stack's turn fell on the step or the `since` - 1 before it."""

@@ -23,6 +23,7 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
 from hf_specreg.spectral.regularizers import build_regularizers
 from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
+from hf_specreg.spectral.regularizers.term import checked_loss
 from hf_specreg.spectral.sharding import whole
 from hf_specreg.training.accelerator import build_accelerator
 from hf_specreg.training.adversarial import OverfittingCheck
@@ -198,7 +199,7 @@ class TrainingLoop:
         if self.config.channels_last:
             images = with_channels_last(images)
         with self.accelerator.autocast():
-            loss = self.objective(images, labels)
+            loss = checked_loss(self.objective(images, labels), type(self.plain).__name__)
         penalty = loss.new_zeros(())
         if self.accelerator.sync_gradients and self.penalty.strength:
             self.penalty.step = self.state.step  # it has counted a step that fp16's scaler skipped
@@ -256,8 +257,7 @@ class TrainingLoop:
         self.progress.update(self.task, completed=step)
         if step % self.config.log_every == 0:
             self._log_training(epoch)
-        every = self.config.checkpoint.every_steps
-        due = every and step % every == 0
+        due = (every := self.config.checkpoint.every_steps) and step % every == 0
         if due:
             self._save_checkpoint(epoch, batch + 1)
         alone = self.accelerator.num_processes == 1

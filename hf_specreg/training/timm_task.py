@@ -26,6 +26,7 @@ from hf_specreg.encoders.model import SpecRegModel, for_channels
 from hf_specreg.encoders.modules import unwrap, without_trainers
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+from hf_specreg.spectral.regularizers.term import checked_loss
 
 logger = logging.getLogger(__name__)
 STATE = "specreg"
@@ -157,7 +158,7 @@ class _Regularized(TrainingTask):
         terms = {}
         if self.penalty is not None:
             terms["penalty"] = _Known.apply(self._value, self._gradients, *self._weights)
-        loss = result["loss"]
+        loss = checked_loss(result["loss"], type(self).__name__)
         terms |= {term.name: loss.new_zeros(()) for term in self._terms}
         with torch.autocast(loss.device.type, enabled=False):
             terms |= self._regularizers(input, target, [flat(fed)] if fed else [])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_specreg import SensitivityPenalty, SpectralPenalty
+from hf_specreg.spectral import followed, tracking
 from tests.fake_device import DEVICE, HostRead, fake_device, place, warm
 from tests.tiny import SIZE, tiny
 
@@ -34,6 +35,31 @@ def test_a_use_of_the_penalty_that_renews_every_layer_waits_for_nothing(name, fo
         for layer in penalty.layers:
             assert layer.layer_weight().device.type == DEVICE
         assert model.network.get_parameter(f"{penalty.layers[0].name}.weight").grad is not None
+
+
+@pytest.mark.parametrize("warmed", ["there", "before"])
+def test_a_penalty_that_was_made_on_the_cpu_goes_where_its_model_goes(warmed, monkeypatch):
+    """Groups and nodes are those of the device of use, and all that is kept is there."""
+    monkeypatch.setattr(tracking, "CACHED", 1)
+    monkeypatch.setattr(followed, "ONE_NODE", 1)
+    model = tiny("vit_tiny_patch16_224", depth=2)
+    penalty = SpectralPenalty(model, renew_every=2, lanczos_steps=2)
+    apart = len(penalty._sum.stacks)
+    assert len(penalty._sum.groups) == len(penalty._sum.nodes) == apart
+    with fake_device():
+        if warmed == "before":
+            warm(penalty, device="cpu")
+            assert len(penalty._sum.groups) == apart
+        place(model)
+        if warmed == "there":
+            warm(penalty)
+        for _ in range(2):
+            penalty().backward()
+        triplets = penalty._sum.triplets
+        kept = [*triplets.vectors.values(), *triplets._directions.values(), triplets._noise]
+        assert {tensor.device.type for tensor in kept} == {DEVICE}
+        assert len(penalty._sum.nodes) == 1
+        assert len(penalty._sum.groups) < apart
 
 
 def test_only_the_first_use_reads_whether_a_search_has_converged():

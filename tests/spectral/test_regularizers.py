@@ -17,6 +17,7 @@ from hf_specreg.spectral.regularizers.metric_eigenvalue import (
 )
 from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig, orthogonality
 from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
+from hf_specreg.spectral.regularizers.term import Regularizer
 from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig, volume_element
 from tests.tiny import images, tiny
 
@@ -286,3 +287,17 @@ def test_off_is_the_default_and_logits_need_a_head():
 def test_values_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         JacobianConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.ones(3), r"mine gave torch.float32 of shape \(3,\).*take the mean"),
+        (torch.tensor(1), r"mine gave torch.int64 of shape \(\)"),
+        (0.5, "mine gave float"),
+    ],
+)
+def test_what_is_no_loss_is_refused_by_name(value, said):
+    term = Regularizer("mine", 0.1, 1, 0, False, lambda *_: value)
+    with pytest.raises(ValueError, match=said):
+        term(images(2), None, ())

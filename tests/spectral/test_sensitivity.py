@@ -1,7 +1,6 @@
 """log ||J^T u|| - log spread: closed forms, the explicit Jacobian, laws; and as a penalty."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -344,11 +343,19 @@ def test_settings_out_of_range_are_named(settings, message):
         SensitivityPenalty(tiny(), strength=1, **settings)
 
 
-def test_one_image_has_no_spread():
-    penalty = SensitivityPenalty(tiny(), strength=1)
+def test_a_micro_batch_of_one_image_adds_nothing_and_the_others_theirs():
+    """As the last of an accumulated step may be; no random number is drawn for it."""
+    model = tiny()
+    penalty, other = (SensitivityPenalty(model, strength=1.0) for _ in range(2))
+    with pytest.warns(UserWarning, match="one image adds nothing.*take larger micro-batches"):
+        alone = penalty(images(1))
+    assert alone.item() == 0
+    loss = model(images(1)).square().sum()
+    (loss + alone).backward()
+    other.step = 1
+    assert torch.equal(penalty(images(4)), other(images(4)))
     with pytest.raises(ValueError, match="2 images or more, and there are 1"):
-        penalty(images(1))
-    assert math.isfinite(penalty(images(2)).item())
+        sensitivity(model.features, images(1))
 
 
 @pytest.mark.parametrize(

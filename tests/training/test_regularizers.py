@@ -27,6 +27,7 @@ from hf_specreg.training.checkpoints import CheckpointConfig
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.images import build_images
 from hf_specreg.training.model import ModelConfig, build_model
+from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.optimizer import OptimizerConfig
 from tests.tiny import ARGS, SIZE, images, tiny
 
@@ -71,6 +72,12 @@ def test_a_run_sums_them_logs_each_and_accumulation_does_not_change_the_weights(
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=1e-5)
     without = load_file(train(run(tmp_path / "without")).model_folder / "model.safetensors")
     assert (without["hidden.weight"] - one["hidden.weight"]).norm() > 1e-3
+
+
+def test_an_objective_that_gives_no_loss_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Supervised, "forward", lambda self, images, labels: self.encoder(images))
+    with pytest.raises(ValueError, match=r"Supervised gave torch.float32 of shape \(64, 10\)"):
+        train(run(tmp_path))
 
 
 def started_from(config):

@@ -76,6 +76,12 @@ def test_the_loss_has_the_penalty_and_its_gradient_and_the_rest_is_the_tasks():
     assert "penalty" not in ours(images, labels)
 
 
+def test_a_task_whose_loss_is_of_each_image_is_refused():
+    plain = ClassificationTask(network(), nn.CrossEntropyLoss(reduction="none"), verbose=False)
+    with pytest.raises(ValueError, match=r"ClassificationTask gave .* of shape \(8,\)"):
+        regularize_task(plain, penalty=PENALTY)(*batch())
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_it_enters_a_step_once_and_whole_and_is_computed_once(micro_batches):
     ours, (images, labels) = task(), batch()

@@ -30,6 +30,7 @@ Classification", NeurIPS 2018; the top singular value is that of the feature met
 arXiv:2405.17181, sec. 4.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
@@ -53,6 +54,10 @@ from hf_specreg.spectral.regularizers.term import Compute, RampedConfig
 
 FLOOR = 1e-2  # of the total spread, in the logarithms
 TINY = 1e-12  # where that is 0
+ALONE = (
+    "a batch of one image adds nothing to the sensitivity, whose spread is among images: "
+    "take larger micro-batches if this is not the last of an epoch"
+)
 
 
 def sensitivity(
@@ -201,7 +206,7 @@ class SensitivityConfig(RampedConfig):
 
     def term(self, space: FeatureSpace, *, generator: torch.Generator | None = None) -> Compute:
         """Return `sensitivity` of a batch, with the network in evaluation mode: batch norms use
-        their running statistics.
+        their running statistics. Of a single image, which has no spread, it is 0, with a warning.
 
         Args:
             space: of the model.
@@ -223,6 +228,9 @@ class SensitivityConfig(RampedConfig):
             if steps or self.by == "finite_difference":
                 check_differences(space.model)
             images = images[: self.images]
+            if len(images) < 2:
+                warnings.warn(ALONE, stacklevel=2)
+                return full_precision(images.new_zeros(()))
             no_autocast = torch.autocast(images.device.type, enabled=False)
             with derivable_twice(space.model), no_autocast:
                 return sensitivity(

@@ -19,6 +19,27 @@ CLASSES = (torch.int64, torch.uint8)  # of a label, as the cross-entropy takes t
 BURN_INS = ("burn_in_epochs", "burn_in_steps", "burn_in_fraction")
 
 
+def checked_loss(value: Tensor, name: str) -> Tensor:
+    """Return what is to be added to a loss.
+
+    Args:
+        value: 0-d, of a floating point type.
+        name: of what gave it.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        what = type(value).__name__
+        if isinstance(value, Tensor):
+            what = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(
+            f"{name} gave {what}, and a term of a loss is a 0-d tensor of a floating point type: "
+            "take the mean over images, in float32"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class RegularizerConfig:
     """A term beside the loss, and when it enters.
@@ -131,9 +152,12 @@ class Regularizer:
             labels: [B], the classes of these images; None where no term is of them.
             features: [B, D] each, that the loss was computed from, with their graph.
             step: optimizer steps before this one; default: the ramp is over.
+
+        Raises:
+            ValueError: the term is not 0-d, or not of a floating point type.
         """
         strength = self.strength if step is None else self.strength_at(step)
-        return strength * self.compute(images, labels, features)
+        return strength * checked_loss(self.compute(images, labels, features), self.name)
 
 
 def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: bool) -> None:
