@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_specreg.configs import find_config
+from hf_specreg.robustness.attacks import ATTACKS, Attack, make_attacks
 from hf_specreg.robustness.evaluate import check_settings
 from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig
 from hf_specreg.training.config import RunConfig
@@ -77,7 +78,7 @@ class Cells(Sequence[Cell]):
 
     Raises:
         StudyRunError: a key that the recipe does not have, a strength that changes nothing, a
-            method with data of its own.
+            method with data of its own, attacks without a minimum distance in L2.
     """
 
     def __init__(self, config: StudyConfig, recipe: Recipe):
@@ -87,6 +88,7 @@ class Cells(Sequence[Cell]):
             {**config.evaluation.attacks, **config.evaluation.final_attacks},
             {"l2": config.evaluation.eps},
         )
+        _check_distances(config.evaluation.attacks)
         self._cells = [
             Cell(method, strength, seed, self._of_seed(method, strength, seed))
             for seed in config.seeds
@@ -186,6 +188,20 @@ class Cells(Sequence[Cell]):
         if hasattr(run, "report"):  # the study attacks the cells itself
             run = replace(run, report=replace(run.report, samples=0))
         return run
+
+
+def _check_distances(attacks: Mapping[str, Any]) -> None:
+    """See that the attacks of every cell find what methods are compared by."""
+
+    def finds_them(attack: Attack) -> bool:
+        return attack.norm == "l2" and attack.minimum_distance
+
+    if not any(map(finds_them, make_attacks(attacks).values())):
+        known = ", ".join(name for name, attack in ATTACKS.items() if finds_them(attack))
+        raise StudyRunError(
+            f"evaluation.attacks ({', '.join(attacks) or 'none'}) find no minimum distances in L2, "
+            f"which methods are compared by: add one of {known}"
+        )
 
 
 def _plain(run: RunConfig) -> dict[str, Any]:

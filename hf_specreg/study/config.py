@@ -1,11 +1,15 @@
 """The configuration of a study: a recipe, methods with a grid of strengths each, seeds."""
 
+import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from hf_specreg.ranges import require
 
 STOPPED = "stopped earlier"
+NAME = r"[^|<>\r\n]{1,60}"  # of a method or a study: what fits into the cell of a table
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class MethodConfig:
             )
         if len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"strengths ({list(self.strengths)}) name one twice")
+        if not all(map(math.isfinite, self.strengths)):
+            raise ValueError(f"strengths ({list(self.strengths)}) must be finite")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class EvaluationConfig:
             raise ValueError("ood_classes are of the image set `ood`, and none is given")
         if set(self.attacks) & set(self.final_attacks):
             raise ValueError("final_attacks come beside attacks: name each once")
+        if not self.eps or len(set(self.eps)) < len(self.eps):
+            raise ValueError(f"eps ({list(self.eps)}) must be there, each once")
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class StudyConfig:
 
     def __post_init__(self):
         require(self, "in [0, 1]", "accuracy_margin")
+        self._check_names()
         if not self.methods or next(iter(self.methods.values())).strengths:
             raise ValueError("the first of the methods is the plain network: without strengths")
         for name, method in list(self.methods.items())[1:]:
@@ -124,6 +133,16 @@ class StudyConfig:
             raise ValueError(f"{STOPPED!r} is always there: its epochs are stopped_epochs")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds ({list(self.seeds)}) must be there, each once")
+
+    def _check_names(self) -> None:
+        """That what came out can be written down in the end."""
+        folder = Path(self.output_dir).name
+        for what, name in (("output_dir", folder), *(("methods", name) for name in self.methods)):
+            if not re.fullmatch(NAME, name):
+                raise ValueError(
+                    f"{what}: {name!r} must have 1 to 60 letters, and no |, <, > or line break: it "
+                    "stands in tables"
+                )
 
     @property
     def plain(self) -> str:

@@ -14,7 +14,7 @@ from hf_specreg.robustness.page import render, svg
 from hf_specreg.study.chosen_plots import figures
 from hf_specreg.study.plots import frontier, panels, robust_panels
 from hf_specreg.study.text import caution, facts, sections
-from hf_specreg.study.verdict import summary, verdicts
+from hf_specreg.study.verdict import cautions, summary, verdicts
 
 
 def to_html(content: Mapping[str, Any]) -> str:
@@ -37,6 +37,7 @@ def to_html(content: Mapping[str, Any]) -> str:
         summary=summary(content),
         verdicts=verdicts(content),
         caution=caution(content),
+        cautions=cautions(content),
         sections=sections(content),
         facts=facts(content),
         settings=yaml.safe_dump(content["settings"], sort_keys=False, allow_unicode=True),

@@ -24,6 +24,7 @@ from hf_specreg.study.statistics import (
     signs,
     unpaired,
 )
+from hf_specreg.study.verdict import untried
 
 Content = dict[str, Any]
 
@@ -40,6 +41,11 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
     config, choices = results.config, results.choices()
     table = _table(results, choices, "test", timing or {})
     final = _table(results, choices, "final", {}) if _has_final(results, choices) else []
+    chosen = [{k: getattr(c, k) for k in ("method", "strength", "reason")} for c in choices]
+    methods = {
+        n: {"key": m.key, "strengths": list(m.strengths), "settings": dict(m.settings)}
+        for n, m in results.cells.methods.items()
+    }
     compared_with = {choice.method: choice for choice in choices}
     for row in table[1:]:
         again = next((r for r in final if r["method"] == row["method"]), None)
@@ -74,17 +80,14 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         "attacked": {key: getattr(evaluation, key) for key in ("validation", "test", "final")},
         "eps": {"l2": list(evaluation.eps)},
         "ood": evaluation.ood,
-        "methods": {
-            n: {"key": m.key, "strengths": list(m.strengths), "settings": dict(m.settings)}
-            for n, m in results.cells.methods.items()
-        },
+        "methods": methods,
         "cells": [_cell(results, cell) for cell in results.cells],
         "frontier": [_frontier(results, key) for key in results.keys],
-        "chosen": [{k: getattr(c, k) for k in ("method", "strength", "reason")} for c in choices],
+        "chosen": chosen,
         "table": table,
         "final": final,
         "comparisons": sum(_comparisons(row) for row in table + final),
-        "flags": flags(results, choices, table, final),
+        "flags": flags(results, choices, table, final) + untried(chosen, methods),
     }
 
 

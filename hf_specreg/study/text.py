@@ -13,7 +13,7 @@ from hf_specreg.robustness.text import (
     points,
     table,
 )
-from hf_specreg.study.verdict import not_chosen, outcome, side, summary, verdicts
+from hf_specreg.study.verdict import cautions, not_chosen, outcome, side, summary, verdicts
 
 SPLITS = ("train", "validation", "test")
 SIGNS = {1: "+", -1: "-", 0: "0"}
@@ -34,9 +34,9 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     lines += [f"- {said}" for said in summary(content)]
     lines += ["", caution(content), "", "## Method by method", ""]
     lines += [f"- {said}" for said in verdicts(content)] + [""]
-    if content["flags"]:
+    if said := cautions(content):
         lines += ["## Before you believe the numbers", ""]
-        lines += [f"- {flag}" for flag in content["flags"]] + [""]
+        lines += [f"- {flag}" for flag in said] + [""]
     lines += ["## How it was made", "", "```", content["command"], "```", ""]
     lines += [f"- {name}: {said}" for name, said in facts(content)] + [""]
     for section in sections(content).values():

@@ -10,7 +10,7 @@ between those of two plain networks: harder or easier is then what holds against
 is not known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_specreg.robustness.statistics import Estimate
@@ -77,6 +77,40 @@ def not_chosen(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the entries of methods of which no strength was chosen."""
     plain = content["plain"]
     return [e for e in content["chosen"] if e["strength"] is None and e["method"] != plain]
+
+
+def cautions(content: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know before believing the numbers, in sentences."""
+    said = [*content["flags"], *untried(content["chosen"], content["methods"])]
+    return list(dict.fromkeys(said))
+
+
+def untried(
+    chosen: Sequence[Mapping[str, Any]], methods: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return of which methods the grid of strengths may be too small.
+
+    Args:
+        chosen: the method and strength of each choice.
+        methods: by name, with their "strengths".
+    """
+    alone, edge = [], []
+    for entry in chosen:
+        tried, strength = methods[entry["method"]]["strengths"], entry["strength"]
+        if len(tried) == 1:
+            alone.append(entry["method"])
+        elif strength is not None and strength in (min(tried), max(tried)):
+            beyond = "above" if strength == max(tried) else "below"
+            edge.append(f"{at_strength(entry)} ({beyond})")
+    found = []
+    if edge:
+        found.append(
+            "chosen at the edge of the strengths that were tried, beyond which others may be "
+            f"farther: {'; '.join(edge)}"
+        )
+    if alone:
+        found.append(f"one strength alone, so that others may be farther: {'; '.join(alone)}")
+    return found
 
 
 def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """A study's cells are what they claim to be, or the study does not begin."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.command import parse
-from hf_specreg.study.config import STOPPED, EvaluationConfig, MethodConfig, StudyConfig
+from hf_specreg.study.config import NAME, STOPPED, EvaluationConfig, MethodConfig, StudyConfig
 from tests.study.small import EVALUATION, METHODS, ROOT, SETTINGS, cells, study
 
 
@@ -132,6 +133,12 @@ def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch, 
         ({"seeds": (1, 1)}, "each once"),
         ({"seeds": ()}, "must be there"),
         ({"accuracy_margin": 2.0}, "accuracy_margin"),
+        ({"methods": {"none": MethodConfig(), "a|b": METHODS["rep-spectral"]}}, r"methods: 'a\|b'"),
+        ({"methods": {"<b>": MethodConfig()}}, "methods: '<b>' must have .* no |, <, > or line"),
+        ({"methods": {"a\nb": MethodConfig()}}, r"methods: 'a\\nb' must have"),
+        ({"methods": {"m" * 61: MethodConfig()}}, "must have 1 to 60 letters"),
+        ({"output_dir": "runs/a<b"}, "output_dir: 'a<b' must have"),
+        ({"output_dir": "."}, "output_dir: '' must have"),
     ],
 )
 def test_settings_that_make_no_study_are_named(changes, said, tmp_path):
@@ -148,7 +155,27 @@ def test_settings_of_parts_are_checked_too():
         EvaluationConfig(ood_classes=("cat",))
     with pytest.raises(ValueError, match="each once"):
         EvaluationConfig(final_attacks={"fmn-l2": {}})
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"strengths .* must be finite"):
+            MethodConfig("penalty.strength", (0.1, strength))
+    for eps in ((), (0.5, 1.0, 0.5)):
+        with pytest.raises(ValueError, match=r"eps .* each once"):
+            EvaluationConfig(eps=eps)
     assert StudyConfig("base", METHODS).plain == "none"
+
+
+def test_names_that_a_study_takes_are_those_that_its_format_does():
+    names = json.loads((ROOT / "hf_specreg/study/study.schema.json").read_text())["$defs"]["name"]
+    assert names["pattern"] == f"^{NAME}$"
+
+
+@pytest.mark.parametrize("attacks", [{"fmn-linf": {}}, {"pgd-l2": {}, "fmn-linf": {}}, {}])
+def test_attacks_that_find_no_distances_to_compare_by_are_refused(attacks, tmp_path):
+    wrong = replace(EVALUATION, attacks=attacks)
+    with pytest.raises(
+        StudyRunError, match=r"find no minimum distances in L2.*add one of .*fmn-l2"
+    ):
+        cells(study(tmp_path, evaluation=wrong))
 
 
 def test_the_settings_of_all_cells_can_be_nested_or_dotted(tmp_path):

@@ -7,7 +7,7 @@ from hf_specreg.study.page import to_html
 from hf_specreg.study.plots import COLOURS, MARKERS, frontier, looks, panels, picture, points_of
 from hf_specreg.study.result import Study
 from hf_specreg.study.text import facts, sections
-from hf_specreg.study.verdict import summary, verdicts
+from hf_specreg.study.verdict import cautions, summary, verdicts
 from tests.study.example import NAMES, make_content
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -82,7 +82,7 @@ def test_every_number_of_the_tables_is_on_the_page(twelve):
 def test_every_method_flag_and_sentence_is_on_the_page(twelve):
     content, text = twelve
     said = " ".join(Page(text).text.split())
-    for sentence in [*summary(content), *verdicts(content), *content["flags"], content["command"]]:
+    for sentence in [*summary(content), *verdicts(content), *cautions(content), content["command"]]:
         assert sentence in said
     for name in content["methods"]:
         assert name in said

@@ -13,6 +13,7 @@ from hf_specreg.study.verdict import (
     UNKNOWN,
     UNMATCHED,
     WITHDRAWN,
+    cautions,
     outcome,
     summary,
     verdict,
@@ -204,6 +205,26 @@ def test_what_was_tried_and_what_failed_is_told(content):
         f"- {content['flags'][0]}",
     ):
         assert said in text, said
+
+
+def test_a_grid_that_may_be_too_small_is_told_once(content):
+    for entry in content["chosen"]:
+        if entry["method"] in ("rep-spectral", "jacobian", "ll-spectral"):
+            entry["strength"] = {"rep-spectral": 1.0, "jacobian": 0.001, "ll-spectral": 0.1}[
+                entry["method"]
+            ]
+        elif entry["method"] != "metric eigenvalue":
+            entry["strength"] = None
+    content["methods"]["metric eigenvalue"]["strengths"] = [0.01]
+    edge, alone = cautions(content)[-2:]
+    assert edge == (
+        "chosen at the edge of the strengths that were tried, beyond which others may be farther: "
+        "rep-spectral at 1 (above); jacobian at 0.001 (below)"
+    )
+    assert alone == "one strength alone, so that others may be farther: metric eigenvalue"
+    content["flags"] += [edge, alone]  # as a study says itself
+    text = to_markdown(content)
+    assert text.count(edge) == text.count(alone) == 1
 
 
 def test_every_row_is_as_long_as_its_header(content):

@@ -78,6 +78,7 @@ def test_a_study_says_what_was_found(whole):
         assert len(row["control"]["signs"]) == 2
     assert "tangent" in content["attacks"]["final"]
     assert content["attacked"] == {"validation": 40, "test": 60, "final": 20}
+    assert "one strength alone, so that others may be farther: rep-spectral" in content["flags"]
 
 
 def test_numbers_are_those_of_the_reports(whole):
