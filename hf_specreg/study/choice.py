@@ -80,6 +80,7 @@ class Results:
         self.folder = folder
         self.config = cells.config
         self.records = {cell.name: folder.record(cell.name) for cell in cells}
+        self.failures = folder.failures(cell.name for cell in cells)
         self._reports: dict[Path, RobustnessReport] = {}
         self._images: dict[str, str] = {}  # hashes of those that are attacked, by split
         self.keys: list[Key] = list(dict.fromkeys((c.method, c.strength) for c in cells))
@@ -90,9 +91,11 @@ class Results:
         return [cell for cell in own if not done or self.status(cell) == "done"]
 
     def status(self, cell: Cell) -> str:
-        """Return "done", "diverged" or "missing"."""
+        """Return "done", "diverged", "failed" or "missing"."""
         record = self.records[cell.name]
-        return record["status"] if record else "missing"
+        if record is None:
+            return "failed" if cell.name in self.failures else "missing"
+        return record["status"]
 
     def whole(self, key: Key) -> bool:
         """Whether all seeds are done."""

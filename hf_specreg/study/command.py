@@ -54,6 +54,10 @@ from hf_specreg.training.interruption import EXIT_CODE
 MODULES = {"supervised": supervised, "self_supervised": self_supervised, "transfer": transfer}
 
 
+class UnfinishedError(RuntimeError):
+    """Something of a study failed; what came out of the rest is written."""
+
+
 @dataclass(frozen=True)
 class HowConfig:
     """How a study is worked on.
@@ -106,6 +110,7 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
 
     Raises:
         StudyRunError: it is not what its folder holds, or a method's settings are wrong.
+        UnfinishedError: something failed, by name and reason.
     """
     cells, folder = Cells(config, recipe_of(config)), StudyFolder(config.output_dir)
     if how.dry_run:
@@ -128,13 +133,25 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
         return None
     if how.workers == 1:
         work(*arguments[0])
+        ended = []
     else:
-        _side_by_side(arguments)
-    return write(cells, folder, command)
+        ended = _side_by_side(arguments)
+    page = write(cells, folder, command)
+    failures = folder.failures(cell.name for cell in cells).values()
+    said = [f"{failure['task']}: {failure['reason']}" for failure in failures]
+    if ended and any(folder.record(cell.name) is None for cell in cells):
+        said.append(f"workers that ended before their time: {', '.join(ended)}")
+    if said:
+        raise UnfinishedError(
+            f"{page} leaves out what failed, and the same command tries it again: {'; '.join(said)}"
+        )
+    return page
 
 
-def _side_by_side(arguments: Sequence[tuple]) -> None:
-    """Start workers and wait for them; who ends this process ends them, with a checkpoint each."""
+def _side_by_side(arguments: Sequence[tuple]) -> list[str]:
+    """Start workers and wait for them; who ends this process ends them, with a checkpoint each.
+    Return those that ended otherwise, with their exit codes.
+    """
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=work, args=own) for own in arguments]
     for worker in workers:
@@ -146,9 +163,7 @@ def _side_by_side(arguments: Sequence[tuple]) -> None:
     finally:
         for worker in workers:
             worker.terminate()
-    failed = [f"{w.name} ({w.exitcode})" for w in workers if w.exitcode]
-    if failed:
-        Console(stderr=True).print(f"ended before their time (exit code): {', '.join(failed)}")
+    return [f"{w.name} (exit code {w.exitcode})" for w in workers if w.exitcode]
 
 
 def write(cells: Cells, folder: StudyFolder, command: str) -> Path:
@@ -228,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config, how = parse(arguments)
     command = " ".join([f"{PROGRAM} study", *arguments])
-    with errors_in_one_line(CheckpointError):
+    with errors_in_one_line(CheckpointError, UnfinishedError):
         page = run(config, how, command)
     if page is not None:
         print(page)

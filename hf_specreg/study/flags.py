@@ -25,6 +25,9 @@ def flags(
     states = [results.status(cell) for cell in results.cells]
     if missing := states.count("missing"):
         found.append(f"{missing} of {len(states)} cells are not done: the same command goes on")
+    if results.failures:
+        said = (f"{failure['task']}: {failure['reason']}" for failure in results.failures.values())
+        found.append(f"failed, and tried again by the same command: {'; '.join(said)}")
     diverged = [c.label for c in results.cells if results.status(c) == "diverged"]
     if diverged:
         found.append(f"diverged, and not chosen from: {'; '.join(diverged)}")

@@ -8,7 +8,8 @@
             validation/, test/, final/    a robustness report each
             answers.npz     which images of the whole splits are classified correctly
             cell.json       what was measured: written last, so a cell that has one is done
-        timing.json         seconds of a step of each method
+            failed.json     what failed and why, until the same command has done it
+        timing.json         seconds of a step of each method; timing/failed.json as above
         study.json, ...     what came out
 
 A cell is claimed by a lock on a file, which the system takes back from a process that dies: a
@@ -17,7 +18,7 @@ the file system must know locks over nodes (NFS 4 does, Lustre where it is mount
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from hf_specreg.training.resume import differences
 # What changes no cell, or is looked at cell by cell: a cell's record has its whole configuration.
 MAY_CHANGE = ("output_dir:", "description:", "base:")
 MAY_CHANGE += ("evaluation.final", "evaluation.timing_steps:")
+FAILED = "failed.json"
 MAY_GROW = ("methods", "seeds", "stopped_epochs")  # further cells are no other study
 
 
@@ -71,6 +73,17 @@ class StudyFolder:
     def record(self, name: str) -> dict[str, Any] | None:
         """Return what was measured of a cell; None where it is not done."""
         return read_json(self.cell(name) / "cell.json")
+
+    def failures(self, cells: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return what failed and was not done since, by its folder's name, "timing" among them:
+        "task", for people, and "reason".
+
+        Args:
+            cells: the names of those that count.
+        """
+        folders = [*map(self.cell, cells), self.path / "timing"]
+        found = {folder.name: read_json(folder / FAILED) for folder in folders}
+        return {name: failure for name, failure in found.items() if failure is not None}
 
     @contextmanager
     def claimed(self, folder: Path, *, wait: bool = False) -> Iterator[bool]:

@@ -113,7 +113,7 @@ def images(results: Results) -> dict[str, np.ndarray]:
 
 
 def _cell(results: Results, cell: Cell) -> Content:
-    record = results.records[cell.name] or {}
+    record = results.records[cell.name] or results.failures.get(cell.name, {})
     kept = ("weights_sha256", "sum_sigma2", "train_seconds", "evaluate_seconds", *SPLITS)
     return {
         "method": cell.method,

@@ -242,7 +242,7 @@ def _missing(content: Mapping[str, Any]) -> Section:
     ]
     note = "Diverged cells count as tried: they stand in no mean."
     header = ["method", "strength", "seed", "cell", "reason"]
-    return Section("What diverged or is missing", note, header, rows)
+    return Section("What diverged, failed or is missing", note, header, rows)
 
 
 def _methods(content: Mapping[str, Any]) -> Section:

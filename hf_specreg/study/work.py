@@ -15,7 +15,7 @@ from hf_specreg.data.datasets import build_splits
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
-from hf_specreg.study.folder import StudyFolder, read_json, write_json
+from hf_specreg.study.folder import FAILED, StudyFolder, read_json, write_json
 from hf_specreg.study.measure import Evaluation, kept_report
 from hf_specreg.study.timing import time_methods, timed_methods
 from hf_specreg.training.checkpoints import CheckpointError
@@ -23,6 +23,7 @@ from hf_specreg.training.metrics import DivergedError
 from hf_specreg.training.probe import CollapsedError
 from hf_specreg.training.resume import MAY_CHANGE, changes_of_the_run
 
+MOST_TOLD = 500  # letters of an error
 POLL = 2.0  # seconds between two looks at cells that others have
 
 
@@ -56,20 +57,17 @@ class Worker:
         self.cells = cells
         self.folder = folder
         self.limit = limit
-        self.failed: dict[str, str] = {}
+        self.failed: set[str] = set()  # labels of tasks, which this worker does not try again
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.evaluation = Evaluation.of(cells.config.evaluation, build_splits(cells.plain.data))
 
     def run(self, chosen: Callable[[], list[Cell]]) -> None:
         """Work until nothing is left, or what is left waits for cells beyond the limit.
 
-        A cell that fails otherwise than by diverging is left for the next time.
+        What fails otherwise than by diverging is written down and left for the next time.
 
         Args:
-            chosen: the cells that get the final attacks, once all cells are done.
-
-        Raises:
-            StudyRunError: some failed, by name and reason.
+            chosen: the cells that get the final attacks, once all cells are done or failed.
         """
         count = 0
         while count != self.limit:
@@ -77,14 +75,11 @@ class Worker:
             count += outcome == "did"
             if outcome == "nothing":
                 break
-        if all(self._training(cell).done() for cell in self.cells):
+        trainings = [self._training(cell) for cell in self.cells]
+        if all(task.done() or task.label in self.failed for task in trainings):
             for tasks in ([self._final(cell) for cell in chosen()], self._timing()):
                 while self._next(tasks) != "nothing":
                     pass
-        if self.failed:
-            raise StudyRunError(
-                f"failed, and tried again by the same command: {'; '.join(self.failed.values())}"
-            )
 
     def _next(self, tasks: list[Task]) -> str:
         """Do one task: "did"; "waited" for other workers; or "nothing" is left."""
@@ -96,11 +91,14 @@ class Worker:
                 start = time.perf_counter()
                 try:
                     said = task.do()
+                    (task.folder / FAILED).unlink(missing_ok=True)
                 except (OSError, StudyRunError, CheckpointError):  # would stop the next cell too
                     raise
                 except Exception as error:
-                    said = f"failed: {error} ({type(error).__name__}, see {task.folder})"
-                    self.failed[task.label] = f"{task.label}: {error}"
+                    reason = f"{type(error).__name__}: {str(error)[:MOST_TOLD]}"
+                    said = f"failed: {reason} (see {task.folder})"
+                    self.failed.add(task.label)
+                    write_json(task.folder / FAILED, {"task": task.label, "reason": reason})
                     with (task.folder / "log.txt").open("a") as log:
                         traceback.print_exc(file=log)
                 self._say(task.label, said, time.perf_counter() - start, tasks)

@@ -19,7 +19,7 @@ from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study import folder as study_folder
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.choice import Results
-from hf_specreg.study.command import HowConfig, parse, run, work
+from hf_specreg.study.command import HowConfig, UnfinishedError, main, parse, run, work
 from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import Evaluation
@@ -156,7 +156,9 @@ def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(whole, tmp_path)
     assert not list(tmp_path.glob("cells/fast_1e+30_seed0/run/checkpoints"))
 
 
-def test_a_cell_that_fails_is_left_and_named_and_the_others_are_done(whole, tmp_path, monkeypatch):
+def test_a_cell_that_fails_is_left_and_named_and_the_others_are_told(
+    whole, tmp_path, monkeypatch, capsys
+):
     config = copied(whole, tmp_path)
     for name in ("none_seed0", "rep-spectral_0.01_seed1"):
         (folder(config).cell(name) / "cell.json").unlink()
@@ -168,15 +170,43 @@ def test_a_cell_that_fails_is_left_and_named_and_the_others_are_done(whole, tmp_
         return measure(self, model, place)
 
     monkeypatch.setattr(Evaluation, "measure", failing)
-    worker = Worker(cells(config), folder(config))
-    with pytest.raises(StudyRunError, match="none, seed 0: out of memory"):
-        worker.run(list)
+    monkeypatch.setattr("hf_specreg.study.command.parse", lambda _: (config, HowConfig()))
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'study.md'} leaves out what failed, and the same command tries" in said
+    assert "none, seed 0: RuntimeError: out of memory" in said
+    content = Study.load(tmp_path).content
+    (failed,) = (c for c in content["cells"] if c["status"] != "done")
+    assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: out of memory")
+    assert [p["seeds"] for p in content["frontier"] if p["method"] == "rep-spectral"] == [2]
+    (flag,) = (flag for flag in content["flags"] if flag.startswith("failed"))
+    assert "none, seed 0: RuntimeError: out of memory" in flag
+    row = "| none |  | 0 | failed | RuntimeError: out of memory |"
+    assert row in (tmp_path / "study.md").read_text()
     assert folder(config).record("none_seed0") is None
     assert folder(config).record("rep-spectral_0.01_seed1")["status"] == "done"
     assert "out of memory" in (folder(config).cell("none_seed0") / "log.txt").read_text()
     monkeypatch.undo()
-    run(config, HowConfig(), "command")
+    run(config, HowConfig(), "command")  # which forgets the failure
     assert table(config) == table(whole)
+
+
+def test_final_attacks_that_fail_are_named_and_the_rest_is_told(whole, tmp_path, monkeypatch):
+    config = copied(whole, tmp_path)
+    shutil.rmtree(folder(config).cell("none_seed1") / "final")
+
+    def failing(*_, **__):
+        raise RuntimeError("no gradients")
+
+    monkeypatch.setattr(Evaluation, "attack", failing)
+    with pytest.raises(UnfinishedError, match=r"all attacks on none, seed 1: RuntimeError: no gr"):
+        run(config, HowConfig(), "command")
+    content = Study.load(tmp_path).content
+    assert content["final"] == []
+    assert content["table"]
+    assert any("all attacks on none, seed 1: Runt" in flag for flag in content["flags"])
 
 
 def test_a_study_that_has_grown_counts_the_old_cells_and_chooses_anew(whole, tmp_path):
