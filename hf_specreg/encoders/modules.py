@@ -40,8 +40,9 @@ def _trained(model: nn.Module) -> nn.Module | None:
     averaged = type(model).__module__ == "timm.utils.model_ema"
     if averaged or isinstance(model, parallel | AveragedModel):
         return model.module
-    if hasattr(model, "_orig_mod"):
-        return model._orig_mod
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if hasattr(model, name):
+            return getattr(model, name)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return None

@@ -5,14 +5,16 @@ the graph (`squares.py`). Where they are shared out, each process follows its ow
 that of all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.precision import exact_float32
 from hf_specreg.spectral.sharding import local, shares, summed, whole
+from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
 from hf_specreg.spectral.squares import Factor, sum_of_squares
 from hf_specreg.spectral.tracking import Stack, Triplets, stacks
 
@@ -95,26 +97,28 @@ class FollowedSum:
         costs = [stack.cost for stack in self.stacks]
         return shares(costs, dist.get_world_size(), rounds=turns)
 
-    def value(self, zero: Tensor) -> Tensor:
+    def value(self, zero: Tensor, *, all_moved: bool = False) -> Tensor:
         """Return the sum, 0-d and differentiable; the vectors move on.
 
         Args:
             zero: 0, of the sum's type and where it is.
+            all_moved: renew all vectors now: the weights are other ones, not a few steps ahead.
         """
         self._follow_model(zero.device)
-        weights = self._follow()
+        weights = self._follow(all_moved)
         squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
         self.uses += 1
         return summed(squares) if self.shared else squares
 
-    def _follow(self) -> dict[int, Tensor]:
-        """Start the vectors of this process's layers, or renew them where it is their turn. Return
-        the weights that it took, with their graph: some are costly to compute.
+    def _follow(self, all_due: bool) -> dict[int, Tensor]:
+        """Start the vectors of this process's layers, or renew them where it is their turn, or all
+        are due. Return the weights that it took, with their graph: some are costly to compute.
         """
         step, taken = self.uses * self.every, {}
         for group in self.groups:
             started = self.triplets.has(group[0])
-            if started and not self.triplets.is_due(group[0], step, since=self.every):
+            due = all_due or self.triplets.is_due(group[0], step, since=self.every)
+            if started and not due:
                 continue
             weights = {index: self.weight(self.stacks[index]) for index in group}
             taken |= weights
@@ -138,6 +142,30 @@ class FollowedSum:
             parts.append(part)
             factors.append(Factor(direction, rows, stack.blocks, len(stack.operators)))
         return sum_of_squares(zero, factors, parts)
+
+    def converged(
+        self, weight: Callable[[Stack], Tensor], names: Collection[str], *, tolerance: float
+    ) -> dict[str, TopSingularValue]:
+        """Return layers' top singular values, iterated until converged from the warm vectors, which
+        stay as they are. Where weights are sharded, all processes must call it.
+
+        Args:
+            weight: as for the sum.
+            names: of the layers.
+            tolerance: of the relative residual.
+        """
+        generator, values = torch.Generator().manual_seed(self.triplets.seed), {}
+        with torch.no_grad(), exact_float32():
+            for stack in self.stacks:
+                matrix = whole(weight(stack))
+                for layer in stack.operators:
+                    if layer.name not in names:
+                        continue
+                    part = layer.part(matrix)
+                    v = self.triplets.vectors.get(f"{layer.name}.v")
+                    v = random_vector(layer, part, generator) if v is None else v.to(part)
+                    values[layer.name] = top_singular_value(layer, part, v, tolerance=tolerance)
+        return values
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
         """Return the vectors of all layers, of which there are none before the first use. Where

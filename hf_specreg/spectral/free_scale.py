@@ -81,7 +81,7 @@ class FreeScales:
     ):
         self._space, self._modules = space, modules
         self._found = _freed(space, modules) if at_once else None
-        self._has_warned = False
+        self._asked: set[bool] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,19 +90,22 @@ class FreeScales:
         """
         if self._found is None:
             self._found = _freed(self._space, self._modules)
-        norms = {name for by in self._found.values() for name in by}
-        network = self._space.network
-        fixed = {name for name in norms if not network.get_submodule(name).training}
+        norms = {norm for by in self._found.values() for norm in by}
+        fixed = {norm for norm in norms if not norm.training}
         return tuple(name for name, by in self._found.items() if not by & fixed)
 
     def warn_once(self) -> None:
-        """Warn, the first time, if these are more than half of the maps."""
-        if self._has_warned:
+        """Warn, once, if these are more than half of the maps: as the network is at the first use
+        in evaluation mode, and at the first in training mode.
+        """
+        training = self._space.network.training
+        if training in self._asked:
             return
-        self._has_warned = True
+        self._asked.add(training)
         names = self.names
         if 2 * len(names) <= len(self._modules):
             return
+        self._asked = {True, False}
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         warnings.warn(
             f"a norm after them makes the scale free of {len(names)} of the {len(self._modules)} "
@@ -114,8 +117,10 @@ class FreeScales:
         )
 
 
-def _freed(space: FeatureSpace, modules: Mapping[str, nn.Module]) -> dict[str, frozenset[str]]:
-    """The maps with a free scale, and the batch norms that make it so, by name; none of a network
+def _freed(
+    space: FeatureSpace, modules: Mapping[str, nn.Module]
+) -> dict[str, frozenset[nn.Module]]:
+    """The maps with a free scale by name, and the batch norms that make it so; none of a network
     that cannot be followed, as one whose weights are sharded.
     """
     dotted = {module: name for name, module in space.network.named_modules()}
@@ -147,7 +152,7 @@ class _Scaling:
     """What becomes of a network's tensors when the weight and bias of one layer are multiplied.
 
     Attributes:
-        by: names of the batch norms that undo it; None where something does not.
+        by: the batch norms that undo it; None where something does not.
     """
 
     def __init__(self, network: nn.Module, dataflow: Dataflow, name: str):
@@ -155,7 +160,7 @@ class _Scaling:
         own = {id(p) for p in dataflow.layers[name].parameters()}
         named = network.named_parameters(remove_duplicate=False)
         self._own = {n for n, parameter in named if id(parameter) in own}
-        self._norms: set[str] = set()
+        self._norms: set[nn.Module] = set()
         self._degrees: dict[int, float] = {}  # by place; 0 where there is none
         self.by = frozenset(self._norms) if self._is_undone() else None
 
@@ -248,9 +253,10 @@ class _Scaling:
             "training", given.get("use_input_stats")
         ):
             name = "".join(variance.names[:1]).rpartition(".")[0]
-            if not isinstance(self._network.get_submodule(name), nn.modules.batchnorm._NormBase):
+            norm = self._network.get_submodule(name)
+            if not isinstance(norm, nn.modules.batchnorm._NormBase):
                 return UNKNOWN  # a frozen one, of a class of its own
-            self._norms.add(name)
+            self._norms.add(norm)
         return 0
 
 

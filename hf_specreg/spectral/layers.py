@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from hf_specreg.encoders.modules import evaluating
 from hf_specreg.encoders.trace import is_adapted
 from hf_specreg.spectral.operators import Convolution, Dense, LinearOperator, TransposedConvolution
 
@@ -139,9 +140,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _weight_of(module: nn.Module, attribute: str = "weight") -> Callable[[], Tensor]:
-    """How to compute the weight that acts: parametrizations by attribute, the older hooks by
-    themselves.
+    """How to compute the weight that acts, and change nothing by it: parametrizations by attribute,
+    in evaluation mode, since spectral normalisation takes a step of its iteration at every look in
+    training; the older hooks by themselves.
     """
+    parametrized = getattr(module, "parametrizations", {})
+    if attribute in parametrized:
+
+        def at_rest() -> Tensor:
+            with evaluating(parametrized[attribute]):
+                return getattr(module, attribute)
+
+        return at_rest
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == attribute:
             return lambda: hook.compute_weight(module)

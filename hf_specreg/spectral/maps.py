@@ -141,9 +141,9 @@ def _sum_of_squares(operators: Sequence[LinearOperator]) -> float:
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> None:
     if isinstance(skip, str):
         raise ValueError(f"skip ({skip!r}) must be a sequence of names, not one string")
-    unknown = sorted(set(skip) - {name for name, _ in network.named_modules()})
+    unknown = sorted(set(skip) - {name for name, _ in network.named_modules() if name})
     if unknown:
-        raise ValueError(f"skip names no modules of {type(network).__name__}: {unknown}")
+        raise ValueError(f"skip names no modules in {type(network).__name__}: {unknown}")
 
 
 def _within(name: str, others: Sequence[str]) -> bool:

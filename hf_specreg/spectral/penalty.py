@@ -13,24 +13,27 @@ representation learning", arXiv:2405.17181. As in the authors' code, and unlike 
 """
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.ranges import require
 from hf_specreg.spectral.folding import folded
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed
-from hf_specreg.spectral.precision import exact_float32, full_precision
+from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.resolution import SeenInput
-from hf_specreg.spectral.sharding import check_whole, whole
-from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
+from hf_specreg.spectral.sharding import check_shape, check_whole
+from hf_specreg.spectral.singular import TopSingularValue
 from hf_specreg.spectral.tracking import Stack
 
 
@@ -57,10 +60,11 @@ class SpectralPenalty:
     Frozen layers add their value and no gradient. A weight that acts in several ways, shared by
     layers or used at several sizes, counts once, as the one with the largest sigma.
 
-    Making it leaves the model as it is. Its first use puts a hook on one convolution, to see that
-    images of the measured size are trained on; `detach()` takes it off. It warns there if norms
-    make the scale of most layers free (`free_scale`), which are penalised for little then. Make it
-    last: adapters, parametrizations and new layers that come after it are an error.
+    Making it leaves the model as it is. Its first use puts hooks on it, to see that images of the
+    measured size are trained on, and whether weights are loaded into it: then all vectors are
+    renewed. They go with the penalty, or by `remove_hooks()`. It warns there if norms make the
+    scale of most layers free (`free_scale`), which are penalised for little then. Make it last:
+    adapters, parametrizations and new layers that come after it are an error.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -69,9 +73,9 @@ class SpectralPenalty:
         scope: "features", the layers up to what the head is fed, or "all", with the head.
         every: one call in `every` gives the penalty, the others 0.
         burn_in: the first `burn_in` calls give 0.
+        ramp: calls after the burn-in in which the strength rises linearly from 0.
         renew_every: calls between two renewals of a layer's singular vectors. Where the weights
-            move fast, fewer follow them better and cost more: at a learning rate of 0.1 sigma of
-            ResNet-20 is 4.5 % too low with 8, 1.8 % with 4 and 0.7 % with 2 (at 0.01 0.9 % with 8).
+            move fast, fewer follow them better and cost more (`docs/penalty.md` has figures).
         lanczos_steps: of a renewal, at least 2; each is a product with W and one with W^T.
         input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own
             configuration.
@@ -115,6 +119,7 @@ class SpectralPenalty:
         scope: Literal["features", "all"] = "features",
         every: int = 1,
         burn_in: int = 0,
+        ramp: int = 0,
         renew_every: int = 8,
         lanczos_steps: int = 8,
         input_size: tuple[int, int, int] | None = None,
@@ -130,27 +135,24 @@ class SpectralPenalty:
             raise ValueError(f"scope ({scope!r}) must be 'features' or 'all'")
         if fold_gradient not in ("bounded", "exact"):
             raise ValueError(f"fold_gradient ({fold_gradient!r}) must be 'bounded' or 'exact'")
-        if min(every, renew_every, lanczos_steps - 1) < 1 or burn_in < 0:
-            raise ValueError(
-                f"every ({every}) and renew_every ({renew_every}) must be at least 1, "
-                f"lanczos_steps ({lanczos_steps}) at least 2, burn_in ({burn_in}) at least 0"
-            )
-        self.strength = strength
-        self.scope = scope
-        self.every, self.burn_in = every, burn_in
+        self.strength, self.scope = strength, scope
+        self.every, self.burn_in, self.ramp = every, burn_in, ramp
         self.renew_every, self.lanczos_steps = renew_every, lanczos_steps
+        require(self, "not negative", "burn_in", "ramp")
+        require(self, "at least 1", "every", "renew_every")
+        require(self, "at least 2", "lanczos_steps")
         self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
-        self.seed = seed
-        self.step = 0
+        self.seed, self.step = seed, 0
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
         self._network = self.space.network
         self._skip, self._split_qkv = skip, split_qkv
         self._seen = SeenInput()
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
         self._measure()
-        self._free_scales = FreeScales(
-            self.space, self._modules, at_once=strength > 0 and not fold_norm
-        )
+        may_warn = strength > 0 and not fold_norm
+        self._free_scales = FreeScales(self.space, self._modules, at_once=may_warn)
         if fold_norm:
             warn_of_unfolded([layer.name for layer in self.layers], self._norms)
 
@@ -200,6 +202,7 @@ class SpectralPenalty:
     def _measure(self) -> None:
         """Find the layers, at the size of the feature space; the vectors start anew."""
         check_whole(self._network)
+        self.remove_hooks()
         owners = linear_maps(
             self.space,
             up_to_head=self.scope == "features",
@@ -229,37 +232,45 @@ class SpectralPenalty:
         """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
         since = self.step - self.burn_in
         self.step += 1
-        self._seen.watch()
+        if not self._hooks:  # at the first use: a penalty that is only looked at puts none
+            self._hooks += [*self._seen.hooks(), *self._placed.hooks()]
         if self.strength and not self.fold_norm:
             self._free_scales.warn_once()
         if since % self.every:
             return self._zero()
-        self._seen.check(self.input_size)  # the burn-in need not end for a wrong size to be known
-        return self.value() if since >= 0 else self._zero()
+        if since >= self.ramp:
+            return self.value()
+        if since >= 0:
+            return self.value() * (since / self.ramp)
+        self._check()  # the burn-in need not end for a mistake to be known
+        return self._zero()
+
+    def _check(self) -> None:
+        self._seen.check(self.input_size)
+        self._placed.check()
 
     @torch.compiler.disable
     def value(self) -> Tensor:
-        """Return strength * sum of sigma^2, 0-d and differentiable, whatever the step; the vectors
-        move on.
+        """Return strength * sum of sigma^2, 0-d, differentiable, at any step; the vectors move on.
 
         Raises:
             ValueError: the model was trained on images of another size than the penalty measures it
                 at, or a layer was replaced or reparameterised since it was found.
         """
-        self._seen.check(self.input_size)
-        self._placed.check()
+        self._check()
+        all_moved, self._placed.loaded = self._placed.loaded, False
         # What is kept of this use takes part in the backward passes of others.
         with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
-            return self.strength * self._sum.value(self._zero())
+            return self.strength * self._sum.value(self._zero(), all_moved=all_moved)
 
     @property
     def memory(self) -> int:
         """Bytes that are kept between uses on this process; of the layers that were used yet."""
         return self._sum.triplets.memory
 
-    def detach(self) -> None:
-        """Take its hook off the model, for when the training is over."""
-        self._seen.forget()
+    def remove_hooks(self) -> None:
+        """Take its hooks off the model, when the training is over."""
+        _remove(self._hooks)
 
     def top_singular_values(
         self, *, tolerance: float = 1e-3, fold_norm: bool = False
@@ -273,22 +284,11 @@ class SpectralPenalty:
             tolerance: of the relative residual.
             fold_norm: only the layers that have a norm beside them, with it folded in.
         """
-        norms = self._norms
-        if fold_norm and not self.fold_norm:
-            norms = adjoining_norms(self.space, self._modules)
-        generator, values = torch.Generator().manual_seed(self.seed), {}
-        no_autocast = torch.autocast(self._device.type, enabled=False)
-        with torch.no_grad(), no_autocast, exact_float32():
-            for stack in self._sum.stacks:
-                weight = whole(self._weight(stack, norms))
-                for layer in stack.operators:
-                    if fold_norm and layer.name not in norms:
-                        continue
-                    part = layer.part(weight)
-                    v = self._sum.triplets.vectors.get(f"{layer.name}.v")
-                    v = random_vector(layer, part, generator) if v is None else v.to(part)
-                    values[layer.name] = top_singular_value(layer, part, v, tolerance=tolerance)
-        return values
+        look = fold_norm and not self.fold_norm
+        norms = adjoining_norms(self.space, self._modules) if look else self._norms
+        names = norms if fold_norm else [layer.name for layer in self.layers]
+        with torch.autocast(self._device.type, enabled=False):
+            return self._sum.converged(lambda s: self._weight(s, norms), names, tolerance=tolerance)
 
     def sigmas(self) -> dict[str, float]:
         """Return every layer's top singular value (sigma, not squared) by dotted name; warns of
@@ -319,7 +319,7 @@ class SpectralPenalty:
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._sum.load(state["vectors"], state["uses"], self._device)
-        self.step = state["step"]
+        self.step, self._placed.loaded = state["step"], False
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise TypeError(
@@ -339,12 +339,12 @@ class SpectralPenalty:
     def _weight(self, stack: Stack, norms: Mapping[str, Norms]) -> Tensor:
         """A layer's weight, in full precision, with the norms beside it if there are some."""
         weight, beside = full_precision(stack.weight()), norms.get(stack.operators[0].name)
-        if weight.shape != stack.shape:
-            raise ValueError(
-                f"the weight of {stack.operators[0].name!r} was {tuple(stack.shape)} and is "
-                f"{tuple(weight.shape)}, as FSDP1 and DeepSpeed's ZeRO-3 leave it: shard with "
-                "FSDP2, or train with DistributedDataParallel"
-            )
+        check_shape(weight, stack.shape, stack.operators[0].name)
         if beside is None:
             return weight
         return folded(weight, beside, bounded=self.fold_gradient == "bounded")
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()

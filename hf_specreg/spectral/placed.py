@@ -1,13 +1,11 @@
-"""Whether the layers that were found are still those of the model."""
+"""Whether the layers that were found are still those of the model, with the weights they had."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from hf_specreg.encoders.modules import without_trainers
 from hf_specreg.encoders.trace import computes_weight
-
-# Parts of names that come with a wrapper around a module, whose weights stay where they are.
-WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 class Placed:
@@ -16,6 +14,10 @@ class Placed:
     Args:
         network: that holds them.
         modules: the layers.
+
+    Attributes:
+        loaded: whether a state dictionary was loaded into one of them since its hook was put there,
+            or this was set to False: weights are then other ones, not those a step further on.
     """
 
     def __init__(self, network: nn.Module, modules: Iterable[nn.Module]):
@@ -23,27 +25,43 @@ class Placed:
         self.network = network
         self.modules = {names[module]: module for module in modules}
         self.computed = {name: computes_weight(m) for name, m in self.modules.items()}
+        self.loaded = False
 
     def check(self) -> None:
         """Raise ValueError if a layer was replaced, wrapped by an adapter or reparameterised: its
         gradient would go to weights that are not used any more.
         """
+        found: dict[str, nn.Module | None] = {"": self.network}
         for name, module in self.modules.items():
-            if not self._is_there(name, module) or computes_weight(module) != self.computed[name]:
+            there = self._at(name, found)
+            is_there = there is module or without_trainers(there) is module
+            if not is_there or computes_weight(module) != self.computed[name]:
                 raise ValueError(
                     f"layer {name!r} was replaced or reparameterised after the penalty was made: "
                     "make the penalty last, after adapters, parametrizations and new layers"
                 )
 
-    def _is_there(self, name: str, module: nn.Module) -> bool:
-        found = self.network
-        for part in name.split(".") if name else ():
-            found = getattr(_inside(found), part, None)
-        return module in (found, _inside(found))
+    def _at(self, name: str, found: dict[str, nn.Module | None]) -> nn.Module | None:
+        """The module of that name, whatever is wrapped around those that hold it.
 
+        Args:
+            name: dotted.
+            found: modules by name, to which it is added.
+        """
+        if name not in found:
+            parent, _, own = name.rpartition(".")
+            holder = self._at(parent, found)
+            there = getattr(holder, "_modules", {}).get(own)
+            if there is None:  # within a wrapper; asked last, since the search for one takes time
+                there = getattr(without_trainers(holder), own, None)
+            found[name] = there
+        return found[name]
 
-def _inside(module: nn.Module | None) -> nn.Module | None:
-    """What checkpoint wrappers and the like hold."""
-    for wrapper in WRAPPERS:
-        module = getattr(module, wrapper, module)
-    return module
+    def hooks(self) -> Iterator:
+        """Put hooks on the layers that note whether weights are loaded; yield them for removal."""
+        for module in self.modules.values():
+            yield module.register_load_state_dict_post_hook(self)
+
+    def __call__(self, module: nn.Module, incompatible_keys) -> None:
+        """Note that weights were loaded."""
+        self.loaded = True

@@ -1,6 +1,6 @@
 """Whether a model is trained at the resolution that its convolutions are measured at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from hf_specreg.spectral.operators import LinearOperator
 class SeenInput:
     """Looks, in training, at the input of the first layer whose singular values depend on it.
 
-    What it sees is only written in the hook, never read: compiled code would be compiled again. The
-    hook is put on the model when the penalty is first used, so that one that is only looked at
-    leaves the model as it is; what came before the first use is not seen.
+    What it sees is only written in the hook, never read: compiled code would be compiled again.
     """
 
     def __init__(self):
@@ -21,27 +19,19 @@ class SeenInput:
         self.as_expected = False
         self.other: tuple[int, ...] | None = None
         self._module: nn.Module | None = None
-        self._hook = None
 
     def expect(self, owners: Sequence[tuple[nn.Module, LinearOperator]]) -> None:
         """Take the first convolution among the modules as the one to look at, if there is one."""
-        self.forget()
         self.expected = self.other = self._module = None
         for module, operator in owners:
             if len(operator.input_shape) > 1:
                 self.expected, self._module = operator.input_shape, module
                 return
 
-    def watch(self) -> None:
-        """Look at what it is fed from now on."""
-        if self._hook is None and self._module is not None:
-            self._hook = self._module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def forget(self) -> None:
-        """Take the hook off."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+    def hooks(self) -> Iterator:
+        """Put a hook on it that looks at what it is fed; yield it for removal."""
+        if self._module is not None:
+            yield self._module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at what the module is fed where a graph is made: in training, in either mode."""

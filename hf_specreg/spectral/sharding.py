@@ -74,6 +74,15 @@ def check_whole(network: nn.Module) -> None:
         )
 
 
+def check_shape(weight: Tensor, shape: torch.Size, name: str) -> None:
+    """Raise ValueError if a layer's weight has not the shape that it was found with."""
+    if weight.shape != shape:
+        raise ValueError(
+            f"the weight of {name!r} was {tuple(shape)} and is {tuple(weight.shape)}, as FSDP1 and "
+            "DeepSpeed's ZeRO-3 leave it: shard with FSDP2, or train with DistributedDataParallel"
+        )
+
+
 def local(weight: Tensor) -> tuple[Tensor, Rows]:
     """Return the rows of a weight that are on this process, with its graph, and which they are.
 

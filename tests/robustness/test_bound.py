@@ -11,7 +11,7 @@ from hf_specreg.robustness.classifier import Classifier
 def bound_of(network, head, size):
     penalty = SpectralPenalty(network, head=head, input_size=size)
     sigmas = penalty.sigmas()
-    penalty.detach()
+    penalty.remove_hooks()
     return lipschitz_bound(network.eval(), head, sigmas, pixel_std=torch.ones(1))
 
 
@@ -56,7 +56,7 @@ def test_the_papers_network_has_a_bound_with_its_scaled_head():
     model = SpecRegModel.from_timm("mlp_2000").eval()
     penalty = SpectralPenalty(model)
     sigmas = penalty.sigmas()
-    penalty.detach()
+    penalty.remove_hooks()
     bound = lipschitz_bound(model.network, model.head, sigmas, pixel_std=model.pixel_std)
     assert bound.factors == {"hidden": sigmas["hidden"], "act": 1.129}
     torch.testing.assert_close(bound.head, model.network.head.weight / 2000**0.5)

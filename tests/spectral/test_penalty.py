@@ -187,7 +187,7 @@ def test_uses_stay_at_a_top_singular_value_that_stands_out(monkeypatch, rounded,
 
 def test_one_lanczos_step_is_refused(net):
     """It would keep v where it is, and add the noise to it each time."""
-    with pytest.raises(ValueError, match=r"lanczos_steps \(1\) at least 2"):
+    with pytest.raises(ValueError, match=r"lanczos_steps \(1\) must be at least 2"):
         make(net, lanczos_steps=1)
 
 
@@ -201,6 +201,13 @@ def test_burn_in_and_cadence_count_calls(net):
         True,
     ]
     assert penalty.step == 8
+
+
+def test_after_the_burn_in_the_strength_rises_with_the_ramp(net):
+    penalty = make(net, burn_in=2, ramp=4, every=2)
+    found = torch.stack([penalty().detach() for _ in range(10)]) / make(net).value().detach()
+    expected = torch.tensor([0, 0, 0, 0, 0.5, 0, 1, 0, 1, 0])
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
 def test_between_cadences_it_adds_nothing_to_the_gradient(net):
@@ -253,7 +260,7 @@ def test_finding_the_layers_touches_no_statistics_mode_hook_or_random_state(net)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_in_use_it_has_one_hook_on_the_model_until_it_is_detached(net):
+def test_in_use_one_hook_looks_at_the_images_until_they_are_removed(net):
     penalty = make(net)
     for _ in range(2):
         penalty()
@@ -261,7 +268,7 @@ def test_in_use_it_has_one_hook_on_the_model_until_it_is_detached(net):
     penalty.set_input_size(penalty.input_size)
     assert not any(m._forward_pre_hooks for m in net.modules())
     penalty()
-    penalty.detach()
+    penalty.remove_hooks()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
@@ -466,11 +473,13 @@ def test_bad_arguments_name_the_argument(net):
         ({"scope": "head"}, "scope"),
         ({"every": 0}, "every"),
         ({"burn_in": -1}, "burn_in"),
+        ({"ramp": -1}, "ramp"),
         ({"strength": -1.0}, "strength"),
         ({"head": "fc"}, "head 'fc' is no module of SmallNet; .*'head', 'proj'"),
         ({"head": None}, "cannot find the head of SmallNet"),
         ({"skip": ["norms"]}, "norms"),
         ({"skip": "norm"}, "sequence of names"),
+        ({"skip": [""]}, r"skip names no modules in SmallNet: \[''\]"),
         ({"head": "stem"}, "no linear map"),
         ({"input_size": (4, 12, 12)}, "input_size"),
     ]:

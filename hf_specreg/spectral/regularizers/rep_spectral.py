@@ -7,11 +7,11 @@ from torch import nn
 
 from hf_specreg.ranges import require
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.regularizers.term import BURN_INS, RegularizerConfig
+from hf_specreg.spectral.regularizers.term import BURN_INS, RampedConfig
 
 
 @dataclass(frozen=True)
-class PenaltyConfig(RegularizerConfig):
+class PenaltyConfig(RampedConfig):
     """The spectral penalty: strength * sum of sigma^2; see `hf_specreg.SpectralPenalty`.
 
     Args:
@@ -20,6 +20,7 @@ class PenaltyConfig(RegularizerConfig):
         burn_in_epochs: epochs without it at first; may be a fraction.
         burn_in_steps: optimizer steps without it at first.
         burn_in_fraction: part of the whole training without it at first. Of the three, one at most.
+        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
         scope: penalised layers: "features" (rep-spectral) or "all" (ll-spectral, with the head).
         renew_every: optimizer steps between two renewals of a layer's singular vectors.
         lanczos_steps: Lanczos steps a renewal; more of them, or more renewals, follow sigma better
@@ -64,11 +65,13 @@ def build_penalty(
         seed: of its vectors.
         shared: let the processes share the layers out.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in BURN_INS}
+    of_epochs = *BURN_INS, "ramp_epochs"
+    settings = {name: value for name, value in asdict(config).items() if name not in of_epochs}
     return SpectralPenalty(
         model,
         **settings,
         burn_in=config.burn_in(steps_per_epoch, epochs),
+        ramp=config.ramp(steps_per_epoch),
         input_size=model.input_size,
         shared=shared,
         seed=seed,

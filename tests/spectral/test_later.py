@@ -1,0 +1,117 @@
+"""What is done to a model after its penalty was made: wrapped, replaced, loaded into, left."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import spectral_norm
+
+from hf_specreg import SpectralPenalty
+from tests.spectral.test_norms import Net, convolution
+from tests.spectral.test_penalty import SmallNet, exact_sum, make
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "checkpoint": checkpoint_wrapper,
+    "compile": torch.compile,
+    "both": lambda block: torch.compile(checkpoint_wrapper(block)),
+}
+
+
+class Blocks(nn.Module):
+    """A block with a norm, which looks at the scale of its first map, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        parts = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+        self.block, self.head = nn.Sequential(*parts), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.block(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_block_that_is_wrapped_later_has_the_terms_of_its_weights(wrap, is_used):
+    torch.manual_seed(0)
+    net = Blocks()
+    expected = make(net, strength=1)()
+    penalty = make(net, strength=1, renew_every=100)
+    if is_used:
+        penalty()
+    net.block = wrap(net.block)
+    value = penalty()
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
+    value.backward()
+    assert [p.grad is not None for p in net.parameters() if p.ndim == 4] == [True, True]
+
+
+def test_a_layer_that_was_replaced_is_noticed_during_the_burn_in():
+    net = SmallNet()
+    penalty = make(net, burn_in=100)
+    penalty()
+    net.proj = nn.Linear(8, 16)
+    with pytest.raises(ValueError, match="layer 'proj' was replaced"):
+        penalty()
+
+
+@pytest.mark.parametrize("part", ["", "proj"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_are_loaded_are_penalised_in_full_at_once(part, assign):
+    torch.manual_seed(0)
+    net, other = SmallNet(), SmallNet()
+    nn.init.orthogonal_(other.proj.weight)
+    with torch.no_grad():  # a direction that stands out
+        other.proj.weight.add_(torch.outer(torch.randn(16), torch.randn(8)))
+    penalty = make(net, strength=1)
+    for _ in range(3):
+        penalty()
+    net.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict(), assign=assign)
+    assert penalty().item() == pytest.approx(exact_sum(net).item(), rel=1e-2)
+
+
+def test_a_state_that_is_loaded_after_the_weights_goes_on_to_the_same_bits():
+    net = SmallNet()
+    penalty = make(net)
+    for _ in range(3):
+        penalty()
+    weights, state = net.state_dict(), penalty.state_dict()
+    expected = [penalty().item() for _ in range(4)]
+    net.load_state_dict(weights)
+    penalty.load_state_dict(state)
+    assert [penalty().item() for _ in range(4)] == expected
+
+
+def test_a_penalty_that_is_deleted_leaves_no_hook_on_the_model():
+    net = SmallNet()
+    hooks = [m._forward_pre_hooks for m in net.modules()]
+    hooks += [m._load_state_dict_post_hooks for m in net.modules()]
+    penalty = make(net)
+    penalty()
+    assert any(hooks)
+    del penalty
+    gc.collect()
+    assert not any(hooks)
+
+
+def test_to_look_at_a_weight_takes_no_step_of_its_spectral_normalisation():
+    net = nn.Sequential(spectral_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2)).train()
+    before = [buffer.clone() for buffer in net.buffers()]
+    penalty = SpectralPenalty(net, head="2", input_size=(8,))
+    penalty().backward()
+    penalty.sigmas()
+    assert len(before) == 2
+    assert all(map(torch.equal, net.buffers(), before))
+    assert all(module.training for module in net.modules())
+
+
+def test_the_warning_of_free_scales_waits_for_the_training_mode_that_frees_them():
+    parts = {"conv": convolution(), "two": convolution(4), "norm": nn.BatchNorm2d(4)}
+    net = Net(lambda m, x: m.norm(m.two(m.norm(m.conv(x)).sin())), **parts).eval()
+    penalty = SpectralPenalty(net, head="head", input_size=(3, 8, 8))
+    penalty()
+    net.train()
+    with pytest.warns(UserWarning, match="scale free of 2 of the 2 maps"):
+        penalty()
