@@ -1,9 +1,10 @@
 """SIGKILL at random moments: what is resumed ends as if nothing had happened.
 
-Ten moments in all, and thirty in the slow suite: of a training, of one on two processes, of an
-evaluation and of a push. A moment is drawn by a fixed seed as so much of the work's own progress
-(checkpoints, chunks, requests): 2.4 is 0.4 of the usual time for one after the second is there. The
-processes are forked from a server that has imported everything, so that they start at once.
+Nine moments in all, and sixty in the slow suite: of a training, of one on two processes, of an
+evaluation, of a study with two workers and of a push. A moment is drawn by a fixed seed as so much
+of the work's own progress (checkpoints, chunks, requests): 2.4 is 0.4 of the usual time for one
+after the second is there. The processes are forked from a server that has imported everything, so
+that they start at once.
 """
 
 import json
@@ -11,7 +12,9 @@ import os
 import random
 import socket
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,9 +26,13 @@ from hf_specreg import FeatureSpace, evaluate_robustness
 from hf_specreg.hub.publish import push
 from hf_specreg.recipes import supervised
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study.command import HowConfig, work
+from hf_specreg.study.command import run as study_run
 from hf_specreg.training.checkpoints import all_checkpoints
 from tests.forks import forks
 from tests.hub.conftest import encoder, hub  # noqa: F401  fixtures
+from tests.study.small import METHODS, study, table
+from tests.study.small import folder as study_folder
 
 ROOT = Path(__file__).parents[1]
 REPO = "me/resnet"
@@ -66,14 +73,33 @@ def evaluate(folder):
     report.save(folder / "robustness.json")
 
 
+def study_of(folder):
+    """Two methods, two seeds."""
+    methods = {name: METHODS[name] for name in ("none", "rep-spectral")}
+    return study(folder, methods=methods, stopped_epochs=())
+
+
+def work_on(folder):
+    """A worker of the study in a folder, among others."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        work(study_of(folder), None, 0, 4)
+
+
+def finish(folder):
+    """Do what is left of the study, and write what it found; without a page."""
+    without_page = mock.patch("hf_specreg.study.result.find_spec", return_value=None)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_page:
+        study_run(study_of(folder), HowConfig(), "command")
+
+
 def publish(folder):
     """Push a saved encoder."""
     torch.set_num_threads(1)
     push(folder, REPO, license="apache-2.0", token="hf_writer")
 
 
-def run(context, target, *calls, moment=None, progress=None, pace=None):
-    """Run a function in one process for each tuple of arguments; kill them all at a moment.
+def run(context, target, *calls, moment=None, progress=None, pace=None, killed=None):
+    """Run a function in one process for each tuple of arguments; kill them at a moment.
 
     Args:
         context: of multiprocessing.
@@ -82,6 +108,7 @@ def run(context, target, *calls, moment=None, progress=None, pace=None):
         moment: how much progress there is when they are killed; default: they are not.
         progress: returns how much there is, in whole numbers.
         pace: seconds for one more.
+        killed: how many of them; default: all.
 
     Returns:
         How many seconds it took.
@@ -94,7 +121,7 @@ def run(context, target, *calls, moment=None, progress=None, pace=None):
         while progress() < int(moment) and processes[0].is_alive():
             time.sleep(0.001)
         processes[0].join((moment - int(moment)) * pace)
-        for process in processes:
+        for process in processes[:killed]:
             process.kill()
     for process in processes:
         process.join()
@@ -116,8 +143,9 @@ def moments(count, work, seed):
 
 def fast_and_slow(*cases):
     """Cases of few kills, and of many in the slow suite."""
+    marks = [pytest.mark.timeout(600)], [pytest.mark.timeout(3600), pytest.mark.slow]
     return [
-        pytest.param(*case[:-1], kills, marks=[pytest.mark.slow] * is_slow)
+        pytest.param(*case[:-1], kills, marks=marks[is_slow])
         for case in cases
         for is_slow, kills in enumerate(case[-1])
     ]
@@ -135,8 +163,7 @@ def ranks(folder, count):
     return [(folder, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("processes", "kills"), fast_and_slow((1, (4, 11)), (2, (2, 4))))
+@pytest.mark.parametrize(("processes", "kills"), fast_and_slow((1, (3, 14)), (2, (2, 12))))
 def test_training(context, tmp_path, processes, kills):
     """Weights, optimizer, penalty and metrics: the same to the last bit."""
     whole = tmp_path / "whole"
@@ -171,8 +198,7 @@ def _logged(folder):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", fast_and_slow(((2, 9),)))
+@pytest.mark.parametrize("kills", fast_and_slow(((2, 12),)))
 def test_evaluation(context, tmp_path, kills):
     """The same report, and the same results of every image."""
     seconds = run(context, evaluate, (tmp_path / "whole",))
@@ -202,8 +228,39 @@ def _without_times(content):
     )
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", fast_and_slow(((2, 6),)))
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_study(context, tmp_path, kills=14):
+    """Of two workers one is killed, or both: the study finds the same. In the suite that is not
+    slow, one kill of these is in tests/study/test_work.py.
+    """
+    whole = tmp_path / "whole"
+    study_folder(study_of(whole)).begin(study_of(whole))
+    seconds = run(context, work_on, *[(whole,)] * 2)
+    run(context, finish, (whole,))
+    expected, pieces, in_the_middle = table(study_of(whole)), _pieces(whole), 0
+    for number, moment in enumerate(moments(kills, pieces, seed=5)):
+        folder = tmp_path / str(number)
+        study_folder(study_of(folder)).begin(study_of(folder))
+
+        def progress(folder=folder):
+            return _pieces(folder)
+
+        to_kill = {"moment": moment, "progress": progress, "pace": pace(seconds, pieces)}
+        run(context, work_on, *[(folder,)] * 2, killed=2 - number % 2, **to_kill)
+        in_the_middle += 0 < progress() < pieces
+        run(context, finish, (folder,))
+        assert table(study_of(folder)) == expected, moment
+    assert in_the_middle, f"no kill of {kills} within {seconds:.1f} s hit the study"
+
+
+def _pieces(folder):
+    """What is there of a study: cells that are trained, that are measured, final attacks."""
+    found = ("trained.json", "cell.json", "final/robustness.json")
+    return sum(len(list(folder.glob(f"cells/*/{name}"))) for name in found)
+
+
+@pytest.mark.parametrize("kills", fast_and_slow(((2, 8),)))
 def test_push(context, hub, encoder, kills):  # noqa: F811
     """Killed, it leaves the repository as it was or complete; pushed again, the same as at once."""
     seconds = run(context, publish, (encoder,))

@@ -7,6 +7,7 @@ from hf_specreg.study.cells import Cells
 from hf_specreg.study.command import recipe_of
 from hf_specreg.study.config import EvaluationConfig, MethodConfig, StudyConfig
 from hf_specreg.study.folder import StudyFolder
+from hf_specreg.study.result import Study
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -23,6 +24,7 @@ METHODS = {
     "weight decay": MethodConfig("optimizer.weight_decay", (0.0001, 0.001)),
     "rep-spectral": MethodConfig("penalty.strength", (0.01,)),
 }
+SECONDS = ("seconds", "versions", "output_dir", "command")
 EVALUATION = EvaluationConfig(
     attacks={"deepfool-l2": {"steps": 5}},
     final_attacks={"tangent": {"iterations": 2}},
@@ -56,3 +58,15 @@ def cells(config):
 def folder(config):
     """Its folder."""
     return StudyFolder(config.output_dir)
+
+
+def table(config):
+    """What a study found, without how long it took and where."""
+
+    def without(value):
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if not k.endswith(SECONDS)}
+            return {k: without(v) for k, v in kept.items() if k not in ("name",)}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return without(Study.load(config.output_dir).content)

@@ -29,10 +29,7 @@ from hf_specreg.study.work import Worker, check_records, expected_seconds
 from hf_specreg.training.interruption import EXIT_CODE
 from tests.forks import forks
 from tests.recipes.conftest import ENVIRONMENT, script
-from tests.study.small import EVALUATION, cells, folder, study
-
-SECONDS = ("seconds", "versions", "output_dir", "command")
-
+from tests.study.small import EVALUATION, cells, folder, study, table
 
 pytestmark = pytest.mark.usefixtures("without_page")
 
@@ -43,18 +40,6 @@ def whole(tmp_path_factory):
     config = study(tmp_path_factory.mktemp("whole"))
     run(config, HowConfig(), "command")
     return config
-
-
-def table(config):
-    """What a study found, without how long it took and where."""
-
-    def without(value):
-        if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if not k.endswith(SECONDS)}
-            return {k: without(v) for k, v in kept.items() if k not in ("name",)}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    return without(Study.load(config.output_dir).content)
 
 
 def test_a_study_says_what_was_found(whole):
