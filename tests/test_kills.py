@@ -43,6 +43,7 @@ TRAINING = [
     *("--checkpoint.every_steps", "2", "--log_every", "2"),
 ]
 CHECKPOINTS = 4  # of a whole training
+STUDIES = 14  # that are killed
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def _without_times(content):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_study(context, tmp_path, kills=14):
+def test_study(context, tmp_path):
     """Of two workers one is killed, or both: the study finds the same. In the suite that is not
     slow, one kill of these is in tests/study/test_work.py.
     """
@@ -239,7 +240,7 @@ def test_study(context, tmp_path, kills=14):
     seconds = run(context, work_on, *[(whole,)] * 2)
     run(context, finish, (whole,))
     expected, pieces, in_the_middle = table(study_of(whole)), _pieces(whole), 0
-    for number, moment in enumerate(moments(kills, pieces, seed=5)):
+    for number, moment in enumerate(moments(STUDIES, pieces, seed=5)):
         folder = tmp_path / str(number)
         study_folder(study_of(folder)).begin(study_of(folder))
 
@@ -251,7 +252,7 @@ def test_study(context, tmp_path, kills=14):
         in_the_middle += 0 < progress() < pieces
         run(context, finish, (folder,))
         assert table(study_of(folder)) == expected, moment
-    assert in_the_middle, f"no kill of {kills} within {seconds:.1f} s hit the study"
+    assert in_the_middle, f"no kill of {STUDIES} within {seconds:.1f} s hit the study"
 
 
 def _pieces(folder):
