@@ -20,16 +20,8 @@ from hf_specreg.robustness.plots import need_matplotlib
 from hf_specreg.robustness.text import number, percent, table
 from hf_specreg.study.plots import frontier
 from hf_specreg.study.result import Study
-from hf_specreg.study.text import (
-    attacks,
-    caution,
-    maybe,
-    ratio,
-    signs,
-    step_time,
-    strength,
-    to_markdown,
-)
+from hf_specreg.study.tables import attacks, maybe, ratio, signs, step_time, strength
+from hf_specreg.study.text import caution, to_markdown
 from hf_specreg.study.verdict import not_chosen, summary
 
 HERE = Path(__file__).parent

@@ -7,7 +7,8 @@ from typing import Any
 from hf_specreg.hub.encoder import CardError, Encoder, public_name
 from hf_specreg.robustness.text import table
 from hf_specreg.study.plots import picture
-from hf_specreg.study.text import caution, facts, sections
+from hf_specreg.study.tables import sections
+from hf_specreg.study.text import caution, facts
 from hf_specreg.study.verdict import at_strength, verdict
 
 PICTURE = "plots/study.png"

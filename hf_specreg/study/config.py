@@ -107,6 +107,7 @@ class StudyConfig:
         stopped_epochs: how long the control is trained; default: 1/4, 1/2 and 3/4 of the epochs.
         accuracy_margin: what a method may lose against the plain network, as a fraction of the
             validation images, to be chosen.
+        pairs: of methods, by their names, that are compared directly, each at its chosen strength.
         evaluation: of each cell.
     """
 
@@ -119,6 +120,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     stopped_epochs: tuple[int, ...] = ()
     accuracy_margin: float = 0.005
+    pairs: tuple[tuple[str, str], ...] = ()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
@@ -133,6 +135,7 @@ class StudyConfig:
             raise ValueError(f"{STOPPED!r} is always there: its epochs are stopped_epochs")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds ({list(self.seeds)}) must be there, each once")
+        self._check_pairs()
 
     def _check_names(self) -> None:
         """That what came out can be written down in the end."""
@@ -143,6 +146,14 @@ class StudyConfig:
                     f"{what}: {name!r} must have 1 to 60 letters, and no |, <, > or line break: it "
                     "stands in tables"
                 )
+
+    def _check_pairs(self) -> None:
+        others = [name for name in self.methods if name != self.plain]
+        for pair in self.pairs:
+            if len(set(pair)) < 2 or not set(pair) <= set(others):
+                raise ValueError(f"pairs: {list(pair)} must be two of {', '.join(others)}")
+        if len({frozenset(pair) for pair in self.pairs}) < len(self.pairs):
+            raise ValueError(f"pairs ({list(map(list, self.pairs))}) name one twice")
 
     @property
     def plain(self) -> str:

@@ -36,24 +36,49 @@ def doubts(
     if control != results.plain:
         networks[control] = STOPPED_PLAIN
         compared.append((STOPPED_PLAIN, row["control"], final and final["control"]))
-    found = [
-        f"for {of['unpaired_images']} images, over all seeds, something was found for it or for "
-        f"{network}, and not for both: more steps, or another attack, find the others"
-        for network, of, _ in compared
-        if of["unpaired_images"]
-    ]
-    late = [n for key, n in networks.items() if not is_converged(results.attacked(key, "test"))]
-    if late:
-        found.append(f"the attacks on {listed(late)} have not converged: more steps are needed")
-    hidden = [label for key in networks for label in masked(results, key)]
-    if hidden:
-        found.append(f"gradients look masked ({'; '.join(hidden)})")
+    found = [said for network, of, _ in compared for said in _unpaired(of, f"it or for {network}")]
+    found += _of_attacks(results, networks)
     found += [
         f"by the final attacks it is the other way round: {again['ratio']['value']:.3f} times the "
         f"distance of {network}, by those of every cell {of['ratio']['value']:.3f} times"
         for network, of, again in compared
         if again and is_contradicted(of["ratio"], again["ratio"])
     ]
+    return found
+
+
+def doubts_of_pair(
+    results: Results, keys: tuple[Key, Key], compared: Mapping[str, Any]
+) -> list[str]:
+    """Return what speaks against the distances by which two methods are compared directly.
+
+    Args:
+        results: of the cells.
+        keys: their strengths.
+        compared: how much farther the first is than the second.
+    """
+    names = {key: key[0] for key in keys}
+    return _unpaired(compared, " or for ".join(names.values())) + _of_attacks(results, names)
+
+
+def _unpaired(compared: Mapping[str, Any], networks: str) -> list[str]:
+    if not compared["unpaired_images"]:
+        return []
+    return [
+        f"for {compared['unpaired_images']} images, over all seeds, something was found for "
+        f"{networks}, and not for both: more steps, or another attack, find the others"
+    ]
+
+
+def _of_attacks(results: Results, networks: Mapping[Key, str]) -> list[str]:
+    """What the attacks on networks, by how they are called, say against their own distances."""
+    found = []
+    late = [n for key, n in networks.items() if not is_converged(results.attacked(key, "test"))]
+    if late:
+        found.append(f"the attacks on {listed(late)} have not converged: more steps are needed")
+    hidden = [label for key in networks for label in masked(results, key)]
+    if hidden:
+        found.append(f"gradients look masked ({'; '.join(hidden)})")
     return found
 
 

@@ -1,7 +1,7 @@
 """The HTML page of a study: self-contained, no script, nothing from elsewhere.
 
 Its layout is in study.html.jinja, beside this file; its sentences and tables are those of
-`hf_specreg.study.text`, its style that of the reports' pages.
+`hf_specreg.study.text` and `tables`, its style that of the reports' pages.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ import yaml
 from hf_specreg.robustness.page import render, svg
 from hf_specreg.study.chosen_plots import figures
 from hf_specreg.study.plots import frontier, panels, robust_panels
-from hf_specreg.study.text import caution, facts, sections
+from hf_specreg.study.tables import sections
+from hf_specreg.study.text import caution, facts
 from hf_specreg.study.verdict import cautions, summary, verdicts
 
 

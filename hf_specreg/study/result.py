@@ -157,6 +157,7 @@ def check_consistent(content: Mapping[str, Any]) -> None:
             if tuple(key) in seen:
                 raise StudyError(f"{part}: {' '.join(map(str, key))} is there twice")
             seen.add(tuple(key))
+    _check_pairs(content)
     for cell in content["cells"]:
         _check_cell(cell, content["seeds"])
     for part in ("table", "final"):
@@ -189,6 +190,18 @@ def _check_rows(part: str, content: Mapping[str, Any]) -> None:
         compared = ("accuracy_difference", "ratio", "difference", "signs", "control")
         if row is rows[0] and any(row[key] is not None for key in compared):
             raise StudyError(f"{name} is compared with itself")
+
+
+def _check_pairs(content: Mapping[str, Any]) -> None:
+    methods, seeds = content["methods"], len(content["seeds"])
+    for pair in content.get("pairs", ()):
+        for method, strength in zip(pair["methods"], pair["strengths"], strict=True):
+            if method not in methods:
+                raise StudyError(f"pairs: {method} is none of the methods")
+            if strength not in [None, *methods[method]["strengths"]]:
+                raise StudyError(f"pairs: {strength:g} is no strength of {method}")
+        if pair["signs"] is not None and len(pair["signs"]) > seeds:
+            raise StudyError(f"pairs: {len(pair['signs'])} signs of {seeds} seeds")
 
 
 def _intervals(content: Any, where: str) -> Iterator[tuple[str, list[float | None]]]:

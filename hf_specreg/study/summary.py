@@ -11,7 +11,7 @@ from hf_specreg.robustness.provenance import versions
 from hf_specreg.study.cells import Cell
 from hf_specreg.study.choice import Attacked, Choice, Key, Results
 from hf_specreg.study.config import STOPPED
-from hf_specreg.study.doubts import doubts
+from hf_specreg.study.doubts import doubts, doubts_of_pair
 from hf_specreg.study.flags import flags, versions_of
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
@@ -38,7 +38,7 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         command: that makes it.
         timing: seconds of a step by method, see `time_methods`; None where it was not measured.
     """
-    config, choices = results.config, results.choices()
+    choices = results.choices()
     table = _table(results, choices, "test", timing or {})
     final = _table(results, choices, "final", {}) if _has_final(results, choices) else []
     chosen = [{k: getattr(c, k) for k in ("method", "strength", "reason")} for c in choices]
@@ -50,14 +50,31 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
     for row in table[1:]:
         again = next((r for r in final if r["method"] == row["method"]), None)
         row["withdrawn"] = doubts(results, compared_with[row["method"]], row, again)
-    first = next((r for r in results.records.values() if r and r["status"] == "done"), None)
-    data = results.cells.plain.data
-    evaluation = config.evaluation
+    pairs = [_pair(results, choices, pair) for pair in results.config.pairs]
     return {
         "schema": FORMAT.versions[-1],
         "name": name,
-        "description": config.description,
         "command": command,
+        **_asked(results),
+        "methods": methods,
+        "cells": [_cell(results, cell) for cell in results.cells],
+        "frontier": [_frontier(results, key) for key in results.keys],
+        "chosen": chosen,
+        "table": table,
+        "final": final,
+        "pairs": pairs,
+        "comparisons": sum(_comparisons(row) for row in table + final + pairs),
+        "flags": flags(results, choices, table, final) + untried(chosen, methods),
+    }
+
+
+def _asked(results: Results) -> Content:
+    """What the study asks, of which images and networks, and by what it was measured."""
+    config, evaluation = results.config, results.config.evaluation
+    first = next((r for r in results.records.values() if r and r["status"] == "done"), None)
+    data = results.cells.plain.data
+    return {
+        "description": config.description,
         "recipe": config.recipe,
         "settings": json.loads(json.dumps(asdict(config))),
         "data": {
@@ -80,14 +97,6 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         "attacked": {key: getattr(evaluation, key) for key in ("validation", "test", "final")},
         "eps": {"l2": list(evaluation.eps)},
         "ood": evaluation.ood,
-        "methods": methods,
-        "cells": [_cell(results, cell) for cell in results.cells],
-        "frontier": [_frontier(results, key) for key in results.keys],
-        "chosen": chosen,
-        "table": table,
-        "final": final,
-        "comparisons": sum(_comparisons(row) for row in table + final),
-        "flags": flags(results, choices, table, final) + untried(chosen, methods),
     }
 
 
@@ -211,6 +220,21 @@ def _against(results: Results, key: Key, reference: Key, split: str) -> Content:
     }
 
 
+def _pair(results: Results, choices: Sequence[Choice], names: Sequence[str]) -> Content:
+    """Two methods against each other, each at its chosen strength; nothing where one has none."""
+    strengths = {choice.method: choice.strength for choice in choices}
+    entry: Content = {"methods": list(names), "strengths": [strengths[name] for name in names]}
+    nothing = ("accuracy_difference", "ratio", "difference", "signs")
+    entry |= dict.fromkeys((*nothing, "paired_images", "unpaired_images"))
+    if None in entry["strengths"]:
+        return entry
+    first, second = zip(names, entry["strengths"], strict=True)
+    own, other = (results.answers(key, "test").astype(float) for key in (first, second))
+    entry["accuracy_difference"] = mean_over_seeds(own - other, within=(-1, 1))
+    entry |= _against(results, first, second, "test")
+    return {**entry, "withdrawn": doubts_of_pair(results, (first, second), entry)}
+
+
 def _control(results: Results, key: Key, choice: Choice, split: str) -> Content | None:
     control = results.control(choice)
     if not results.has(control, split):
@@ -259,5 +283,5 @@ def _device(results: Results) -> str:
 
 
 def _comparisons(row: Content) -> int:
-    """How many comparisons with another network a row states."""
-    return 0 if row["ratio"] is None else 2 + (row["control"] is not None)
+    """How many comparisons with another network a row, or a pair, states."""
+    return 0 if row["ratio"] is None else 2 + (row.get("control") is not None)

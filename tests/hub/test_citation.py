@@ -12,7 +12,7 @@ from hf_specreg.hub.publish import push
 from hf_specreg.robustness.text import table
 from hf_specreg.study.plots import picture
 from hf_specreg.study.result import Study, StudyError
-from hf_specreg.study.text import sections
+from hf_specreg.study.tables import sections
 from hf_specreg.study.verdict import verdict
 from tests.study.example import make_content
 

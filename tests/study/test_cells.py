@@ -120,6 +120,7 @@ def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch, 
     assert f"hf-specreg study --config {path.stem}" in path.read_text()
     config, _ = parse(["--config", path.stem])
     assert len(config.seeds) >= 3
+    assert (("rep-spectral", "ll-spectral") in config.pairs) == (path.stem == "mnist")
     assert len(cells(replace(config, seeds=(0,)))) >= 3 * len(config.methods)
 
 
@@ -137,6 +138,13 @@ def test_every_study_can_be_begun_by_the_command_in_its_head(path, monkeypatch, 
         ({"methods": {"<b>": MethodConfig()}}, "methods: '<b>' must have .* no |, <, > or line"),
         ({"methods": {"a\nb": MethodConfig()}}, r"methods: 'a\\nb' must have"),
         ({"methods": {"m" * 61: MethodConfig()}}, "must have 1 to 60 letters"),
+        ({"pairs": (("weight decay", "none"),)}, r"\['weight decay', 'none'\] must be two of weig"),
+        ({"pairs": (("weight decay", "noise"),)}, "must be two of weight decay, rep-spectral"),
+        ({"pairs": (("weight decay", "weight decay"),)}, "must be two of weight decay"),
+        (
+            {"pairs": (("weight decay", "rep-spectral"), ("rep-spectral", "weight decay"))},
+            r"pairs \(.*\) name one twice",
+        ),
         ({"output_dir": "runs/a<b"}, "output_dir: 'a<b' must have"),
         ({"output_dir": "."}, "output_dir: '' must have"),
     ],

@@ -6,7 +6,8 @@ import pytest
 from hf_specreg.study.page import to_html
 from hf_specreg.study.plots import COLOURS, MARKERS, frontier, looks, panels, picture, points_of
 from hf_specreg.study.result import Study
-from hf_specreg.study.text import facts, sections
+from hf_specreg.study.tables import sections
+from hf_specreg.study.text import facts
 from hf_specreg.study.verdict import cautions, summary, verdicts
 from tests.study.example import NAMES, make_content
 

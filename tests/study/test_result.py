@@ -86,6 +86,18 @@ VIOLATIONS = {
     "signs": (lambda c: first(c).update(signs=[1, 1, 1, 1]), "rep-spectral: 4 signs of 3 seeds"),
     "sign": (lambda c: first(c)["signs"].append(2), "signs/3: 2 is not one of"),
     "seeds of a row": (lambda c: first(c).update(seeds=4), "rep-spectral: 4 seeds, of 3"),
+    "pair of none": (
+        lambda c: c["pairs"][0].update(methods=["x", "none"]),
+        "pairs: x is none of the methods",
+    ),
+    "pair at no strength": (
+        lambda c: c["pairs"][0].update(strengths=[7, 7]),
+        "pairs: 7 is no strength of rep-spectral",
+    ),
+    "signs of a pair": (
+        lambda c: c["pairs"][0].update(signs=[1, 1, 1, 1]),
+        "pairs: 4 signs of 3 seeds",
+    ),
     "plain compared": (
         lambda c: c["table"][0].update(ratio={"value": 1, "ci": [1, 1]}),
         "table: none is compared with itself",

@@ -5,7 +5,8 @@ import pytest
 
 from hf_specreg.robustness.text import number, percent
 from hf_specreg.study.result import Study
-from hf_specreg.study.text import sections, to_markdown
+from hf_specreg.study.tables import sections
+from hf_specreg.study.text import to_markdown
 from hf_specreg.study.verdict import (
     EASIER,
     HARDER,
@@ -237,6 +238,30 @@ def test_every_row_is_as_long_as_its_header(content):
             assert len(row) == len(section.header)
             assert all(isinstance(cell, str) for cell in row)
             assert not any(re.search("[|\n]", cell) for cell in row)
+
+
+def test_methods_are_compared_directly_and_what_speaks_against_it_stands_beside(content):
+    sound, open_pair = content["pairs"]
+    sound |= {"ratio": ABOVE, "signs": [1, 1, -1], "withdrawn": [], "unpaired_images": 0}
+    between = sections(content)["pairs"]
+    assert between.header == (
+        ["method", "against", "accuracy", "ratio", "seeds", "images", "withdrawn"]
+    )
+    first, second = between.rows
+    assert first[0].startswith("rep-spectral at ")
+    assert first[3:] == ["1.200 (1.100 to 1.300), farther", "++-", "862", ""]
+    assert open_pair["strengths"][1] is None
+    assert second[1:] == ["cross-Lipschitz", "", "not chosen", "", "", ""]
+    sound |= {"withdrawn": ["gradients look masked (a, seed 0)"], "unpaired_images": 3}
+    (row, _) = sections(content)["pairs"].rows
+    assert row[3:] == [
+        "1.200 (1.100 to 1.300)",
+        "++-",
+        "862, 3 left out",
+        "gradients look masked (a, seed 0)",
+    ]
+    del content["pairs"]  # a study of before
+    assert "pairs" not in sections(Study(content).content)
 
 
 def test_nearer_is_written_beside_a_ratio_that_excludes_one(content):

@@ -24,6 +24,8 @@ from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import Evaluation
 from hf_specreg.study.result import Study
+from hf_specreg.study.statistics import paired_ratio
+from hf_specreg.study.summary import summarize
 from hf_specreg.study.verdict import WITHDRAWN, outcome
 from hf_specreg.study.work import Worker, check_records, expected_seconds
 from hf_specreg.training.interruption import EXIT_CODE
@@ -212,6 +214,7 @@ def test_another_study_in_the_folder_is_refused_by_name_and_further_cells_are_no
     config = study(tmp_path)
     place.begin(config)
     place.begin(study(tmp_path, seeds=(0, 1, 2)))
+    place.begin(study(tmp_path, pairs=(("weight decay", "rep-spectral"),)))
     place.begin(config)
     with pytest.raises(StudyRunError, match=r"accuracy_margin: 0.2 and 0.1"):
         place.begin(study(tmp_path, accuracy_margin=0.1))
@@ -272,6 +275,23 @@ def test_without_final_attacks_there_is_no_table_of_them_but_masked_gradients_ar
         (said,) = (r for r in row["withdrawn"] if r.startswith("gradients look masked"))
         assert "none, seed 1" in said
         assert outcome(row) == WITHDRAWN
+
+
+def test_pairs_of_methods_are_compared_at_their_chosen_strengths(whole):
+    """Which changes no cell, so that it can be asked of a study that is done."""
+    asked = replace(whole, pairs=(("weight decay", "rep-spectral"),))
+    results = Results(cells(asked), folder(asked))
+    found = summarize(results, name="a", command="b", timing=None)
+    (pair,) = found["pairs"]
+    assert pair["methods"] == ["weight decay", "rep-spectral"]
+    keys = [*zip(pair["methods"], pair["strengths"], strict=True)]
+    first, second = (results.attacked(key, "test") for key in keys)
+    ratio = paired_ratio(first.distances, first.correct, second.distances, second.correct)
+    assert pair["ratio"] == ratio
+    assert len(pair["signs"]) == 2
+    loss = np.mean([results.answers(key, "test") for key in keys], axis=(1, 2))
+    assert pair["accuracy_difference"]["value"] == pytest.approx(loss[0] - loss[1])
+    assert found["comparisons"] == Study.load(whole.output_dir).content["comparisons"] + 2
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
