@@ -22,7 +22,8 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     encoder.
 
     Raises:
-        ValueError: neither a timm nor a transformers model; the message lists candidates.
+        ValueError: neither a timm nor a transformers model, or one whose head is not known; the
+            message lists candidates.
     """
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg is not None:
@@ -40,19 +41,38 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     if inner is not None:
         return tuple(f"timm_model.{n}" for n in find_head(inner))
     if hasattr(model, "base_model_prefix") and hasattr(model, "config"):
-        kind = type(model)
-        if kind.__module__.startswith("transformers.") and not HEADED.search(kind.__name__):
-            return ()  # whatever its children are called: SigLIP's head is its pooling
-        base = model.base_model
-        beside = [(n, m) for n, m in model.named_children() if m is not base and _has_matrix(m)]
-        if base is model:
-            beside = [(n, m) for n, m in beside if HEAD_NAMES.search(n)]
-        return tuple(n for n, _ in beside)
+        return _beside_base(model)
     raise ValueError(
         f"cannot find the head of {type(model).__name__}, which is neither a timm nor a "
         "transformers model: pass head=<dotted name>, or head=() if all of it is encoder; linear "
         f"layers, last first: {_linear_names(model)}"
     )
+
+
+def _beside_base(model: nn.Module) -> tuple[str, ...]:
+    """Return what a transformers model has beside its base model."""
+    kind = type(model)
+    is_own = kind.__module__.startswith("transformers.")
+    if is_own and not HEADED.search(kind.__name__):
+        return ()  # whatever its children are called: SigLIP's head is its pooling
+    base = model.base_model
+    beside = [n for n, m in model.named_children() if m is not base and _has_matrix(m)]
+    named = [n for n in beside if HEAD_NAMES.search(n)]
+    if base is model:
+        beside = named
+    # Several are a head only where transformers calls all so: the teacher's of a distilled model.
+    if len(beside) > 1 and not (is_own and beside == named):
+        raise ValueError(
+            f"{kind.__name__} has {beside} beside its encoder, and which of them is the head is "
+            f"not known: pass head={(named or beside)[-1]!r}, say"
+        )
+    if not beside and getattr(model.config, "num_labels", 0):
+        raise ValueError(
+            f"{kind.__name__} has nothing beside its encoder that could be the head: pass "
+            "head=<dotted name>, or head=() if all of it is encoder; linear layers, last first: "
+            f"{_linear_names(model)}"
+        )
+    return tuple(beside)
 
 
 def check_head(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -125,6 +145,8 @@ def headless_output(output: Any) -> Tensor:
         return flat(output)  # the maps of several stages
     if getattr(output, "logits", None) is not None:  # of an image classifier of no classes
         return output.logits
+    if getattr(output, "feature_maps", None) is not None:
+        return flat(output.feature_maps)
     for name in ("pooler_output", "image_embeds"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)

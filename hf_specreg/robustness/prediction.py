@@ -37,7 +37,7 @@ HALVINGS = 2  # of a tangent point's radius, on average
 
 
 class Passes(NamedTuple):
-    """How many images a model is run on, and derived at, for one image that is attacked."""
+    """How many images a model is run on, and differentiated at, for one image that is attacked."""
 
     forward: float
     backward: float = 0

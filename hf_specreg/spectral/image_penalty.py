@@ -1,4 +1,4 @@
-"""A penalty on the derivative by the image, for a loop of one's own: its life cycle.
+"""A penalty on the derivative with respect to the image, for a loop of one's own: its life cycle.
 
 What it is stands in `regularizers/`, one a file; here is when it enters, with what strength, and
 what a run that is resumed needs of it.
@@ -23,8 +23,8 @@ class ImagePenalty:
     is in: batch norms use their running statistics and leave them as they are. Images are what the
     model takes, and derivatives per [0, 1] pixel (`pixel_std`). They run in float32, uncompiled
     and, of timm's models, without activation checkpointing; checkpointing in code of your own is
-    not derived twice. With gradient accumulation, call it in one of the micro-batches only, as
-    `SpectralPenalty`; with several processes each has its own images.
+    not differentiated twice. With gradient accumulation, call it in one of the micro-batches only,
+    as `SpectralPenalty`; with several processes each has its own images.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together

@@ -1,4 +1,4 @@
-"""The norm of the loss's gradient by the image as a loss term.
+"""The norm of the loss's gradient with respect to the image as a loss term.
 
     penalty = strength * mean over images of ||grad_x loss(x, y)||
 
@@ -12,7 +12,7 @@ from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 
 
 class InputGradientPenalty(ImagePenalty):
-    """strength * mean norm of the cross-entropy's gradient by the image, as a loss term.
+    """strength * mean norm of the cross-entropy's gradient with respect to the image, as a term.
 
     Call it once per optimizer step and add what it returns to the loss:
 

@@ -2,8 +2,8 @@
 
     penalty = strength * mean over images of [log ||J^T u|| - log spread]
 
-with J the Jacobian of the features by the image and u a direction in the feature space. What that
-is, and which rescalings leave it as it is: `regularizers/sensitivity.py`.
+with J the Jacobian of the features with respect to the image and u a direction in the feature
+space. What that is, and which rescalings leave it as it is: `regularizers/sensitivity.py`.
 """
 
 from torch import Tensor

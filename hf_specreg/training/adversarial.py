@@ -14,9 +14,9 @@ neither statistics nor gradients of the model change. The pass that is trained i
 adversary: batch norms take the statistics of its batch, of the adversarial images with fgsm and
 pgd. trades makes two passes, of the images and of the adversarial ones, each with its own.
 
-Crafting derives by the images alone, which fires none of DistributedDataParallel's hooks. It is in
-float32 under fp16, in which the gradient would underflow, and with trades, whose start bfloat16
-would round away; else in the precision of the pass.
+Crafting differentiates with respect to the images alone, which fires none of
+DistributedDataParallel's hooks. It is in float32 under fp16, in which the gradient would underflow,
+and with trades, whose start bfloat16 would round away; else in the precision of the pass.
 """
 
 import logging

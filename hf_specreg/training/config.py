@@ -51,7 +51,7 @@ class RunConfig:
         compile: have torch compile the encoder's passes in training, once for each size of batch,
             by its default backend, which on a CPU needs a C++ compiler. Up to rounding and the
             random numbers of dropout the results are the same; names in what is saved are. What is
-            derived twice, evaluations and sigma are computed uncompiled. Not with
+            differentiated twice, evaluations and sigma are computed uncompiled. Not with
             regularizers.spectral_norm.
         log_every: optimizer steps between log lines.
         log_with: accelerate's trackers, such as "tensorboard"; metrics.jsonl is always written.

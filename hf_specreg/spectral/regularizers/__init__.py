@@ -51,7 +51,7 @@ class RegularizersConfig:
         metric_eigenvalue: top eigenvalue of the feature metric.
         cross_lipschitz: differences of the logits' gradients.
         volume_element: 1/2 log det of the feature metric.
-        input_gradient: norm of the loss's gradient by the image.
+        input_gradient: norm of the loss's gradient with respect to the image.
         sensitivity: of the features to the image, relative to their spread.
         l2_sp: distance from the weights that training began with.
         bss: small singular values of a batch's features.

@@ -25,10 +25,10 @@ By = Literal["double_backprop", "finite_difference"]
 
 @dataclass(frozen=True)
 class DerivativeConfig(RegularizerConfig):
-    """A penalty on the derivative by the image; the mean over images, each by itself.
+    """A penalty on the derivative with respect to the image; the mean over images, each by itself.
 
     Args:
-        of: what is derived, the "features" or the "logits".
+        of: what is differentiated, the "features" or the "logits".
         images: how many of each micro-batch it is taken at, the first; default: all.
     """
 
@@ -48,17 +48,17 @@ class DerivativeConfig(RegularizerConfig):
         function = space.features if self.of == "features" else space.logits
 
         def compute(images: Tensor, labels: Tensor | None, features: Sequence[Tensor]) -> Tensor:
-            with derivable_twice(space.model):
+            with differentiable_twice(space.model):
                 return self.penalty(function, images[: self.images])
 
         return compute
 
 
 @contextmanager
-def derivable_twice(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, as it can be derived twice: uncompiled, with attention in
-    the one form for that, without the activation checkpointing of timm's models (that of
-    transformers' is off in evaluation mode), whose memory is not saved here, and without the
+def differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, as it can be differentiated twice: uncompiled, with
+    attention in the one form for that, without the activation checkpointing of timm's models (that
+    of transformers' is off in evaluation mode), whose memory is not saved here, and without the
     autocast that accelerate puts into a model's `forward`.
     """
     attributes = [vars(module) for module in model.modules()]

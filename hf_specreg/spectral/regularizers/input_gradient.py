@@ -18,7 +18,7 @@ from hf_specreg.spectral.regularizers.derivative import (
     By,
     Function,
     check_differences,
-    derivable_twice,
+    differentiable_twice,
     pulled_back_norms,
     tracked,
 )
@@ -65,7 +65,8 @@ def input_gradient_norm(
 
 @dataclass(frozen=True)
 class InputGradientConfig(RampedConfig):
-    """Norm of the loss's gradient by the image (Drucker, LeCun 1992; Ross, Doshi-Velez 2018).
+    """Norm of the loss's gradient with respect to the image (Drucker, LeCun 1992; Ross, Doshi-Velez
+    2018).
 
     Args:
         norm: "l2", or "l1", against perturbations in Linf.
@@ -101,7 +102,7 @@ class InputGradientConfig(RampedConfig):
             images, labels = images[: self.images], labels[: self.images]
             settings = {"norm": self.norm, "by": self.by, "step": self.step}
             no_autocast = torch.autocast(images.device.type, enabled=False)
-            with derivable_twice(space.model), no_autocast:
+            with differentiable_twice(space.model), no_autocast:
                 return input_gradient_norm(space.logits, images, labels, **settings)
 
         return compute

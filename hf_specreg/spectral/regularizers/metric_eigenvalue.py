@@ -35,7 +35,7 @@ def top_metric_eigenvalue(
     """
     images, outputs = tracked(function, images)
     u = torch.randn(outputs.shape, generator=generator, device=outputs.device).to(outputs)
-    # J v is the derivative by u of <v, J^T u>, which is linear in u.
+    # J v is the derivative with respect to u of <v, J^T u>, which is linear in u.
     dual = torch.zeros_like(outputs, requires_grad=True)
     pulled = pulled_back(outputs, images, dual)
     for _ in range(iterations):

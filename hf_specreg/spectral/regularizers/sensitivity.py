@@ -1,7 +1,7 @@
 """log ||J^T u|| - log spread: how far the features move, relative to how far they lie apart.
 
-J is the Jacobian of the features Phi by the image, u a unit direction in the feature space. Where
-an image has to be moved by eps to get its features over a distance s along u,
+J is the Jacobian of the features Phi with respect to the image, u a unit direction in the feature
+space. Where an image has to be moved by eps to get its features over a distance s along u,
 
     s = eps ||J^T u||, to first order:    log ||J^T u|| - log s = - log eps,
 
@@ -45,7 +45,7 @@ from hf_specreg.spectral.regularizers.derivative import (
     By,
     Function,
     check_differences,
-    derivable_twice,
+    differentiable_twice,
     moved,
     pulled_back_norms,
     tracked,
@@ -232,7 +232,7 @@ class SensitivityConfig(RampedConfig):
                 warnings.warn(ALONE, stacklevel=2)
                 return full_precision(images.new_zeros(()))
             no_autocast = torch.autocast(images.device.type, enabled=False)
-            with derivable_twice(space.model), no_autocast:
+            with differentiable_twice(space.model), no_autocast:
                 return sensitivity(
                     features,
                     images,
