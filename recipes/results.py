@@ -2,8 +2,9 @@
 
     python recipes/results.py [runs/studies/mnist ...]
 
-A study's folder that is named is kept first: its study.json goes to recipes/studies/results/. What
-is written depends on those files alone.
+A study's folder that is named is kept first, as NAME.json and, where they are small, the per-image
+results as NAME.parquet, in recipes/studies/results/. What is written depends on the former alone;
+by the latter methods can be compared anew (`Study.load(...).attacked`).
 """
 
 import json
@@ -26,6 +27,7 @@ from hf_specreg.study.verdict import not_chosen, summary
 
 HERE = Path(__file__).parent
 KEPT = HERE / "studies/results"
+LARGEST_KEPT = 2 * 2**20  # bytes of per-image results
 RESULTS = HERE.parent / "docs/results.md"
 README = HERE.parent / "README.md"
 PICTURE = HERE.parent / "docs/frontier.svg"
@@ -48,8 +50,14 @@ def keep(folders: Sequence[str]) -> None:
     """
     KEPT.mkdir(exist_ok=True)
     for folder in folders:
-        content = public(Study.load(folder).content)
-        (KEPT / f"{content['name']}.json").write_text(json.dumps(content, allow_nan=False) + "\n")
+        study = Study.load(folder)
+        content = public(study.content)
+        path = KEPT / f"{content['name']}.json"
+        path.write_text(json.dumps(content, allow_nan=False) + "\n")
+        images = study.images_parquet() if study.images else b""
+        path.with_suffix(".parquet").unlink(missing_ok=True)
+        if 0 < len(images) <= LARGEST_KEPT:
+            path.with_suffix(".parquet").write_bytes(images)
 
 
 def studies() -> list[Mapping[str, Any]]:

@@ -79,7 +79,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         files = {"cells.parquet": to_parquet(pa.Table.from_pydict(_cells(self.content["cells"])))}
         if self.images:
-            files["images.parquet"] = to_parquet(self._table())
+            files["images.parquet"] = self.images_parquet()
         files["study.md"] = to_markdown(self.content).encode()
         if find_spec("matplotlib"):
             files["study.html"] = to_html(self.content).encode()
@@ -93,7 +93,8 @@ class Study:
         """Read a study and, where they are beside it, its per-image results.
 
         Args:
-            path: of study.json or of its folder.
+            path: of study.json or of its folder, beside which lies images.parquet; or of NAME.json,
+                as a study is kept, beside NAME.parquet.
 
         Raises:
             StudyError: it is no study, or one of another format.
@@ -102,7 +103,9 @@ class Study:
         if path.is_dir():
             path = path / "study.json"
         content = FORMAT.read(path)
-        beside = path.with_name("images.parquet")
+        beside = path.with_suffix(".parquet")
+        if path.name == "study.json":
+            beside = path.with_name("images.parquet")
         try:
             images = _read_images(beside) if beside.exists() else {}
         except UNREADABLE as error:
@@ -112,6 +115,31 @@ class Study:
             return cls(content, images)
         except StudyError as error:
             raise StudyError(f"{path}: {error}") from error
+
+    def images_parquet(self) -> bytes:
+        """Return the per-image results as a parquet file; about 6 bytes an image of a cell."""
+        return to_parquet(pa.table({name: _column(self.images[name]) for name in COLUMNS}))
+
+    def attacked(self, method: str, strength: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the attacks found on the test images: the distances [S, n], inf where they
+        found nothing, and whether the image was classified correctly, bool [S, n]; by seed and row,
+        as `hf_specreg.study.statistics` takes them.
+
+        Raises:
+            StudyError: there are no per-image results of it, or of unlike images.
+        """
+        found = self.images or {name: np.empty(0) for name in COLUMNS}
+        at = np.isnan(found["strength"]) if strength is None else found["strength"] == strength
+        own = at & (found["method"] == method)
+        parts = [own & (found["seed"] == seed) for seed in np.unique(found["seed"][own])]
+        if not parts or any(
+            not np.array_equal(found["row"][part], found["row"][parts[0]]) for part in parts
+        ):
+            raise StudyError(f"{method}, {strength}: no per-image results, or of unlike images")
+        distances, correct = (
+            np.stack([found[name][part] for part in parts]) for name in ("distance", "correct")
+        )
+        return distances.astype(float), correct
 
     def _check_images(self) -> None:
         for name, kinds in COLUMNS.items():
@@ -129,9 +157,6 @@ class Study:
             raise StudyError("the per-image results have names that are no text") from error
         if unknown := methods - self.content["methods"].keys():
             raise StudyError(f"per-image results of {_few(unknown)}, which the study does not have")
-
-    def _table(self) -> pa.Table:
-        return pa.table({name: _column(self.images[name]) for name in COLUMNS})
 
 
 def check_consistent(content: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def images(results: Results) -> dict[str, np.ndarray]:
                 "seed": np.full(n, cell.seed),
                 **{name: report.images[name] for name in ("row", "label", "predicted")},
                 "correct": found.correct[0],
-                "distance": found.distances[0],
+                "distance": found.distances[0].astype(np.float32),  # as attacks give them
                 "norm": np.full(n, "l2", object),
             }
             for name, values in own.items():

@@ -1,13 +1,13 @@
 """What recipes/results.py writes is what the studies that are kept say."""
 
-import json
 import re
 
+import numpy as np
 import pytest
 
 from hf_specreg.study.result import Study
 from recipes import results
-from tests.study.example import make_content
+from tests.study.example import make_content, make_images
 
 KEPT = sorted(results.KEPT.glob("*.json"))
 
@@ -37,11 +37,17 @@ def test_a_study_is_kept_under_its_name_without_paths(tmp_path, monkeypatch):
     content = make_content(names=("a", "b"), seeds=(0,))
     content["command"] = "python recipes/study.py --settings.data.source /home/me/mnist"
     content["settings"] = {**content["settings"], "output_dir": "/home/me/runs/x"}
-    (tmp_path / "study.json").write_text(json.dumps(content))
+    images = make_images(np.random.default_rng(1), content["cells"])
+    monkeypatch.setattr("hf_specreg.study.result.find_spec", lambda name: None)  # no page
+    Study(content, images).save(tmp_path)
     monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
     results.keep([str(tmp_path)])
     (kept,) = (tmp_path / "kept").glob("*.json")
     assert "/home" not in kept.read_text()
+    assert Study.load(kept).attacked("none", None)[0].shape == (1, 40)
+    monkeypatch.setattr(results, "LARGEST_KEPT", 100)
+    results.keep([str(tmp_path)])
+    assert not Study.load(kept).images
     found = results.studies()
     said = results.results(found)
     assert f"## {content['name']}: what was found" in said

@@ -22,6 +22,25 @@ def test_a_study_comes_back_as_it_was_saved(without_page, large, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+def test_what_attacks_found_is_read_by_seed_and_image(large):
+    distances, correct = large.attacked("jacobian", 0.01)
+    assert distances.shape == correct.shape == (3, 40)
+    images = large.images
+    own = (images["method"] == "jacobian") & (images["strength"] == 0.01) & (images["seed"] == 2)
+    assert np.array_equal(distances[2], images["distance"][own])
+    assert np.array_equal(correct[2], images["correct"][own])
+    assert large.attacked("none", None)[0].shape == (3, 40)
+    unlike = {name: values.copy() for name, values in images.items()}
+    unlike["row"][np.flatnonzero(own)[0]] = 77
+    for method, strength, study in (
+        ("jacobian", 7.0, large),
+        ("jacobian", 0.01, Study(large.content, unlike)),
+        ("jacobian", 0.01, Study(large.content)),
+    ):
+        with pytest.raises(StudyError, match=f"jacobian, {strength}: no per-image results, or of"):
+            study.attacked(method, strength)
+
+
 def test_cells_are_a_table_of_their_scalars(without_page, large, tmp_path):
     large.save(tmp_path)
     rows = pq.read_table(tmp_path / "cells.parquet").to_pylist()

@@ -68,6 +68,15 @@ def test_a_study_says_what_was_found(whole):
     assert "one strength alone, so that others may be farther: rep-spectral" in content["flags"]
 
 
+def test_a_ratio_is_made_anew_from_the_per_image_results(whole):
+    """Which is all that is left of a study when its folder is gone."""
+    study = Study.load(whole.output_dir)
+    assert study.images["distance"].dtype == np.float32
+    for row in study.content["table"][1:]:
+        pair = *study.attacked(row["method"], row["strength"]), *study.attacked("none", None)
+        assert paired_ratio(*pair) == row["ratio"]
+
+
 def test_numbers_are_those_of_the_reports(whole):
     """Accuracy on all images, the distance on those that are attacked and correct."""
     results = Results(cells(whole), folder(whole))
