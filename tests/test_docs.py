@@ -52,9 +52,11 @@ RUN_BY = {
         f"{STOCK}::test_timms_train_script_has_the_penalty",
         f"{STOCK}::test_a_task_has_the_penalty_and_a_regularizer",
         f"{STOCK}::test_transformers_script_fine_tunes_what_is_saved_and_resumes",
+        f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
         f"{STOCK}::test_lightning_adds_it_once_a_step_and_keeps_its_state",
+        f"{STOCK}::test_a_module_of_lightning_has_a_regularizer_of_images",
         f"{STOCK}::test_a_loop_of_lightly_has_it_on_the_backbone",
     ],
     "hub.md": [

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from hf_specreg import SpecRegModel, SpectralPenalty
+from hf_specreg import InputGradientPenalty, SpecRegModel, SpectralPenalty
 from tests.pages import only, page
 from tests.tiny import vit_config
 from tests.training import as_timm_trains, as_transformers_fine_tunes
@@ -129,6 +130,15 @@ def test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters(tmp_path, mo
     assert "train/penalty" in events.Tags()["scalars"]
 
 
+def test_a_trainer_has_a_regularizer_of_images(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    processor = SimpleNamespace(image_std=[0.5])
+    names = {"model": vit(), "args": args, "images": Digits(), "processor": processor}
+    exec(snippet("pixel_std=processor.image_std"), names)
+    names["trainer"].train()
+    assert names["trainer"].state.log_history[0]["input_gradient"] > 0
+
+
 class Lit(pl.LightningModule):
     """A network with a backbone, in the least of Lightning."""
 
@@ -183,6 +193,26 @@ def test_lightning_adds_it_once_a_step_and_keeps_its_state(tmp_path):
     assert state["vectors"]
     again, _ = fitted(tmp_path / "again", resume=checkpoint)
     assert again.callbacks[0].penalty.state_dict()["uses"] == 2
+
+
+def test_a_module_of_lightning_has_a_regularizer_of_images(tmp_path):
+    names = {"Classifier": Lit}
+    exec(snippet("Regularized"), names)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    batches = torch.utils.data.TensorDataset(images, labels)
+    loader = torch.utils.data.DataLoader(batches, batch_size=8)
+    ends = []
+    for kind in (Lit, names["Regularized"]):
+        module = kind()
+        settings = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        settings |= {"max_steps": 1, "default_root_dir": tmp_path, "enable_model_summary": False}
+        pl.Trainer(**settings, enable_checkpointing=False).fit(module, loader)
+        ends.append(module.backbone)
+    reference = Lit().backbone
+    InputGradientPenalty(reference, strength=0.05)(images, labels).backward()
+    for plain, ours, weight in zip(*(m.parameters() for m in (*ends, reference)), strict=True):
+        torch.testing.assert_close((plain - ours) / 0.1, weight.grad, rtol=1e-3, atol=1e-4)
+    assert reference.blocks[0].attn.qkv.weight.grad.abs().max() > 1e-3
 
 
 class Encoder(nn.Module):

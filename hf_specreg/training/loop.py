@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 from hf_specreg.data.transforms import add_noise, derived_seed
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.spectral.regularizers import build_regularizers
 from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
 from hf_specreg.spectral.regularizers.term import checked_loss
 from hf_specreg.spectral.sharding import whole
@@ -46,6 +45,7 @@ from hf_specreg.training.optimizer import build_optimizer, build_scheduler
 from hf_specreg.training.resume import check_agreement, starting_point
 from hf_specreg.training.sharded import Shards, fsdp_settings
 from hf_specreg.training.state import RunState, recorded_settings
+from hf_specreg.training.terms import Terms
 
 
 class TrainingLoop:
@@ -100,7 +100,7 @@ class TrainingLoop:
         self.penalty = build_penalty(
             self.encoder, config.penalty, **length, seed=config.seed, shared=shared
         )
-        self.regularizers = build_regularizers(self.encoder, config.regularizers, **length)
+        self.regularizers = Terms(self.encoder, config.regularizers, **length)
         start_sha256 = weights_sha256(self.encoder) if config.regularizers.l2_sp.strength else None
         shards = Shards(objective, self.accelerator, settings) if settings else None
         optimizer = build_optimizer(objective, config.optimizer)
@@ -206,13 +206,17 @@ class TrainingLoop:
             with self.steps.penalty_time():
                 penalty = self.penalty()
             self.steps.count_backward(penalty, loss)
-        terms = self._regularizers(images[:, 0] if images.ndim == 5 else images, labels, loss)
-        # accelerate divides what it is given by the micro-batches; what is of the weights enters
-        # once a step, whole.
-        whole = [terms[r.name] for r in self.regularizers if r.of_weights]
-        shared = [terms[r.name] for r in self.regularizers if not r.of_weights]
-        total = sum(shared, loss) + sum(whole, penalty) * self.config.accumulation
-        self.accelerator.backward(total)
+        terms = self.regularizers(
+            images[:, 0] if images.ndim == 5 else images,
+            labels,
+            self.plain.features,
+            step=self.state.step,
+            device=loss.device,
+            last=self.accelerator.sync_gradients,
+        )
+        divisor = self.config.accumulation  # by which accelerate divides what it is given
+        total = loss + penalty * divisor
+        self.accelerator.backward(sum(self.regularizers.entering(terms, of_weights=divisor), total))
         terms |= self._clip(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -235,17 +239,6 @@ class TrainingLoop:
         return {
             "gradient_norm": norm.nan_to_num(0, 0, 0),
             "clipped_to": clipped_to.nan_to_num(0, 0, 0),
-        }
-
-    def _regularizers(self, images: Tensor, labels: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """The regularizers beside the spectral penalty, by name; 0 where not due."""
-        features, sync = self.plain.features, self.accelerator.sync_gradients
-        step = self.state.step
-        return {
-            r.name: r(images, labels, features, step=step)
-            if r.due(step) and (sync or not r.of_weights)
-            else loss.new_zeros(())
-            for r in self.regularizers
         }
 
     def _end_step(self, epoch: int, batch: int) -> None:

@@ -11,7 +11,6 @@ is computed once an optimizer step; its gradient is kept and given to each micro
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,14 +18,11 @@ from timm.loss import BinaryCrossEntropy, PolyBinaryCrossEntropy
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.head import fed_to, flat
-from hf_specreg.encoders.input_size import find_input_size
-from hf_specreg.encoders.model import SpecRegModel, for_channels
 from hf_specreg.encoders.modules import unwrap, without_trainers
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
+from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.term import checked_loss
+from hf_specreg.training.terms import Terms, check_settings
 
 logger = logging.getLogger(__name__)
 STATE = "specreg"
@@ -40,6 +36,7 @@ def regularize_task(
     regularizers: RegularizersConfig | None = None,
     head: str | Sequence[str] | None = None,
     input_size: tuple[int, int, int] | None = None,
+    pixel_std: float | Sequence[float] | None = None,
 ) -> TrainingTask:
     """Let a task of timm add the penalty and other regularizers to its loss, in place.
 
@@ -54,18 +51,19 @@ def regularize_task(
     loop that does not call `update_ema` not at all. A gradient of the penalised weights is kept.
 
     Args:
-        task: of timm; its model is a timm network on images that are normalised as its
-            `pretrained_cfg` says, or a `SpecRegModel`.
+        task: of timm; its model is a timm network on normalised images, or a `SpecRegModel`.
         penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
             steps) and scope; {}: its defaults; None: no penalty. Each process computes all of it,
             for timm saves checkpoints from one alone.
-        regularizers: their settings, with burn-in in steps; terms of the data are of images in
-            [0, 1], as in the recipes, outside autocast, and of a micro-batch. `input_gradient` is
+        regularizers: their settings, with burn-in in steps; terms of the data are per [0, 1]
+            pixel, as in the recipes, outside autocast, and of a micro-batch. `input_gradient` is
             of the cross-entropy, whatever the task's own loss adds to that. `bss` looks at what the
             head is fed by a hook, which compiled code has if the task makes the model's first pass
             in training mode.
         head: as for `FeatureSpace.of`, for the penalty and the regularizers.
         input_size: likewise.
+        pixel_std: by what the images were divided when they were normalised, as for
+            `InputGradientPenalty`; default: what the network's `pretrained_cfg` says.
 
     Returns:
         The task.
@@ -73,84 +71,53 @@ def regularize_task(
     Raises:
         ValueError: nothing is asked for, burn-in or ramp in epochs, `penalty` is shared or has a
             head or an input size of its own, spectral_norm is on, a term of the cross-entropy
-            beside a binary loss, or the head or the input size is not known; in a step, a term of
-            the data where NaFlex feeds patches.
+            beside a binary loss, or the head, the input size or pixel_std is not known; in a step,
+            a term of the data where NaFlex feeds patches, or of labels that are no classes.
     """
     config = regularizers or RegularizersConfig()
-    _check_penalty(penalty or {})
-    _check_terms(config, task)
-    if penalty is None and not config.terms():
-        raise ValueError(
-            "neither a penalty nor a regularizer with a strength was given: pass "
-            'penalty={"strength": 1e-2}, say'
-        )
+    check_settings(penalty, config, by="regularize_task")
+    if (penalty or {}).get("shared"):
+        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
+    _check_loss(config, task)
     task.__class__ = type(f"Regularized{type(task).__name__}", (_Regularized, type(task)), {})
-    task._regularize(penalty, config, head=head, input_size=input_size)
+    known = {"head": head, "input_size": input_size}
+    task._regularize(penalty, config, pixel_std, **known)
     return task
 
 
-def _check_penalty(penalty: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments that are the task's, or that it cannot keep."""
-    if penalty.get("shared"):
-        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
-    for name in ("head", "input_size"):
-        if name in penalty:
-            raise ValueError(
-                f"the {name} is of the regularizers too: pass {name}= to regularize_task, beside "
-                "penalty"
-            )
-
-
-def _check_terms(config: RegularizersConfig, task: TrainingTask) -> None:
-    """Raise ValueError for what a task, which does not know the epochs, cannot do, and for terms
-    of another loss than its own.
-    """
+def _check_loss(config: RegularizersConfig, task: TrainingTask) -> None:
+    """Raise ValueError for terms of another loss than the task's own."""
     criterion = getattr(task, "criterion", None)
     binary = getattr(task, "multi_label", False) or isinstance(criterion, BINARY)
-    if config.spectral_norm:
-        raise ValueError("spectral_norm changes the model: set it up before the task is made")
     for name, settings in config.terms().items():
         if binary and settings.of_labels:
             raise ValueError(
                 f"{name} is of the cross-entropy, and this task's loss is "
                 f"{type(criterion).__name__}: leave {name} out, or train by cross-entropy"
             )
-        for item in fields(settings):
-            epochs = item.name in ("burn_in_epochs", "burn_in_fraction", "ramp_epochs")
-            if epochs and getattr(settings, item.name):
-                raise ValueError(
-                    f"{name}.{item.name} is of epochs, which a task does not know: give "
-                    f"{name}.burn_in_steps"
-                )
 
 
 class _Regularized(TrainingTask):
     """What `regularize_task` puts before a task's class."""
 
     def _regularize(
-        self, penalty: Mapping[str, Any] | None, config: RegularizersConfig, **known: Any
+        self,
+        penalty: Mapping[str, Any] | None,
+        config: RegularizersConfig,
+        pixel_std: float | Sequence[float] | None,
+        **known: Any,
     ) -> None:
         model = without_trainers(self.get_eval_model())
         self._network = [unwrap(model)]  # in a list, lest it be a module of the task once more
         self.penalty = None if penalty is None else SpectralPenalty(model, **known, **penalty)
-        self._pixels, self._terms, self._fed = None, [], None
-        if config.terms():
-            self._pixels = _Pixels(model, known["input_size"])
-            space = FeatureSpace.of(self._pixels.model, **known)
-            self._terms = build_regularizers(space, config, steps_per_epoch=1, epochs=1)
-            self._fed = space if config.bss.strength else None
+        self._terms = Terms(model, config, pixel_std=pixel_std, **known)
         self._step, self._next, self._seen = 0, 0, None
         self._value, self._gradients, self._weights = torch.zeros(()), (), ()
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return what the task returns, with the regularizers in its loss and beside it."""
         training = self.get_trainable_module().training and torch.is_grad_enabled()
-        looking = (
-            fed_to(self._fed.head, self._fed.network)
-            if self._fed and training
-            else contextlib.nullcontext([])
-        )
-        with looking as fed:
+        with self._terms.watching() if training else contextlib.nullcontext([]) as features:
             result = super().forward(input, target)
         if not training:
             return result
@@ -159,9 +126,7 @@ class _Regularized(TrainingTask):
         if self.penalty is not None:
             terms["penalty"] = _Known.apply(self._value, self._gradients, *self._weights)
         loss = checked_loss(result["loss"], type(self).__name__)
-        terms |= {term.name: loss.new_zeros(()) for term in self._terms}
-        with torch.autocast(loss.device.type, enabled=False):
-            terms |= self._regularizers(input, target, [flat(fed)] if fed else [])
+        terms |= self._terms(input, target, features, step=self._step, device=loss.device)
         added = {name: term.detach() for name, term in terms.items()}
         return {**result, "loss": sum(terms.values(), loss), **added}
 
@@ -183,21 +148,6 @@ class _Regularized(TrainingTask):
             found = torch.autograd.grad(value, weights, allow_unused=True)
             pairs = [pair for pair in zip(weights, found, strict=True) if pair[1] is not None]
             self._weights, self._gradients = zip(*pairs, strict=True)
-
-    def _regularizers(
-        self, images: Tensor, labels: Tensor, features: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """The regularizers beside the spectral penalty that are due, by name."""
-        of_data = [term.name for term in self._terms if not term.of_weights]
-        if of_data and not isinstance(images, Tensor):
-            raise ValueError(
-                f"{of_data[0]} is of images [B, C, H, W], and the task was fed a "
-                f"{type(images).__name__}, as NaFlex's patches are: leave {of_data[0]} out"
-            )
-        due = [term for term in self._terms if term.due(self._step)]
-        if any(not term.of_weights for term in due):
-            images = self._pixels.of(images)
-        return {term.name: term(images, labels, features, step=self._step) for term in due}
 
     def update_ema(self, step: int | None = None) -> None:
         """Update the average of weights, if any; an optimizer step is done."""
@@ -243,40 +193,3 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(gradient * upstream.to(gradient) for gradient in ctx.gradients)
-
-
-class _Pixels:
-    """A task's model on images in [0, 1], and its images as such."""
-
-    def __init__(self, model: nn.Module, input_size: tuple[int, int, int] | None):
-        self.model = model
-        if isinstance(model, SpecRegModel):
-            return
-        cfg = getattr(unwrap(model), "pretrained_cfg", None)
-        if not cfg:
-            raise ValueError(
-                f"{type(model).__name__} does not say how its images are normalised, which "
-                "regularizers of the data must know: make a SpecRegModel of it"
-            )
-        channels, *_ = input_size or find_input_size(model)
-        self.model = _Normalising(model, *(for_channels(cfg[k], channels) for k in ("mean", "std")))
-
-    def of(self, images: Tensor) -> Tensor:
-        """Return images [B, C, H, W] in [0, 1]."""
-        if not isinstance(self.model, _Normalising):
-            return images
-        return images * self.model.std.to(images) + self.model.mean.to(images)
-
-
-class _Normalising(nn.Module):
-    """A network, whose head may be any, on images in [0, 1]."""
-
-    wraps = "network"
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.network = network
-        self.mean, self.std = (torch.tensor(values).reshape(-1, 1, 1) for values in (mean, std))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean.to(images)) / self.std.to(images))

@@ -1,15 +1,18 @@
-"""SpecRegTrainer: `transformers.Trainer` with the spectral penalty added to the loss.
+"""SpecRegTrainer: `transformers.Trainer` with the spectral penalty and other regularizers added to
+the loss.
 
     trainer = SpecRegTrainer(model, args, train_dataset=images, penalty={"strength": 1e-2})
 
-With k micro-batches an optimizer step the penalty enters the last of them, whole. The Trainer
-divides losses by k unless the model or `compute_loss_func` has scaled them itself; where it does,
-the penalty is multiplied by k before.
+With k micro-batches an optimizer step the penalty enters the last of them, whole, and terms of the
+data enter each by a k-th. The Trainer divides losses by k unless the model or `compute_loss_func`
+has scaled them itself; where it does, they are multiplied by k before.
 
 A SpecRegModel, which maps images in [0, 1] to logits, is trained by cross-entropy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +31,45 @@ from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.distributed import averages_gradients
+from hf_specreg.training.terms import Terms, check_settings
 
 
 class SpecRegTrainer(Trainer):
-    """`transformers.Trainer` with strength * sum of sigma^2 up to the features added to the loss.
+    """`transformers.Trainer` with the spectral penalty and other regularizers added to the loss.
 
     Takes what Trainer takes, and saves what Trainer saves: `from_pretrained` of the model's class,
     AutoModelForImageClassification and SpecRegModel load it. It takes a SpecRegModel too, whose
     "pixel_values" are in [0, 1], and saves what its `save_pretrained` does. Checkpoints hold the
-    penalty's step and vectors, so that a resumed run goes on as if it had not stopped. The penalty
-    is logged beside the loss, which contains it.
+    penalty's step and vectors, so that a resumed run goes on as if it had not stopped. All terms
+    are logged beside the loss, which contains them.
 
     Args:
         model: a transformers model or a SpecRegModel; of a timm network make one by
             `SpecRegModel.from_timm`.
         args: of Trainer, after its model.
         penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
-            steps), scope and input_size.
+            steps) and scope; {}: its defaults; None: no penalty.
+        regularizers: their settings, with burn-in in steps. Terms of the data are of the first
+            images of each micro-batch, in float32 under bf16 and fp16; `input_gradient` is of the
+            cross-entropy, whatever the loss adds to that.
+        head: as for `FeatureSpace.of`, for the penalty and the regularizers.
+        input_size: likewise.
+        pixel_std: by what images were divided when they were normalised, which terms of images
+            need of a transformers model: `processor.image_std`.
         kwargs: of Trainer.
 
     Attributes:
-        penalty: the SpectralPenalty on the model that is trained.
+        penalty: the SpectralPenalty on the model that is trained; None without one.
 
     Raises:
-        ValueError: the model's head or input size is not known, see `SpectralPenalty`; it is a
-            timm network; or weights will be sharded in a way that hides them, by FSDP1 or
-            DeepSpeed's ZeRO-3.
+        ValueError: nothing is asked for, burn-in or ramp in epochs, or spectral_norm; the model's
+            head, input size or pixel_std is not known; a term is of more images than
+            `per_device_train_batch_size`; the model is a timm network; or weights will be sharded
+            in a way that hides them, by FSDP1 or DeepSpeed's ZeRO-3, beside regularizers by FSDP2
+            too. In a step: labels are missing or no classes; see `InputGradientPenalty`.
     """
 
     def __init__(
@@ -63,16 +77,22 @@ class SpecRegTrainer(Trainer):
         model: nn.Module | None = None,
         *args: Any,
         penalty: Mapping[str, Any] | None = None,
+        regularizers: RegularizersConfig | None = None,
+        head: str | Sequence[str] | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        pixel_std: float | Sequence[float] | None = None,
         **kwargs: Any,
     ):
+        self._settings, self._config = penalty, regularizers or RegularizersConfig()
+        check_settings(penalty, self._config, by="SpecRegTrainer")
+        self._known = {"head": head, "input_size": input_size}
+        self._pixel_std = pixel_std
         self._own_loss = kwargs.get("compute_loss_func") is not None
         super().__init__(self._as_trainer_takes_it(model), *args, **kwargs)
-        self._settings = dict(penalty or {})
-        self._penalty: SpectralPenalty | None = None
-        self._penalized: nn.Module | None = None
-        self._last = torch.zeros(())
+        self._regularized: nn.Module | None = None
+        self._last: dict[str, Tensor] = {}
         if self.model_init is None:
-            self.penalty  # noqa: B018  its errors come before any compute is spent
+            self._regularize()  # its errors come before any compute is spent
         self.add_callback(_FromTheStart(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -96,15 +116,29 @@ class SpecRegTrainer(Trainer):
         return self.model.model if isinstance(self.model, _Classifier) else self.model
 
     @property
-    def penalty(self) -> SpectralPenalty:
+    def penalty(self) -> SpectralPenalty | None:
         """On the model that is trained; `model_init` makes a new one for each trial."""
-        network = unwrap(self._trained)
-        if self._penalty is None or self._penalized is not network:
-            _check_shards(self.accelerator, ours=isinstance(self.model, _Classifier))
-            shared = {"shared": averages_gradients(self.accelerator)}
-            self._penalty = SpectralPenalty(self._trained, **shared | self._settings)
-            self._penalized = network
+        self._regularize()
         return self._penalty
+
+    def _regularize(self) -> None:
+        """Make the penalty and the regularizers, if there are none of this model."""
+        network = unwrap(self._trained)
+        if self._regularized is network:
+            return
+        _check_shards(
+            self.accelerator,
+            ours=isinstance(self.model, _Classifier),
+            terms=list(self._config.terms()),
+        )
+        self._penalty = None
+        if self._settings is not None:
+            settings = {"shared": averages_gradients(self.accelerator), **self._known}
+            self._penalty = SpectralPenalty(self._trained, **settings | dict(self._settings))
+        self._terms = Terms(self._trained, self._config, pixel_std=self._pixel_std, **self._known)
+        images = self.args.per_device_train_batch_size
+        self._terms.check_micro_batch(images, "per_device_train_batch_size")
+        self._regularized = network
 
     def compute_loss(
         self,
@@ -113,15 +147,41 @@ class SpecRegTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return Trainer's loss, in the last micro-batch of a training step with the penalty."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if model.training and self.accelerator.sync_gradients:
-            penalty = self.penalty()
-            self._last = torch.where(penalty != 0, penalty.detach(), self._last.to(penalty.device))
-            loss = loss + penalty.to(loss.device) * self._divisor(num_items_in_batch)
+        """Return Trainer's loss, in a training step with the terms of the micro-batch."""
+        training = model.training
+        given = inputs.get("pixel_values"), inputs.get("labels")  # which Trainer may take out
+        with self._terms.watching() if training else nullcontext([]) as features:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        if training:
+            loss = sum(self._entering(given, features, loss, num_items_in_batch), loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _entering(
+        self,
+        given: tuple[Tensor, Tensor | None],
+        features: Sequence[Tensor],
+        loss: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> list[Tensor]:
+        """The terms as they are added to the loss of a micro-batch."""
+        last, divisor = self.accelerator.sync_gradients, self._divisor(num_items_in_batch)
+        terms = self._terms(
+            *given, features, step=self.state.global_step, device=loss.device, last=last
+        )
+        shares = {
+            "of_weights": divisor,
+            "of_data": divisor / self.current_gradient_accumulation_steps,
+        }
+        entering = self._terms.entering(terms, **shares)
+        if self.penalty is not None and last:
+            terms["penalty"] = self.penalty().to(loss.device)
+            entering.append(terms["penalty"] * divisor)
+        for name, term in terms.items():
+            before = self._last.get(name, torch.zeros_like(term))
+            self._last[name] = torch.where(term != 0, term.detach(), before)
+        return entering
 
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What the Trainer is about to divide the loss by."""
@@ -132,9 +192,9 @@ class SpecRegTrainer(Trainer):
         return 1 if scaled else self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the last penalty that was not 0 beside the loss."""
+        """Log, with the last value of each term that was not 0 beside the loss."""
         if "loss" in logs:
-            logs = {**logs, "penalty": float(self._last)}
+            logs = {**logs, **{name: float(value) for name, value in self._last.items()}}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -147,20 +207,22 @@ class SpecRegTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             if ours:
                 self._trained.save_pretrained(folder)
-            penalty = self.penalty
-            settings = {
-                "strength": penalty.strength,
-                "scope": penalty.scope,
-                "every": penalty.every,
-                "burn_in_steps": penalty.burn_in,
-                "renew_every": penalty.renew_every,
-                "lanczos_steps": penalty.lanczos_steps,
-            }
-            config = {"penalty": settings, "seed": self.args.seed}
+            config = {**self._method(), "seed": self.args.seed}
             metadata = {"config": config, "step": self.state.global_step}
             if ours and self._trained.metadata:
                 metadata["before"] = self._trained.metadata
             write_json(folder / RUN_FILE, metadata)
+
+    def _method(self) -> dict[str, Any]:
+        """What `specreg.json` says of the penalty and the regularizers."""
+        penalty, terms = self.penalty, self._terms.settings.items()
+        names = ("strength", "scope", "every", "renew_every", "lanczos_steps")
+        settings = {"strength": 0.0, "scope": "features"}
+        if penalty is not None:
+            settings = {name: getattr(penalty, name) for name in names}
+            settings["burn_in_steps"] = penalty.burn_in
+        regularizers = {name: asdict(of) for name, of in terms}
+        return {"penalty": settings, **({"regularizers": regularizers} if regularizers else {})}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, _Classifier):
@@ -192,11 +254,12 @@ class SpecRegTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_penalty(self.penalty, Path(output_dir), write=self.args.should_save)
+        if self.penalty is not None:
+            save_penalty(self.penalty, Path(output_dir), write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and self.penalty is not None:
             load_penalty(self.penalty, Path(checkpoint))
 
 
@@ -207,8 +270,9 @@ class _FromTheStart(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.penalty.step = state.global_step
-        self.trainer._last = torch.zeros(())
+        if self.trainer.penalty is not None:
+            self.trainer.penalty.step = state.global_step
+        self.trainer._last = {}
 
 
 class _Classifier(nn.Module):
@@ -235,11 +299,17 @@ def _load_network(network: nn.Module, folder: Path) -> None:
         load_model(network, folder / WEIGHTS_FILE)
 
 
-def _check_shards(accelerator: Accelerator, *, ours: bool = False) -> None:
-    """Raise ValueError if weights are sharded otherwise than by FSDP2, or those of a SpecRegModel
-    at all, which saves whole ones.
+def _check_shards(
+    accelerator: Accelerator, *, ours: bool = False, terms: Sequence[str] = ()
+) -> None:
+    """Raise ValueError if weights are sharded otherwise than by FSDP2, or at all those of a
+    SpecRegModel, which saves whole ones, or beside regularizers, which see whole ones.
     """
     kind = accelerator.distributed_type
+    if terms and kind == DistributedType.FSDP:
+        raise ValueError(
+            f"{terms} are of whole weights, which FSDP shards: use DistributedDataParallel"
+        )
     if ours and kind == DistributedType.FSDP:
         raise ValueError("a SpecRegModel is not saved from shards: train its .network under FSDP")
     fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2

@@ -5,7 +5,7 @@ import torch
 
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig, add_noise
-from hf_specreg.spectral.regularizers.term import Regularizer
+from hf_specreg.spectral.regularizers import RegularizersConfig, VolumeElementConfig
 from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
 from hf_specreg.training.images import build_images
 from hf_specreg.training.loop import TrainingLoop
@@ -29,6 +29,13 @@ class Recorded(Objective):
 
 def received(folder, kind, augment):
     """What the objective and a regularizer get in an epoch."""
+    seen = []
+
+    class Recording(VolumeElementConfig):
+        def penalty(self, function, images):
+            seen.append(images)
+            return images.new_zeros(())
+
     run = kind(
         output_dir=str(folder),
         epochs=1,
@@ -36,16 +43,11 @@ def received(folder, kind, augment):
         data=DataConfig(train_samples=256),
         model=ModelConfig("mlp_2000", input_size=SIZE, args=ARGS["mlp_2000"]),
         augment=augment,
+        regularizers=RegularizersConfig(volume_element=Recording(strength=1.0)),
     )
-    objective, seen = Recorded(), []
-
-    def compute(images, labels, features):
-        seen.append(images)
-        return images.new_zeros(())
-
+    objective = Recorded()
     images = build_images(build_splits(run.data), objective.encoder, run)
     loop = TrainingLoop(objective, **images, config=run, score=lambda *_: {"accuracy": 0.0})
-    loop.regularizers = [Regularizer("seen", 1.0, 1, 0, False, compute)]
     loop.run()
     return torch.cat(objective.images), torch.cat(seen)
 

@@ -190,7 +190,10 @@ def test_settings_that_a_task_cannot_keep_are_errors():
         ({"penalty": {"shared": True}}, "cannot be shared"),
         ({"penalty": {"head": "head"}}, "pass head= to regularize_task"),
         ({"penalty": None}, "neither a penalty nor a regularizer"),
-        ({"regularizers": RegularizersConfig(spectral_norm=True)}, "before the task is made"),
+        (
+            {"regularizers": RegularizersConfig(spectral_norm=True)},
+            "spectral_norm changes the model",
+        ),
         (
             {"regularizers": RegularizersConfig(l2_sp=L2SPConfig(1.0, burn_in_epochs=1))},
             "give l2_sp.burn_in_steps",

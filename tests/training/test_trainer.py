@@ -159,9 +159,8 @@ def test_a_checkpoint_without_vectors_is_gone_on_from_with_a_warning(tmp_path, c
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     settings |= {"save_only_model": only}
     trained(tmp_path / "run", vit(), kind=kind, **settings)
-    again = SpecRegTrainer(
-        vit(), arguments(tmp_path / "run", **{**settings, "max_steps": 3}), train_dataset=Digits()
-    )
+    longer = arguments(tmp_path / "run", **{**settings, "max_steps": 3})
+    again = SpecRegTrainer(vit(), longer, train_dataset=Digits(), penalty={})
     again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
     assert "the penalty's vectors start anew" in caplog.text
     assert again.penalty.step == 3
@@ -221,7 +220,7 @@ def test_the_penalty_of_a_frozen_encoder_is_logged(tmp_path):
 
 def test_it_runs_with_transformers_of_before_the_scaling_was_an_attribute(tmp_path, monkeypatch):
     monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
-    trainer = SpecRegTrainer(vit(), arguments(tmp_path), train_dataset=Digits())
+    trainer = SpecRegTrainer(vit(), arguments(tmp_path), penalty={})
     trainer.current_gradient_accumulation_steps = 4
     trainer.model_accepts_loss_kwargs = False
     assert trainer._divisor(None) == 4
@@ -338,11 +337,12 @@ def test_the_best_checkpoint_of_a_spec_reg_model_is_loaded_at_the_end(tmp_path, 
 def test_what_a_timm_network_lacks_is_said_before_training(tmp_path):
     network = of_timm().network
     with pytest.raises(ValueError, match=r"timm's ResNet does not take.*SpecRegModel.from_timm"):
-        SpecRegTrainer(network, arguments(tmp_path))
+        SpecRegTrainer(network, arguments(tmp_path), penalty={})
+    headless = SpecRegModel.from_timm("resnet10t", num_classes=0)
     with pytest.raises(ValueError, match="has no head to train: load it with num_classes"):
-        SpecRegTrainer(SpecRegModel.from_timm("resnet10t", num_classes=0), arguments(tmp_path))
+        SpecRegTrainer(headless, arguments(tmp_path), penalty={})
 
 
 def test_a_model_whose_head_is_not_known_is_an_error_before_training(tmp_path):
     with pytest.raises(ValueError, match="cannot find the head"):
-        SpecRegTrainer(torch.nn.Linear(3, 2), arguments(tmp_path))
+        SpecRegTrainer(torch.nn.Linear(3, 2), arguments(tmp_path), penalty={})

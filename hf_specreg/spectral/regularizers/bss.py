@@ -5,6 +5,7 @@ It is of the micro-batch as a whole, and so depends on its size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class BSSConfig(RegularizerConfig):
     """
 
     k: int = 1
+
+    of_features: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -55,6 +55,7 @@ class RegularizerConfig:
     Attributes:
         of_weights: it is of the weights; else of the data.
         of_labels: it is of the data and their labels.
+        of_features: it is of the features that the loss was computed from, and of no images.
     """
 
     strength: float = 0.0
@@ -65,6 +66,7 @@ class RegularizerConfig:
 
     of_weights: ClassVar[bool] = False
     of_labels: ClassVar[bool] = False
+    of_features: ClassVar[bool] = False
 
     def __post_init__(self):
         given = [name for name in BURN_INS if getattr(self, name) is not None]
