@@ -36,7 +36,7 @@ NOT_OF_THE_REPOSITORY = {
 HERE, STOCK = "tests/test_docs.py", "tests/test_stock_scripts.py"
 # The test that runs each Python snippet of a page, in order.
 RUN_BY = {
-    "README.md": [f"{HERE}::test_three_lines_add_the_penalty_to_a_loss"],
+    "README.md": [f"{HERE}::test_three_lines_add_a_term_to_a_loss"],
     "penalty.md": [
         f"{HERE}::test_the_feature_space_is_as_shown",
         f"{HERE}::test_the_trainer_is_a_drop_in",
@@ -72,20 +72,28 @@ RUN_BY = {
 }
 
 
-def test_three_lines_add_the_penalty_to_a_loss():
+def test_three_lines_add_a_term_to_a_loss():
     torch.manual_seed(0)
+    (snippet,) = snippets(README.read_text())
+    of_norms, of_none = snippet.split("# For networks without norms")
     model = timm.create_model("test_resnet", num_classes=5)
+    plain = timm.create_model("resnet20_cifar_fixup", num_classes=5)
     names = {
         "model": model,
-        "criterion": nn.CrossEntropyLoss(),
-        "images": torch.rand(2, 3, 160, 160),
-        "labels": torch.tensor([0, 1]),
+        "without_norms": plain,
+        "criterion": lambda logits, labels: 0 * logits.sum(),
+        "images": torch.rand(8, 3, 32, 32),
+        "labels": torch.arange(8) % 5,
     }
-    (snippet,) = snippets(README.read_text())
-    exec(snippet, names)
-    names["loss"].backward()
-    assert model.layer4[0].conv1.weight.grad.abs().max() > 0
-    assert names["penalty"].step == 1
+    for part, network, weight in (
+        (of_norms, model, "conv1.0.weight"),
+        (f"#{of_none}", plain, "stages.0.0.conv1.weight"),
+    ):
+        exec(part, names)
+        names["loss"].backward()
+        assert network.get_parameter(weight).grad.abs().max() > 0
+    assert names["penalty"].step == names["spectral"].step == 1
+    assert names["spectral"].free_scale == ()
 
 
 @pytest.mark.parametrize(
