@@ -227,7 +227,10 @@ def _missing(content: Mapping[str, Any]) -> Section:
         for c in content["cells"]
         if c["status"] != "done"
     ]
-    note = "Diverged cells count as tried: they stand in no mean."
+    note = (
+        "Diverged cells count as tried: they stand in no mean. The same command tries what failed "
+        "again, and does what is missing."
+    )
     header = ["method", "strength", "seed", "cell", "reason"]
     return Section("What diverged, failed or is missing", note, header, rows)
 

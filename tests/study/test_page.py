@@ -3,6 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hf_specreg.study.chosen_plots import ratios
 from hf_specreg.study.page import to_html
 from hf_specreg.study.plots import COLOURS, MARKERS, frontier, looks, panels, picture, points_of
 from hf_specreg.study.result import Study
@@ -132,6 +133,15 @@ def test_the_frontier_shows_both_intervals_and_says_what_lies_outside(content):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     for name in content["methods"]:
         assert any(name in label for label in labels)
+
+
+def test_the_ratios_show_both_networks_that_decide(content):
+    content["table"][1]["control"]["matched"] = False
+    content["table"][2]["control"] = None
+    figure, caption = ratios(content)
+    (axes,) = figure.axes
+    assert len(axes.containers) == 2 * (len(content["table"]) - 1) - 1
+    assert "harder to attack takes both" in caption
 
 
 def test_a_panel_a_method_names_the_chosen_strength(content):
