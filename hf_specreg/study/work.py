@@ -23,6 +23,9 @@ from hf_specreg.training.metrics import DivergedError
 from hf_specreg.training.probe import CollapsedError
 from hf_specreg.training.resume import MAY_CHANGE, changes_of_the_run
 
+# A full disk, a Hub that is silent: would stop the next cell too. A network that a cell's settings
+# name and that is not there does not.
+STOPPING = (OSError, StudyRunError, CheckpointError)
 MOST_TOLD = 500  # letters of an error
 POLL = 2.0  # seconds between two looks at cells that others have
 
@@ -92,9 +95,9 @@ class Worker:
                 try:
                     said = task.do()
                     (task.folder / FAILED).unlink(missing_ok=True)
-                except (OSError, StudyRunError, CheckpointError):  # would stop the next cell too
-                    raise
                 except Exception as error:
+                    if isinstance(error, STOPPING) and not isinstance(error, FileNotFoundError):
+                        raise
                     reason = f"{type(error).__name__}: {str(error)[:MOST_TOLD]}"
                     said = f"failed: {reason} (see {task.folder})"
                     self.failed.add(task.label)

@@ -152,17 +152,18 @@ def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(whole, tmp_path)
     assert not list(tmp_path.glob("cells/fast_1e+30_seed0/run/checkpoints"))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("none left"), FileNotFoundError("none left")])
 def test_a_cell_that_fails_is_left_and_named_and_the_others_are_told(
-    whole, tmp_path, monkeypatch, capsys
+    error, whole, tmp_path, monkeypatch, capsys
 ):
     config = copied(whole, tmp_path)
     for name in ("none_seed0", "rep-spectral_0.01_seed1"):
         (folder(config).cell(name) / "cell.json").unlink()
-    measure = Evaluation.measure
+    measure, told = Evaluation.measure, f"{type(error).__name__}: none left"
 
     def failing(self, model, place):
         if place.name == "none_seed0":
-            raise RuntimeError("out of memory")
+            raise error
         return measure(self, model, place)
 
     monkeypatch.setattr(Evaluation, "measure", failing)
@@ -172,18 +173,18 @@ def test_a_cell_that_fails_is_left_and_named_and_the_others_are_told(
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert f"{tmp_path / 'study.md'} leaves out what failed, and the same command tries" in said
-    assert "none, seed 0: RuntimeError: out of memory" in said
+    assert f"none, seed 0: {told}" in said
     content = Study.load(tmp_path).content
     (failed,) = (c for c in content["cells"] if c["status"] != "done")
-    assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: out of memory")
+    assert (failed["status"], failed["reason"]) == ("failed", told)
     assert [p["seeds"] for p in content["frontier"] if p["method"] == "rep-spectral"] == [2]
     (flag,) = (flag for flag in content["flags"] if flag.startswith("failed"))
-    assert "none, seed 0: RuntimeError: out of memory" in flag
-    row = "| none |  | 0 | failed | RuntimeError: out of memory |"
+    assert f"none, seed 0: {told}" in flag
+    row = f"| none |  | 0 | failed | {told} |"
     assert row in (tmp_path / "study.md").read_text()
     assert folder(config).record("none_seed0") is None
     assert folder(config).record("rep-spectral_0.01_seed1")["status"] == "done"
-    assert "out of memory" in (folder(config).cell("none_seed0") / "log.txt").read_text()
+    assert "none left" in (folder(config).cell("none_seed0") / "log.txt").read_text()
     monkeypatch.undo()
     run(config, HowConfig(), "command")  # which forgets the failure
     assert table(config) == table(whole)
