@@ -42,12 +42,16 @@ def test_steps_of_low_frequencies_have_them_all_alike_and_no_others():
     assert low.mean(0).abs().max() < 0.5
 
 
-def test_steps_stay_in_the_box():
-    probes = Probes(torch.Size((1, 8, 8)), 64, CPU, low_frequencies=0.5)
-    centre = torch.rand(64, generator=torch.Generator().manual_seed(1))
-    probes.draw(slice(64), centre, torch.tensor(5.0), torch.Generator().manual_seed(0))
+def test_steps_stay_in_the_box_of_every_point():
+    """Cut steps are added to the point without another cut, which float32's rounding allows."""
+    probes = Probes(torch.Size((1, 128, 128)), 64, CPU, low_frequencies=0.5)
+    centre = torch.rand(128 * 128, generator=torch.Generator().manual_seed(1))
+    tiny = 2.0 ** -torch.arange(1, 151, dtype=torch.float64)
+    centre[:302] = torch.cat([tiny, 1 - tiny, torch.tensor([0.0, 1.0])]).float()
+    probes.draw(slice(64), centre, torch.tensor(500.0), torch.Generator().manual_seed(0))
     assert probes.points.min() == 0
     assert probes.points.max() == 1
+    assert (probes.steps == 1 - centre).any(0).all()  # all were cut
     torch.testing.assert_close(probes.points, centre + probes.steps)
 
 

@@ -50,11 +50,12 @@ class Probes:
     def draw(self, span: slice, centre: Tensor, length: Tensor, generator: torch.Generator) -> None:
         """Fill rows with steps cut to the box around a point, and with the point plus each step.
 
-        The step is kept, not recovered from the probe, whose rounding is as large as the step.
+        The step is kept, not recovered from the probe, whose rounding is as large as the step. With
+        it cut, the sum is in the box: float32 rounds (1 - c) + c to 1 or less for all c in [0, 1].
 
         Args:
             span: the rows.
-            centre: [d], float32.
+            centre: [d], float32, in [0, 1].
             length: of the steps before they are cut; of Gaussian ones the deviation.
             generator: of the image that the point is of.
         """
@@ -66,7 +67,7 @@ class Probes:
             norms = torch.linalg.vector_norm(steps, dim=1, keepdim=True)
             steps.mul_(norms.reciprocal() * length)
         torch.clamp(steps, -centre, 1 - centre, out=steps)
-        torch.add(steps, centre, out=points).clamp_(0, 1)
+        torch.add(steps, centre, out=points)
 
     def _waves(self, size: int, part: float) -> Tensor:
         """Return the orthonormal cosines of a side's lowest frequencies, [frequencies, size]."""

@@ -308,7 +308,10 @@ class _Run:
         sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
         total = self.x.new_zeros(len(index))  # of the decisions
         steps, points = self.probes.steps, self.probes.points
-        boundary = self.boundary[index].float()
+        places, boundary = (
+            torch.arange(len(index), device=self.device),
+            self.boundary[index].float(),
+        )
         while pieces:
             spans, filled = [], 0
             while pieces and filled + pieces[0][1] <= len(steps):
@@ -317,12 +320,12 @@ class _Run:
                 self.probes.draw(span, boundary[i], deltas[i], drawing[i])
                 spans.append((i, span))
                 filled = span.stop
-            owner = torch.cat([index[i].expand(span.stop - span.start) for i, span in spans])
-            decisions = (2 * self.decide(points[:filled], owner) - 1).to(steps)
+            owner = torch.cat([places[i].expand(span.stop - span.start) for i, span in spans])
+            decisions = (2 * self.decide(points[:filled], index[owner]) - 1).to(steps)
+            total.index_add_(0, owner, decisions.double())  # of whole numbers, in any order
             weights = torch.stack([decisions, torch.ones_like(decisions)])
             for i, span in spans:  # block by block, so that the order of the sum is fixed too
-                sums[i] += weights[:, span] @ steps[span]
-                total[i] += decisions[span].sum()
+                sums[i].add_(weights[:, span] @ steps[span])
         signed, plain = sums.unbind(1)
         mean = (total / counts.clamp(min=1))[:, None]
         # Where all decisions are alike there is nothing to subtract.
