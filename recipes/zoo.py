@@ -30,10 +30,12 @@ from hf_specreg.hub.zoo import ZOO_FILE, read_zoo
 from hf_specreg.recipes import self_supervised, supervised, transfer
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.images import ImageSet
+from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.cells import dotted
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError
+from hf_specreg.training.resume import changes_of_the_run
 
 HERE = Path(__file__).parent
 REPORT = "report/robustness.json"
@@ -134,24 +136,36 @@ class Zoo:
         entry, run, model = self.entries[name], self.run(name), self.model(name)
         if not (model / RUN_FILE).is_file():
             MODULES[entry.recipe].train(run, resume=True)
-        elif read_json(model / RUN_FILE)["config"] != json.loads(json.dumps(run.as_dict())):
+        elif changed := changes_of_the_run(read_json(model / RUN_FILE)["config"], run):
             raise ZooError(
-                f"{model} was trained with other settings: take another --output, or delete it"
+                f"{model} was trained with other settings (there and here): {'; '.join(changed)}; "
+                "take another --output, or delete it"
             )
-        report = evaluate_robustness(
-            str(model),
-            ImageSet(run.data.source, "test"),
-            attacks=self.evaluation["attacks"],
-            eps=self.evaluation["eps"][entry.data],
-            samples=self.evaluation["samples"],
-            name=name,
-            output=self.output / name / "report",
-        )
-        report.save(self.output / name / REPORT)
+        report = self.report(name, run.data.source)
         baseline = self.output / entry.baseline / "report" if entry.baseline else None
         encoder = Encoder.open(model, report=report, baseline=baseline, license="apache-2.0")
         for folder in (model, self.cards / name):
             write_card(encoder, f"your-name/{name}", folder)
+
+    def report(self, name: str, source: str) -> RobustnessReport:
+        """Return what attacks find of an encoder; what they found if they were asked the same."""
+        path, asked = self.output / name / REPORT, self.evaluation
+        eps = asked["eps"][self.entries[name].data]
+        if path.is_file():
+            report = RobustnessReport.load(path)
+            if _is_of(report.content, asked["attacks"], eps, asked["samples"]):
+                return report
+        report = evaluate_robustness(
+            str(self.model(name)),
+            ImageSet(source, "test"),
+            attacks=asked["attacks"],
+            eps=eps,
+            samples=asked["samples"],
+            name=name,
+            output=path.parent,
+        )
+        report.save(path)
+        return report
 
     def stated(self, name: str) -> dict[str, str]:
         """Return what `hf-specreg publish-zoo` is told of an encoder."""
@@ -218,6 +232,19 @@ def make_zoo(
     page, rows = zoo.cards.with_suffix(".html"), collect(str(zoo.cards))
     write_catalogue(page, rows, str(zoo.cards))
     print(f"{zoo.cards}: {len(rows)} cards; {page}\nhf-specreg publish-zoo {output} your-name")
+
+
+def _is_of(content: Mapping[str, Any], attacks: Mapping, eps: Sequence[float], n: int) -> bool:
+    """Whether a report is of these attacks, radii and as many images, or all that there are."""
+    return (
+        content["attacks"].keys() == attacks.keys()
+        and content["n"] == min(n, content["data"]["images"])
+        and all(
+            [radius["eps"] for radius in content["attacks"][name]["robust_accuracy"]] == list(eps)
+            and settings.items() <= content["attacks"][name]["settings"].items()
+            for name, settings in attacks.items()
+        )
+    )
 
 
 def _unknown(name: str, known: Iterable[str], file: str) -> str:

@@ -75,12 +75,15 @@ def test_a_zoo_is_made_once_and_can_be_listed_and_published(tmp_path, monkeypatc
     before = {path: os.stat(path).st_mtime_ns for path in Path("out").rglob("*.safetensors")}
     card = Path("cards/zoo/sensitive/README.md").read_text()
     monkeypatch.setattr(supervised, "train", None)
+    monkeypatch.setattr(zoo, "evaluate_robustness", None)
     zoo.make_zoo(**made)
     assert before == {path: os.stat(path).st_mtime_ns for path in before}
     assert Path("cards/zoo/sensitive/README.md").read_text() == card
     zoo.make_zoo(**made, only=["plain"])
     assert list(entries("out")) == ["plain", "sensitive"]
-    with pytest.raises(zoo.ZooError, match="was trained with other settings"):
+    with pytest.raises(TypeError, match="not callable"):  # other images are attacked anew
+        zoo.make_zoo(**made, only=["plain"], samples=6)
+    with pytest.raises(zoo.ZooError, match=r"other settings \(there and here\): epochs"):
         zoo.make_zoo(**{**made, "settings": {**TINY, "epochs": 2}})
 
 
