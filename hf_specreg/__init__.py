@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.callback import SpectralPenaltyCallback
+    from hf_specreg.training.regularizers_callback import RegularizersCallback
     from hf_specreg.training.timm_task import regularize_task
     from hf_specreg.training.trainer import SpecRegTrainer
 
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureSpace",
     "InputGradientConfig",
     "InputGradientPenalty",
+    "RegularizersCallback",
     "RegularizersConfig",
     "RobustnessReport",
     "SensitivityConfig",
@@ -43,6 +45,7 @@ _PLACES = {
     "FeatureSpace": "encoders.features",
     "InputGradientConfig": "spectral.regularizers",
     "InputGradientPenalty": "spectral.input_gradient",
+    "RegularizersCallback": "training.regularizers_callback",
     "RegularizersConfig": "spectral.regularizers",
     "RobustnessReport": "robustness.report",
     "SensitivityConfig": "spectral.regularizers",

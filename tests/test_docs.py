@@ -54,6 +54,7 @@ RUN_BY = {
         f"{STOCK}::test_transformers_script_fine_tunes_what_is_saved_and_resumes",
         f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
+        f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
         f"{STOCK}::test_lightning_adds_it_once_a_step_and_keeps_its_state",
         f"{STOCK}::test_a_module_of_lightning_has_a_regularizer_of_images",

@@ -26,8 +26,8 @@ from tests.training.test_trainer import Digits, arguments, vit
 LABELS = ["cow", "hen", "owl"]
 
 
-def snippet(part):
-    return only(page("stock-scripts"), part)
+def snippet(*parts):
+    return only(page("stock-scripts"), *parts)
 
 
 def test_timms_train_script_has_the_penalty(tmp_path, monkeypatch):
@@ -130,11 +130,12 @@ def test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters(tmp_path, mo
     assert "train/penalty" in events.Tags()["scalars"]
 
 
-def test_a_trainer_has_a_regularizer_of_images(tmp_path):
+@pytest.mark.parametrize("by", ["SpecRegTrainer", "RegularizersCallback"])
+def test_a_trainer_has_a_regularizer_of_images(tmp_path, by):
     args = arguments(tmp_path, max_steps=1)
     processor = SimpleNamespace(image_std=[0.5])
     names = {"model": vit(), "args": args, "images": Digits(), "processor": processor}
-    exec(snippet("pixel_std=processor.image_std"), names)
+    exec(snippet("pixel_std=processor.image_std", by), names)
     names["trainer"].train()
     assert names["trainer"].state.log_history[0]["input_gradient"] > 0
 

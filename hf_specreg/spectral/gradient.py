@@ -1,7 +1,7 @@
 """The penalty's gradient by itself, for loops that leave no place in their loss for a term."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_specreg.spectral.penalty import SpectralPenalty
 
@@ -22,8 +22,14 @@ def add_gradient(penalty: SpectralPenalty, *, scale: float = 1.0) -> Tensor:
         The penalty, 0-d, unscaled and without a graph; 0 in burn-in and between cadences.
     """
     value = penalty()
+    add_gradient_of(value, penalty.space.network, scale=scale)
+    return value.detach()
+
+
+def add_gradient_of(value: Tensor, network: nn.Module, *, scale: float = 1.0) -> None:
+    """Add the gradient of a value, 0-d, to `.grad` of a network's weights, as `add_gradient`."""
     if value.requires_grad:
-        weights = [w for w in penalty.space.network.parameters() if w.requires_grad]
+        weights = [w for w in network.parameters() if w.requires_grad]
         gradients = torch.autograd.grad(value, weights, allow_unused=True)
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
@@ -33,4 +39,3 @@ def add_gradient(penalty: SpectralPenalty, *, scale: float = 1.0) -> Tensor:
                     weight.grad = gradient * scale
                 else:  # in place: it may be a view into a bucket
                     weight.grad.add_(gradient, alpha=scale)
-    return value.detach()

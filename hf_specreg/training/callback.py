@@ -91,13 +91,7 @@ class SpectralPenaltyCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
         """Put the penalty's gradient where the micro-batches' will be added."""
-        scaler = getattr(optimizer, "scaler", None)
-        if args.fp16 and scaler is None:
-            raise ValueError(
-                f"{type(optimizer).__name__} has no scaler of fp16, by which the penalty's "
-                "gradient must be multiplied: train in bf16, or use SpecRegTrainer"
-            )
-        value = add_gradient(self.penalty, scale=scaler.get_scale() if scaler else 1.0)
+        value = add_gradient(self.penalty, scale=loss_scale(args, optimizer))
         self._last = torch.where(value != 0, value, self._last.to(value.device))
 
     def on_log(
@@ -122,14 +116,44 @@ class SpectralPenaltyCallback(TrainerCallback):
         network = unwrap(model)
         if self.penalty is not None and self.penalty.space.network is network:
             return
-        kind = AcceleratorState().distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"the callback puts gradients beside whole weights, which {kind.value} shards: use "
-                "SpecRegTrainer with FSDP2, or DistributedDataParallel"
-            )
+        kind = check_whole_weights("penalty")
         shared = {"shared": kind.value.startswith("MULTI_")}
         self.penalty = SpectralPenalty(model, **shared | self._settings)
+
+
+def loss_scale(args: Any, optimizer: Any) -> float:
+    """Return what fp16 multiplies gradients by; 1 in other precisions.
+
+    Args:
+        args: of the Trainer.
+        optimizer: of accelerate's, or any.
+
+    Raises:
+        ValueError: fp16's scaler is not in the optimizer.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if args.fp16 and scaler is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no scaler of fp16, by which the gradient must be "
+            "multiplied: train in bf16, or use SpecRegTrainer"
+        )
+    return scaler.get_scale() if scaler else 1.0
+
+
+def check_whole_weights(what: str) -> DistributedType:
+    """Return how accelerate distributes; raise ValueError if it shards the weights.
+
+    Args:
+        what: the callback puts beside them: "penalty" or "regularizers".
+    """
+    kind = AcceleratorState().distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        sharded = "SpecRegTrainer with FSDP2, or " if what == "penalty" else ""
+        raise ValueError(
+            f"the callback puts gradients beside whole weights, which {kind.value} shards: use "
+            f"{sharded}DistributedDataParallel"
+        )
+    return kind
 
 
 def save_penalty(penalty: SpectralPenalty, folder: Path, *, write: bool) -> None:

@@ -1,4 +1,5 @@
-"""Trains a small ConvNeXt by transformers' Trainer with the penalty, as one of several processes.
+"""Trains a small ConvNeXt by transformers' Trainer with the penalty, or with the norm of the loss's
+gradient by the image, as one of several processes.
 
 For each kind of trainer, the weights after a few steps of 8 images, in two micro-batches, are left
 in FOLDER, and those of a run that was resumed in the middle.
@@ -11,11 +12,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import ConvNextConfig, ConvNextForImageClassification, Trainer
 
-from hf_specreg import SpecRegTrainer
-from hf_specreg.training.callback import SpectralPenaltyCallback
+from hf_specreg import (
+    InputGradientConfig,
+    RegularizersCallback,
+    RegularizersConfig,
+    SpecRegTrainer,
+    SpectralPenaltyCallback,
+)
 from tests.training.test_trainer import Digits, arguments
 
+KINDS = ("subclass", "callback", "terms", "terms-callback")
 PENALTY = {"strength": 0.05, "renew_every": 2}
+TERMS = RegularizersConfig(input_gradient=InputGradientConfig(strength=0.5))
 
 
 def convnext():
@@ -26,10 +34,12 @@ def convnext():
 
 
 def trainer(kind, folder, **settings):
-    if kind == "subclass":
-        options, kind = {"penalty": PENALTY}, SpecRegTrainer
-    else:
-        options, kind = {"callbacks": [SpectralPenaltyCallback(**PENALTY)]}, Trainer
+    options, kind = {
+        "subclass": ({"penalty": PENALTY}, SpecRegTrainer),
+        "callback": ({"callbacks": [SpectralPenaltyCallback(**PENALTY)]}, Trainer),
+        "terms": ({"regularizers": TERMS, "pixel_std": 0.5}, SpecRegTrainer),
+        "terms-callback": ({"callbacks": [RegularizersCallback(TERMS, pixel_std=0.5)]}, Trainer),
+    }[kind]
     return kind(convnext(), arguments(folder, **settings), train_dataset=Digits(), **options)
 
 
@@ -42,7 +52,7 @@ def main(arguments):
     (folder,) = arguments
     folder, processes = Path(folder), int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    for kind in ("subclass", "callback"):
+    for kind in KINDS:
         settings = {"batch": 4 // processes, "accumulation": 2, "max_steps": 4}
         settings |= {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 1.0}
         whole = trainer(kind, folder / kind, **settings)

@@ -28,14 +28,14 @@ def trained(folder, model, callbacks, *, resume=None, **kwargs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The weights that one and two processes train to, by SpecRegTrainer and by the callback."""
+    """The weights that one and two processes train to, by SpecRegTrainer and by the callbacks."""
     folders = {n: tmp_path_factory.mktemp(f"processes_{n}") for n in (1, 2)}
     for processes, folder in folders.items():
         run("tests.training.stock_trainers", str(folder), processes=processes)
     return folders
 
 
-@pytest.mark.parametrize("kind", ["subclass", "callback"])
+@pytest.mark.parametrize("kind", stock_trainers.KINDS)
 def test_two_processes_train_to_the_weights_of_one(runs, kind):
     """In two micro-batches, with the penalty's layers shared out over the processes."""
     expected = load_file(runs[1] / f"{kind}-0.safetensors")
@@ -47,7 +47,7 @@ def test_two_processes_train_to_the_weights_of_one(runs, kind):
         assert torch.equal(first[key], second[key]), key
 
 
-@pytest.mark.parametrize("kind", ["subclass", "callback"])
+@pytest.mark.parametrize("kind", stock_trainers.KINDS)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_of_several_processes_goes_on_exactly(runs, kind, processes):
     for rank in range(processes):
