@@ -26,10 +26,10 @@ def outcome(row: Mapping[str, Any]) -> str:
     networks around the method's accuracy do not agree, UNKNOWN where there is no ratio to any;
     WITHDRAWN where something speaks against the distances.
     """
-    if row.get("withdrawn"):
-        return WITHDRAWN
     if not _known(row["ratio"]):
         return UNKNOWN
+    if row.get("withdrawn"):
+        return WITHDRAWN
     control = row["control"]
     if not (control and _known(control["ratio"])):
         return UNMATCHED
@@ -126,11 +126,11 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     elif shown == EASIER:
         worse = [
             network
-            for network, ratio in (
-                ("the plain network", row["ratio"]),
-                ("the plain network stopped at its accuracy", (row["control"] or {}).get("ratio")),
+            for network, of in (
+                ("the plain network", row),
+                ("the plain network stopped at its accuracy", _stopped(row, content)),
             )
-            if side(ratio) < 0
+            if of and side(of["ratio"]) < 0
         ]
         said = f"{name} is easier to attack than {listed(worse)}"
     elif shown == WITHDRAWN:
@@ -169,11 +169,19 @@ def _known(ratio: Estimate | None) -> bool:
 
 
 def side(ratio: Estimate | None) -> int:
-    """Return 1 where the interval lies above 1, -1 below, 0 where it holds 1 or there is none."""
+    """Return 1 where the interval lies above 1, -1 below, 0 where it holds 1 or there is none; its
+    ends to the thousandth that is shown, for attacks find no distance more exactly.
+    """
     if ratio is None or None in ratio["ci"]:
         return 0
-    low, high = ratio["ci"]
+    low, high = (round(end, 3) for end in ratio["ci"])
     return int(low > 1) - int(high < 1)
+
+
+def _stopped(row: Mapping[str, Any], content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The control of a method, where it is not the network trained to the end."""
+    shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
+    return row["control"] if row["control"] and row["control"]["strength"] in shorter else None
 
 
 def _times(ratio: Estimate, network: str) -> str:
@@ -186,8 +194,7 @@ def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     if control is None or not _known(control["ratio"]):
         return "it is not compared with the plain network stopped at its accuracy"
     epochs = "" if control["strength"] is None else f" at {control['strength']:g} epochs"
-    shorter = content["methods"].get(content["stopped"], {"strengths": ()})["strengths"]
-    if control["matched"] and control["strength"] not in shorter:
+    if control["matched"] and _stopped(row, content) is None:
         return "the plain network has this accuracy only when it is trained to the end"
     times = _times(control["ratio"], f"the plain network stopped{epochs}")
     if control["matched"]:

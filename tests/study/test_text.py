@@ -27,6 +27,7 @@ ABOVE, AROUND, BELOW = (
     {"value": 0.8, "ci": [0.7, 0.9]},
 )
 AT_ONE = {"value": 1.1, "ci": [1.0, 1.2]}
+HARDLY = {"value": 0.99995, "ci": [0.99993, 0.99997]}  # 1.000 (1.000 to 1.000)
 ALONE = {"value": 1.2, "ci": [None, None]}
 NOTHING = {"value": None, "ci": [None, None]}
 
@@ -56,6 +57,7 @@ def row_of(content, method="jacobian"):
         (ABOVE, BELOW, False, UNMATCHED),
         (AROUND, BELOW, True, EASIER),
         (BELOW, BELOW, True, EASIER),
+        (HARDLY, HARDLY, True, NEITHER),
         (BELOW, None, True, UNMATCHED),
         (NOTHING, ABOVE, True, UNKNOWN),
         (None, ABOVE, True, UNKNOWN),
@@ -100,6 +102,7 @@ def test_a_verdict_that_is_withdrawn_is_so_everywhere_with_the_reason(content):
     row["ratio"] = row["control"]["ratio"] = ABOVE
     assert outcome(row) == HARDER
     row |= {"withdrawn": ["gradients look masked (jacobian 0.01, seed 1)"], "unpaired_images": 7}
+    assert outcome({**row, "ratio": None}) == UNKNOWN
     content = Study(content).content
     listed = [said for said in summary(content) if "jacobian" in said]
     assert listed == ["Withdrawn, since something speaks against the distances: jacobian at 0.01."]
@@ -155,6 +158,9 @@ def test_a_method_lies_between_two_plain_networks_only_where_it_is_more_accurate
 def test_a_control_that_was_not_stopped_is_named_as_what_it_is(content):
     row = row_of(content)
     row["control"]["strength"] = 60
+    row["ratio"] = row["control"]["ratio"] = BELOW
+    assert "is easier to attack than the plain network: the mean" in verdict(row, content)
+    row["ratio"] = row["control"]["ratio"] = ABOVE
     said = verdict(row, content)
     assert "the plain network has this accuracy only when it is trained to the end" in said
     assert "harder to attack" in said
