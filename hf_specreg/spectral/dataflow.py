@@ -22,6 +22,7 @@ from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.modules import evaluating, left_as_it_was
 from hf_specreg.encoders.trace import call
 from hf_specreg.spectral.flow import (
+    CONCATENATIONS,
     CONVOLUTIONS,
     IN_PLACE,
     MOVES,
@@ -67,8 +68,9 @@ class Dataflow(TorchFunctionMode):
             own = *module._parameters.items(), *module._buffers.items()
             for name, tensor in own:
                 if tensor is not None:
-                    dotted = f"{prefix}.{name}" if prefix else name
-                    self._know(tensor, Constant(partial(_attribute, module, name), (dotted,)))
+                    dotted, value = f"{prefix}.{name}" if prefix else name, _attribute
+                    is_moved = name in module._parameters
+                    self._know(tensor, Constant(partial(value, module, name), (dotted,), is_moved))
         self._owners = {id(m._parameters.get("weight")): name for name, m in layers.items()}
 
     def hooks(self) -> Iterator:
@@ -103,8 +105,10 @@ class Dataflow(TorchFunctionMode):
 
         return hook
 
-    def _note(self, name: str, inputs: tuple[Flow | None, ...], output: Tensor) -> None:
-        flow = self._other(output, inputs, Step(name, inputs))
+    def _note(
+        self, name: str, inputs: tuple[Flow | None, ...], output: Tensor, **others: Flow | Constant
+    ) -> None:
+        flow = self._other(output, inputs, Step(name, inputs, others))
         self.calls[name].append(Call(inputs, flow))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -171,12 +175,16 @@ class Dataflow(TorchFunctionMode):
         if name is None or flows != [fed]:
             self._other(made, flows, step)
         else:
-            self._note(name, (fed,), made)
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            others = {} if bias is None else {"bias": origins[id(bias)]}
+            self._note(name, (fed,), made, **others)
 
     def _constants(self, step: Step, origins, args, kwargs, output) -> None:
         """Note what was computed without the image, so that it can be computed again."""
         func, recipe = step.function, (step.args, step.kwargs)
         names = tuple(dict.fromkeys(n for o in origins.values() for n in o.names))
+        moves = name_of(func) in MOVES | CONCATENATIONS | {"interpolate", "to", "clone"}
+        is_moved = moves and all(origin.is_moved for origin in origins.values())
         for place, tensor in enumerate(_tensors(output)):
             if any(tensor is given for given in _tensors((args, kwargs))):
                 self._other(tensor, ())  # in place: not done again
@@ -186,7 +194,7 @@ class Dataflow(TorchFunctionMode):
                 again = tree_map(lambda a: a.value() if isinstance(a, Constant) else a, recipe)
                 return _tensors(func(*again[0], **again[1]))[place]
 
-            self._know(tensor, Constant(value, names))
+            self._know(tensor, Constant(value, names, is_moved))
 
     def _made(
         self, tensor: Tensor, flow: Flow | None, sources: list[Flow], step: Step | None

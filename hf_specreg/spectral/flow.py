@@ -32,6 +32,20 @@ MOVES = frozenset(
 )
 SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as"})  # the second argument
 CONVOLUTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d})
+CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
+# Of functions that are positively homogeneous, f(c x) = c f(x) for c > 0: sums; those that take
+# each channel by itself; all.
+SUMS = frozenset(name for name in IN_PLACE if "add" in name or "sub" in name)
+OF_EACH_CHANNEL = frozenset(
+    {
+        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "neg", "abs", "interpolate"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "contiguous", "clone"),
+        *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    }
+)
+HOMOGENEOUS = (
+    OF_EACH_CHANNEL | MOVES | IN_PLACE | CONCATENATIONS | {"mean", "sum", "amax", "amin", "stack"}
+)
 NORMS = frozenset({F.batch_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.group_norm})
 
 
@@ -42,10 +56,12 @@ class Constant:
     Attributes:
         value: computes it from the parameters and buffers as they are, with its graph.
         names: of these, dotted.
+        is_moved: whether it is parameters' entries, moved: c times them makes c times it.
     """
 
     value: Callable[[], Tensor]
     names: tuple[str, ...] = ()
+    is_moved: bool = False
 
 
 @dataclass(frozen=True, eq=False)

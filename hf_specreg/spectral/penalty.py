@@ -62,8 +62,8 @@ class SpectralPenalty:
 
     Making it leaves the model as it is. Its first use puts hooks on it, to see that images of the
     measured size are trained on, and whether weights are loaded into it: then all vectors are
-    renewed. They go with the penalty, or by `remove_hooks()`. It warns there if norms make the
-    scale of most layers free (`free_scale`), which are penalised for little then. Make it last:
+    renewed. They go with the penalty, or by `remove_hooks()`. It warns there if norms make most
+    layers scale-invariant (`free_scale`), which are penalised for little then. Make it last:
     adapters, parametrizations and new layers that come after it are an error.
 
     Args:
@@ -163,8 +163,8 @@ class SpectralPenalty:
 
     @property
     def free_scale(self) -> tuple[str, ...]:
-        """The layers that norms, in the modes that they are in, let be multiplied by any c > 0,
-        bias and all, with no change of the function (`free_scale.py`); also if norms are folded in.
+        """The scale-invariant layers: norms, in the modes that they are in, let powers of a c > 0
+        multiply them all with no change of the function (`free_scale.py`); folded norms or not.
         """
         return self._free_scales.names
 

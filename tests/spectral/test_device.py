@@ -19,7 +19,7 @@ def test_a_read_and_a_tensor_of_another_device_are_errors_here():
             x + torch.ones(3)
 
 
-@pytest.mark.filterwarnings("ignore:a norm after them")
+@pytest.mark.filterwarnings("ignore:norms make")
 @pytest.mark.parametrize(
     ("name", "fold_norm"), [("resnet20_cifar", True), ("vit_tiny_patch16_224", False)]
 )

@@ -33,22 +33,22 @@ NETWORKS = {
     "cifar": (by_name("resnet20_cifar", layers=(1, 1, 1)), 9, 9),
     "fixup": (by_name("resnet20_cifar_fixup", layers=(1, 1, 1)), 0, 9),
     "frozen": (lambda: freeze_batch_norm_2d(by_name("resnet10t", channels=[8] * 4)()), 0, 15),
-    "pre-activation": (by_name("resnetv2_18", channels=(8, 12, 16, 20), stem_chs=8), 8, 20),
+    "pre-activation": (by_name("resnetv2_18", channels=(8, 12, 16, 20), stem_chs=8), 20, 20),
     "group norms": (by_name("resnet50_gn", **RESNET), 17, 17),
     "without norms": (by_name("resnet50_gn", norm_layer=nn.Identity, **RESNET), 0, 17),
     "transformers": (lambda: ResNetForImageClassification(ResNetConfig(**HF)), 12, 12),
     "vgg": (lambda: VGG(**VGG_ARGS), 0, 4),
     "vgg with norms": (lambda: VGG(norm_layer=nn.BatchNorm2d, **VGG_ARGS), 2, 4),
-    "convnext": (by_name("convnext_atto", **STAGES), 5, 16),
-    "vit": (by_name("vit_tiny_patch16_224", **VIT), 0, 5),
+    "convnext": (by_name("convnext_atto", **STAGES), 11, 16),
+    "vit": (by_name("vit_tiny_patch16_224", **VIT), 4, 7),
     "convnext, nothing": (by_name("convnext_atto", norm_layer="identity", **STAGES), 0, 16),
     "vit, dynamic tanh": (
         by_name("vit_tiny_patch16_224", norm_layer="dynamictanh", **VIT, init_values=1e-4),
         0,
-        5,
+        7,
     ),
-    "swin": (by_name("swin_tiny_patch4_window7_224", drop_path_rate=0, **SWIN), 1, 14),
-    "norms at the end": (by_name("swinv2_tiny_window8_256", drop_path_rate=0, **SWIN), 8, 14),
+    "swin": (by_name("swin_tiny_patch4_window7_224", drop_path_rate=0, **SWIN), 8, 20),
+    "norms at the end": (by_name("swinv2_tiny_window8_256", drop_path_rate=0, **SWIN), 8, 20),
     "densenet": (lambda: DenseNet(**DENSE), 8, 8),
     "mlp": (by_name("mlp_2000", img_size=8, hidden_features=20), 0, 1),
 }
@@ -56,25 +56,43 @@ NETWORKS = {
 
 @pytest.mark.parametrize(("build", "count", "of"), NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
-def test_a_free_scale_is_found_where_three_times_the_map_changes_nothing(build, count, of):
+def test_scales_are_free_where_their_powers_together_change_nothing(build, count, of):
     torch.manual_seed(0)
     network = in_general_position(build())
     penalty = of_any(network)
-    modules = {module: name for name, module in network.named_modules()}
-    modules = {modules[module]: module for module in penalty._modules.values()}
     images = torch.randn(4, *penalty.input_size, dtype=torch.double)
-    before, free = logits(network, images), set()
-    for name, module in modules.items():
-        parameters = list(module.parameters(recurse=False))
-        for parameter in parameters:
-            parameter *= 3
+    before, alone = logits(network, images), set()
+    for name in penalty._modules:
+        rescale(penalty, {("map", name): 1.0, **biases_of(penalty, name)})
         if torch.allclose(logits(network, images), before, rtol=1e-6, atol=1e-8):
-            free.add(name)
-        for parameter in parameters:
-            parameter /= 3
+            alone.add(name)
+        rescale(penalty, {("map", name): -1.0, **biases_of(penalty, name, -1.0)})
     found = penalty.free_scale
-    assert set(found) == free
-    assert (len(found), len(modules)) == (count, of)
+    assert alone <= set(found)
+    assert (len(found), len(penalty._modules)) == (count, of)
+    rescale(penalty, penalty._free_scales._found.solution())
+    torch.testing.assert_close(logits(network, images), before, rtol=1e-6, atol=1e-8)
+
+
+def rescale(penalty, exponents):
+    """Multiply maps, and what is added to their outputs, by powers of 3."""
+    parameters = dict(penalty.space.network.named_parameters(remove_duplicate=False))
+    for (kind, name, *part), exponent in exponents.items():
+        if kind == "map":
+            module, (layer, _, last) = penalty._modules[name], name.rpartition(".")
+            tensor = getattr(module, "gain", module.weight)
+            part = ["qkv".find(last)] if layer.endswith("qkv") else []
+        else:
+            tensor = parameters[name]
+        if part:
+            tensor = tensor.chunk(3)[int(part[0])]
+        tensor *= 3**exponent
+
+
+def biases_of(penalty, name, exponent=1.0):
+    module = penalty._modules[name]
+    dotted = next(n for n, m in penalty.space.network.named_modules() if m is module)
+    return {} if module.bias is None else {("added", f"{dotted}.bias"): exponent}
 
 
 def of_any(network, **options):
@@ -126,10 +144,15 @@ def changed_through_a_view(m, x):
 
 STEPS = {
     "map": (lambda m, x: m.norm(m.two(m.conv(x))), PLAIN, ("conv", "two")),
-    "bias": (lambda m, x: m.norm(m.two(m.conv(x))), BIASED, ("two",)),
+    "bias": (lambda m, x: m.norm(m.two(m.conv(x))), BIASED, ("conv", "two")),
     "relu": (lambda m, x: m.norm(F.max_pool2d(m.conv(x).relu(), 2)), PLAIN, ("conv",)),
     "gelu": (lambda m, x: m.norm(F.gelu(m.conv(x))), PLAIN, ()),
     "shift": (lambda m, x: m.norm((m.conv(x) + 1).relu()), PLAIN, ()),
+    "stream": (
+        lambda m, x: m.norm((y := m.conv(x)) + m.two(m.norm(y).sin())),
+        PLAIN,
+        ("conv", "two"),
+    ),
     "past": (lambda m, x: m.norm(y := m.conv(x)) + y, PLAIN, ()),
     "twice": (lambda m, x: m.norm(y := m.conv(x)) + m.norm(y.relu() + y), PLAIN, ("conv",)),
     "other": (lambda m, x: m.norm(m.conv(x) + x.mean(1, keepdim=True)), PLAIN, ()),
@@ -195,7 +218,7 @@ def of_three(norm, **options):
 
 def test_the_penalty_warns_at_its_first_use_and_names_layers_and_remedy():
     penalty = of_three(nn.BatchNorm2d(4), burn_in=1)
-    said = r"free of 2 of the 3 maps .*\(one, two\).* InputGradientPenalty .* fold_norm=True"
+    said = r"make 2 of the 3 maps .*\(one, two\).* InputGradientPenalty .* fold_norm=True"
     with pytest.warns(UserWarning, match=said) as caught:
         penalty()
     assert [warning.filename for warning in caught] == [__file__]

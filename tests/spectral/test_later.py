@@ -113,5 +113,5 @@ def test_the_warning_of_free_scales_waits_for_the_training_mode_that_frees_them(
     penalty = SpectralPenalty(net, head="head", input_size=(3, 8, 8))
     penalty()
     net.train()
-    with pytest.warns(UserWarning, match="scale free of 2 of the 2 maps"):
+    with pytest.warns(UserWarning, match="make 2 of the 2 maps"):
         penalty()
