@@ -49,7 +49,7 @@ RUN_BY = {
     "regularizers.md": [f"{HERE}::test_a_penalty_on_the_function_is_added_to_a_loss"] * 2,
     "robustness.md": [f"{HERE}::test_the_evaluation_runs_as_shown"],
     "stock-scripts.md": [
-        f"{STOCK}::test_timms_train_script_has_the_penalty",
+        f"{STOCK}::test_timms_train_script_has_a_term",
         f"{STOCK}::test_a_task_has_the_penalty_and_a_regularizer",
         f"{STOCK}::test_transformers_script_fine_tunes_what_is_saved_and_resumes",
         f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",

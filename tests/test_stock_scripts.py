@@ -30,14 +30,29 @@ def snippet(*parts):
     return only(page("stock-scripts"), *parts)
 
 
-def test_timms_train_script_has_the_penalty(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", ["regularizers=terms", 'penalty={"strength": 1e-2}'])
+def test_timms_train_script_has_a_term(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(timm.task, "ClassificationTask", timm.task.ClassificationTask)
-    script = [as_timm_trains.__file__, "images", "--output", str(tmp_path), "--epochs", "1"]
-    monkeypatch.setattr(sys, "argv", ["specreg_train.py", *script])
-    exec(snippet("specreg_train.py"), {})
-    state = torch.load(tmp_path / "last.pth.tar", weights_only=True)["task_state"]["specreg"]
+    folders = {name: tmp_path / name for name in ("plain", "ours")}
+    for folder in folders.values():
+        folder.mkdir()
+    options = ["--output", str(folders["plain"]), "--epochs", "1"]
+    as_timm_trains.main(["images", *options])
+    options[1] = str(folders["ours"])
+    monkeypatch.setattr(
+        sys, "argv", ["specreg_train.py", as_timm_trains.__file__, "images", *options]
+    )
+    code = snippet("specreg_train.py")
+    assert asked in code
+    exec(code.replace("regularizers=terms", asked), {})
+    plain, ours = (
+        torch.load(folder / "last.pth.tar", weights_only=True) for folder in folders.values()
+    )
+    state = ours["task_state"]["specreg"]
     assert state["step"] == as_timm_trains.BATCHES
-    assert state["penalty"]["vectors"]
+    assert ("penalty" in state) == asked.startswith("penalty")
+    weights = plain["state_dict"].items()
+    assert max((ours["state_dict"][name] - value).abs().max() for name, value in weights) > 1e-5
 
 
 def test_a_task_has_the_penalty_and_a_regularizer():
