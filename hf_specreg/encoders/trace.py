@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_specreg.encoders.head import fed_to, headless_output
 from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.stand_ins import devices, on_meta, with_values
 
 LINEAR_FUNCTIONS = frozenset(
     {
@@ -31,6 +32,13 @@ LINEAR_FUNCTIONS = frozenset(
         *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, torch.linalg.multi_dot),
         *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv),
         *(Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
+    }
+)
+# Those whose second argument is a weight, whatever it is made of, where the first is of the image.
+BY_A_WEIGHT = frozenset(
+    {
+        *(nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d),
+        *(torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm),
     }
 )
 FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError)
@@ -47,6 +55,7 @@ class Layer:
         parent: qualified class name of the module that holds it.
         used_directly: names of its parameters that a matrix product or a convolution was given.
         used_derived: names of those that it was given a view or an elementwise function of.
+        used_reshaped: names of vectors that it was given as a matrix.
     """
 
     name: str
@@ -55,6 +64,7 @@ class Layer:
     parent: str
     used_directly: tuple[str, ...]
     used_derived: tuple[str, ...] = ()
+    used_reshaped: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -87,11 +97,11 @@ def trace_layers(
         try:
             images = torch.empty(2, *input_size, device="meta")
             with torch.device("meta"):
-                return _Trace(network, head, up_to_head).run(_on_meta(network), images)
+                return _Trace(network, head, up_to_head).run(on_meta(network), images)
         except FAILURES as error:
             reasons.append(f"without values: {error}")
     try:
-        copies = _with_values(network)
+        copies = with_values(network)
         if example_inputs is None:
             like = next(iter(copies.values()), torch.empty(0))
             noise = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
@@ -132,7 +142,7 @@ class _Trace(nn.Module):
             stack.enter_context(evaluating(self.network))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.random.fork_rng(_devices(tensors.values())))
+            stack.enter_context(torch.random.fork_rng(devices(tensors.values())))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_one_pass())
             for hook in self.recorder.hooks():
@@ -167,9 +177,12 @@ class _Recorder(TorchFunctionMode):
         self.outputs: dict[str, list[Tensor]] = {}
         self.direct: dict[str, set[str]] = {}
         self.derived: dict[str, set[str]] = {}
+        self.reshaped: dict[str, set[str]] = {}
         self.parameters: dict[str, int] = {}
         # By id: a tensor, kept so that its id stays its own, and the parameters that it is made of.
         self.made_of: dict[int, tuple[Tensor, frozenset[str]]] = {}
+        # Likewise, what products of parameters are made of: mostly tokens, and no weights.
+        self.produced: dict[int, tuple[Tensor, frozenset[str]]] = {}
 
     def watch(self, tensors: Mapping[str, Tensor]) -> None:
         """Say which tensors stand in the parameters' places."""
@@ -207,24 +220,42 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         owned = [self.made_of[id(t)][1] for t in tensors if id(t) in self.made_of]
-        if not owned:
+        produced = [self.produced[id(t)][1] for t in tensors if id(t) in self.produced]
+        if not owned and not produced:
             return output
         fed, names = _image_dependent(tensors), frozenset().union(*owned)
         # A product of coordinates, or of a learned token by another module's weight, is no weight.
         activations = len(owned) < len(tensors) or len(_holders(names)) > 1
-        if fed is None and not (func in LINEAR_FUNCTIONS and activations):
+        if fed is None:
+            is_product = bool(produced) or (func in LINEAR_FUNCTIONS and activations)
+            kept, names = self.produced if is_product else self.made_of, names.union(*produced)
             for made in tree_leaves(output):
                 if isinstance(made, Tensor) and id(made) not in self.made_of:
-                    self.made_of[id(made)] = made, names
-        elif fed is not None and func in LINEAR_FUNCTIONS:
-            given = {id(t) for t in tensors}
-            for name in sorted(names):
-                module, _, parameter = name.rpartition(".")
-                itself = self.parameters[name] in given
-                uses = self.direct if itself else self.derived
-                uses.setdefault(module, set()).add(parameter)
-                self.note(module, fed, output)
+                    kept[id(made)] = made, names
+        elif func in LINEAR_FUNCTIONS:
+            for tensor in tensors:
+                self._note_use(tensor, fed, output)
+            weight = _weight(func, args, kwargs)
+            for name in self.produced.get(id(weight), (None, ()))[1]:  # of a hypernetwork
+                self._note_parameter(self.derived, name, fed, output)
         return output
+
+    def _note_use(self, tensor: Tensor, fed: Tensor, output) -> None:
+        """Note the parameters that a tensor is made of, which the image is multiplied by."""
+        for name in sorted(self.made_of.get(id(tensor), (None, ()))[1]):
+            parameter = self.made_of[self.parameters[name]][0]
+            if parameter is tensor:
+                uses = self.direct
+            elif parameter.ndim == 1 and tensor.ndim > 1 and tensor.numel() == parameter.numel():
+                uses = self.reshaped
+            else:
+                uses = self.derived
+            self._note_parameter(uses, name, fed, output)
+
+    def _note_parameter(self, uses: dict[str, set[str]], name: str, fed: Tensor, output) -> None:
+        module, _, parameter = name.rpartition(".")
+        uses.setdefault(module, set()).add(parameter)
+        self.note(module, fed, output)
 
     def layers(self, reaching: set[str]) -> list[Layer]:
         """The noted modules among those named, in order of first use."""
@@ -241,6 +272,7 @@ class _Recorder(TorchFunctionMode):
                         f"{parent.__module__}.{parent.__qualname__}",
                         tuple(sorted(self.direct.get(name, ()))),
                         tuple(sorted(self.derived.get(name, ()))),
+                        tuple(sorted(self.reshaped.get(name, ()))),
                     )
                 )
         return found
@@ -251,6 +283,15 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
+
+
+def _weight(function, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a function multiplies the image by: of a product, a matrix that is the same for all."""
+    if function not in BY_A_WEIGHT or not args or _image_dependent(args[:1]) is None:
+        return None
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    is_function = function.__name__ not in ("matmul", "__matmul__", "mm")
+    return weight if is_function or (isinstance(weight, Tensor) and weight.ndim == 2) else None
 
 
 def _holders(names: Iterable[str]) -> set[str]:
@@ -277,48 +318,6 @@ def _reaching(outputs: dict[str, list[Tensor]], targets: list) -> set[str]:
 
 def _requiring_grad(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-
-
-def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield a module's own parameters and buffers, each module once, by the first of its names, and
-    whether it is a buffer.
-    """
-    for prefix, module in network.named_modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    yield f"{prefix}.{name}" if prefix else name, tensor, own is module._buffers
-
-
-def _on_meta(network: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's and buffer's shape on the meta device, without a graph; floating point in
-    the default dtype, as the image is. One tensor in two modules is one.
-    """
-    default, shapes, found = torch.get_default_dtype(), {}, {}
-    for name, tensor, _ in _tensors(network):
-        if id(tensor) not in shapes:
-            dtype = default if tensor.is_floating_point() else tensor.dtype
-            shapes[id(tensor)] = torch.empty_like(tensor, device="meta", dtype=dtype)
-        found[name] = shapes[id(tensor)]
-    return found
-
-
-def _with_values(network: nn.Module) -> dict[str, Tensor]:
-    """Every parameter without its graph, and a copy of every buffer; floating point in the default
-    dtype. One tensor in two modules is one.
-    """
-    default, values, found = torch.get_default_dtype(), {}, {}
-    for name, tensor, is_buffer in _tensors(network):
-        if id(tensor) not in values:
-            value = tensor.detach().clone() if is_buffer else tensor.detach()
-            values[id(tensor)] = value.to(default) if value.is_floating_point() else value
-        found[name] = values[id(tensor)]
-    return found
-
-
-def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    """The GPUs that tensors are on."""
-    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ def linear_operators(
     parent: str = "",
     used_directly: Sequence[str] = (),
     used_derived: Sequence[str] = (),
+    used_reshaped: Sequence[str] = (),
 ) -> list[LinearOperator]:
     """Return the linear operators of one module, not those of its children; none where it has no
     linear map. A convolution whose patches do not overlap is a matrix.
@@ -74,6 +75,7 @@ def linear_operators(
             is laid out.
         used_directly: names of parameters that were seen in a matrix product or a convolution.
         used_derived: of those of which something was seen there that is made of them.
+        used_reshaped: of vectors that were seen there as a matrix.
 
     Raises:
         UnsupportedLayerError: the module has weights that act on features in a way that is not
@@ -101,14 +103,17 @@ def linear_operators(
         return [convolution.as_matrix() or convolution]
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return [_transposed_convolution(name, module, input_shape)]
-    if not isinstance(module, nn.Embedding):
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if not is_matrix(parameter):
-                continue
-            made_of = parameter_name in used_derived and not OF_ATTENTION.search(parameter_name)
-            used = parameter_name in used_directly or made_of
-            if used or not NO_LINEAR_MAP.search(parameter_name):
-                raise unsupported(name, module, parameter_name)
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        seen = parameter_name in (*used_derived, *used_reshaped)
+        used = parameter_name in used_directly or (seen and not OF_ATTENTION.search(parameter_name))
+        if not is_matrix(parameter):
+            acts = used and parameter_name in used_reshaped
+        elif isinstance(module, nn.Embedding):  # looked up, unless the table itself is multiplied
+            acts = parameter_name in used_directly
+        else:
+            acts = used or not NO_LINEAR_MAP.search(parameter_name)
+        if acts:
+            raise unsupported(name, module, parameter_name)
     return []
 
 

@@ -103,6 +103,7 @@ def _of_each_shape(layer: Layer, split_qkv: bool) -> list[list[LinearOperator]]:
             parent=layer.parent,
             used_directly=layer.used_directly,
             used_derived=layer.used_derived,
+            used_reshaped=layer.used_reshaped,
         )
         if operators:
             found.setdefault(_geometry(operators), operators)

@@ -79,6 +79,54 @@ def test_a_raw_matrix_is_an_error_however_it_is_multiplied(use, name, nested):
         SpectralPenalty(model, head=head, input_size=SIZE)
 
 
+class Made(nn.Module):
+    """A matrix of 8 x 8 that is made of what is no matrix, or of what another module computes."""
+
+    def __init__(self, make, **parts):
+        super().__init__()
+        self.make = make
+        self.stem, self.fc = nn.Linear(48, 8), nn.Linear(8, 2)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.fc(nn.functional.linear(self.stem(x.flatten(1)), self.make(self)))
+
+
+def hypernetwork(fed):
+    return {"hyper": nn.Linear(4, 64), "z": fed}
+
+
+MADE = {
+    "flat": (lambda m: m.flat.view(8, 8), {"flat": nn.Parameter(torch.randn(64))}, "'flat'"),
+    "hypernetwork": (
+        lambda m: m.hyper(m.z).view(8, 8),
+        hypernetwork(nn.Parameter(torch.randn(4))),
+        r"'hyper' \(Linear\)",
+    ),
+    "of a constant": (
+        lambda m: m.hyper(m.z).view(8, 8),
+        hypernetwork(torch.nn.Buffer(torch.randn(4))),
+        r"'hyper' \(Linear\)",
+    ),
+    "of two modules": (
+        lambda m: m.one.weight @ m.two.weight,
+        {"one": nn.Linear(3, 8, bias=False), "two": nn.Linear(8, 3, bias=False)},
+        r"'one' \(Linear\)",
+    ),
+    "table": (lambda m: m.table.weight, {"table": nn.Embedding(8, 8)}, r"'table' \(Embedding\)"),
+}
+
+
+@pytest.mark.parametrize(("make", "parts", "named"), MADE.values(), ids=MADE)
+def test_a_matrix_that_is_made_of_something_else_is_an_error_that_names_it(make, parts, named):
+    model = Made(make, **parts)
+    with pytest.raises(UnsupportedLayerError, match=named):
+        SpectralPenalty(model, head="fc", input_size=SIZE)
+    if skip := [name for name, part in parts.items() if isinstance(part, nn.Module)]:
+        assert names(model, head="fc", input_size=SIZE, skip=skip) == ["stem"]
+
+
 def test_positions_that_a_product_of_attention_takes_are_no_linear_map():
     class Attends(nn.Module):
         def __init__(self):
