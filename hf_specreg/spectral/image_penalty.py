@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.pixels import in_pixels
 from hf_specreg.spectral.precision import full_precision
-from hf_specreg.spectral.regularizers.term import Compute, RampedConfig, Regularizer, check_batch
+from hf_specreg.spectral.regularizers.term import (
+    Compute,
+    Regularizer,
+    RegularizerConfig,
+    check_batch,
+)
 
 
 class ImagePenalty:
@@ -55,7 +60,7 @@ class ImagePenalty:
         RuntimeError: it is called where no gradient is recorded.
     """
 
-    kind: ClassVar[type[RampedConfig]]
+    kind: ClassVar[type[RegularizerConfig]]
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ def test_differences_name_the_key_and_both_values():
         (InputGradientConfig, "step", 0.0),
         (InputGradientConfig, "images", 0),
         (InputGradientConfig, "ramp_epochs", -1.0),
+        (L2SPConfig, "ramp_epochs", -1.0),
         (L2SPConfig, "head", -1.0),
         (BSSConfig, "k", 0),
         (PenaltyConfig, "lanczos_steps", 1),

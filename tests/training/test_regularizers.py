@@ -14,13 +14,14 @@ from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.recipes.supervised import train
-from hf_specreg.spectral.regularizers import RegularizersConfig, orthogonality
+from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers, orthogonality
+from hf_specreg.spectral.regularizers.bss import BSSConfig
 from hf_specreg.spectral.regularizers.cross_lipschitz import CrossLipschitzConfig
 from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.jacobian import JacobianConfig, jacobian_norm
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.orthogonality import OrthogonalityConfig
-from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig, build_penalty
 from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
 from hf_specreg.spectral.regularizers.volume_element import VolumeElementConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
@@ -99,6 +100,15 @@ def test_a_strong_regularizer_gets_smaller_in_a_run(tmp_path):
             else:
                 values.append((trained.network.hidden.weight - start).norm())
         assert values[1] < 0.7 * values[0], name
+
+
+def test_every_term_has_a_ramp_in_epochs():
+    epochs = {"burn_in_epochs": 1, "ramp_epochs": 2}
+    steps = {"steps_per_epoch": 5, "epochs": 4}
+    penalty = build_penalty(tiny(), PenaltyConfig(**epochs), seed=0, **steps)
+    config = RegularizersConfig(l2_sp=L2SPConfig(1.0, **epochs), bss=BSSConfig(1.0, **epochs))
+    terms = build_regularizers(tiny(), config, **steps)
+    assert [(each.burn_in, each.ramp) for each in (penalty, *terms)] == [(5, 10)] * 3
 
 
 def test_the_strength_rises_in_a_run_and_the_terms_labels_are_those_of_its_images(

@@ -22,7 +22,7 @@ from hf_specreg.spectral.regularizers.derivative import (
     pulled_back_norms,
     tracked,
 )
-from hf_specreg.spectral.regularizers.term import Compute, RampedConfig
+from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 
 def input_gradient_norm(
@@ -64,7 +64,7 @@ def input_gradient_norm(
 
 
 @dataclass(frozen=True)
-class InputGradientConfig(RampedConfig):
+class InputGradientConfig(RegularizerConfig):
     """Norm of the loss's gradient with respect to the image (Drucker, LeCun 1992; Ross, Doshi-Velez
     2018).
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from hf_specreg.ranges import require
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.regularizers.term import BURN_INS, RampedConfig
+from hf_specreg.spectral.regularizers.term import BURN_INS, RegularizerConfig
 
 
 @dataclass(frozen=True)
-class PenaltyConfig(RampedConfig):
+class PenaltyConfig(RegularizerConfig):
     """The spectral penalty: strength * sum of sigma^2; see `hf_specreg.SpectralPenalty`.
 
     Args:

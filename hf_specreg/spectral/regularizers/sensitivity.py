@@ -50,7 +50,7 @@ from hf_specreg.spectral.regularizers.derivative import (
     pulled_back_norms,
     tracked,
 )
-from hf_specreg.spectral.regularizers.term import Compute, RampedConfig
+from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 FLOOR = 1e-2  # of the total spread, in the logarithms
 TINY = 1e-12  # where that is 0
@@ -169,7 +169,7 @@ def displacement(
 
 
 @dataclass(frozen=True)
-class SensitivityConfig(RampedConfig):
+class SensitivityConfig(RegularizerConfig):
     """Sensitivity of the features relative to their spread; see `hf_specreg.SensitivityPenalty`.
 
     Args:

@@ -51,6 +51,7 @@ class RegularizerConfig:
         burn_in_steps: optimizer steps without the term at first.
         burn_in_fraction: part of the whole training without the term at first, in [0, 1]. Of the
             three, one at most.
+        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
 
     Attributes:
         of_weights: it is of the weights; else of the data.
@@ -63,6 +64,7 @@ class RegularizerConfig:
     burn_in_epochs: float | None = None
     burn_in_steps: int | None = None
     burn_in_fraction: float | None = None
+    ramp_epochs: float = 0.0
 
     of_weights: ClassVar[bool] = False
     of_labels: ClassVar[bool] = False
@@ -72,7 +74,7 @@ class RegularizerConfig:
         given = [name for name in BURN_INS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {given}, not several")
-        require(self, "not negative", "strength", *BURN_INS)
+        require(self, "not negative", "strength", "ramp_epochs", *BURN_INS)
         require(self, "in [0, 1]", "burn_in_fraction")
         require(self, "at least 1", "every")
 
@@ -86,25 +88,6 @@ class RegularizerConfig:
 
     def ramp(self, steps_per_epoch: int) -> int:
         """Return the optimizer steps after the burn-in in which the strength rises from 0."""
-        return 0
-
-
-@dataclass(frozen=True)
-class RampedConfig(RegularizerConfig):
-    """A term whose strength rises when it has entered.
-
-    Args:
-        ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
-    """
-
-    ramp_epochs: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "not negative", "ramp_epochs")
-
-    def ramp(self, steps_per_epoch: int) -> int:
-        """Return the ramp in optimizer steps."""
         return round(self.ramp_epochs * steps_per_epoch)
 
 
