@@ -327,11 +327,16 @@ def test_wrong_labels_and_channels_are_errors():
         make_timm(pixel_mean=(0.5,))
 
 
-def test_importing_the_package_loads_neither_transformers_nor_datasets():
+def test_importing_the_package_and_its_terms_loads_neither_transformers_nor_datasets():
     import subprocess
 
-    heavy = ("transformers", "datasets")
-    code = f"import sys, hf_specreg; print([m for m in {heavy} if m in sys.modules])"
+    heavy = ("transformers", "datasets", "accelerate")
+    terms = "InputGradientPenalty, SensitivityPenalty, SpectralPenalty"
+    configs = "RegularizersConfig, InputGradientConfig, SensitivityConfig"
+    code = (
+        f"import sys; from hf_specreg import {terms}, {configs}; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
