@@ -121,7 +121,7 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def _stopped(control: Mapping[str, Any]) -> str:
     said = ratio(control["ratio"])
-    return said if control["matched"] else f"{said}, less accurate"
+    return said if control["matched"] else f"{said}, of another accuracy"
 
 
 def with_headline(text: str, content: Mapping[str, Any]) -> str:

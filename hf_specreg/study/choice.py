@@ -55,8 +55,8 @@ class Choice:
         method: its name.
         strength: None where none may be chosen.
         reason: why this one, or none.
-        control: epochs of the best plain network that is no better, by validation accuracy; None:
-            that is the one trained to the end.
+        control: epochs of the plain network whose validation accuracy is nearest; None: that is the
+            one trained to the end.
         matched: whether that one is as good, within the margin, or as good as a plain one gets.
     """
 
@@ -202,18 +202,16 @@ class Results:
         return -np.inf if ratio["value"] is None else ratio["value"]
 
     def _control(self, key: Key) -> tuple[float | None, bool]:
-        """The best plain network that is no better than this one, and whether that decides: it is
-        as good within the margin, it is the one trained to the end, or no plain network is better.
+        """The plain network, stopped earlier or not, whose accuracy is nearest, and whether that
+        decides: it is as good within the margin, or no plain network is better than the method.
         """
         goal = self.values(key, "validation", "accuracy").mean()
         known = [self.plain, *(k for k in self.keys if k[0] == STOPPED and self.whole(k))]
         reached = {k: self.values(k, "validation", "accuracy").mean() for k in known}
-        below = {k: accuracy for k, accuracy in reached.items() if accuracy <= goal + 1e-9}
-        if not below:
-            return min(reached, key=reached.get)[1], False
-        best = max(below, key=below.get)
-        near = goal - below[best] <= self.config.accuracy_margin + 1e-9
-        return best[1], bool(near or best == self.plain or len(below) == len(reached))
+        away = {k: (round(abs(accuracy - goal), 9), accuracy) for k, accuracy in reached.items()}
+        nearest = min(away, key=away.get)  # of two as near the less accurate one
+        near = away[nearest][0] <= self.config.accuracy_margin + 1e-9
+        return nearest[1], bool(near or goal > max(reached.values()))
 
     def control(self, choice: Choice) -> Key:
         """Return the plain network, stopped earlier or not, that a choice is compared with."""

@@ -52,8 +52,8 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         f"{attacks(content, faced)} found, over those of {images:,} test images that are "
         f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
         "that both classify correctly; its seeds: + farther, - nearer. Ratio to stopped: the same "
-        f"over {plain} trained for fewer epochs, the best that is no more accurate. Images: that "
-        "are compared, a seed; left out: where nothing was found for one of both networks."
+        f"over {plain} trained for as many epochs as bring it to the method's accuracy. Images: "
+        "that are compared, a seed; left out: where nothing was found for one of both networks."
     )
     header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
     header += ["ratio", "seeds", "ratio to stopped", "its seeds", "stopped at", "images"]
@@ -74,7 +74,7 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
     if part == "table":  # what is said of a method; the final attacks may only contradict it
         header.append("verdict")
         for row, shown in zip(content[part], rows, strict=True):
-            shown.append("" if row["method"] == plain else outcome(row))
+            shown.append("" if row["method"] == plain else outcome(row, content))
     return Section(title, note, header, rows)
 
 
@@ -303,5 +303,5 @@ def _control(control: Mapping[str, Any] | None) -> tuple[str, str, str]:
         return "", "", ""
     epochs = maybe("{:g} epochs, ".format, control["strength"])
     at = f"{epochs}{percent(control['accuracy']).split(' (')[0]}"
-    said = at if control["matched"] else f"{at}: less accurate than the method"
+    said = at if control["matched"] else f"{at}: not the method's accuracy"
     return ratio(control["ratio"]), signs(control["signs"]), said

@@ -35,10 +35,10 @@ def caution(content: Mapping[str, Any]) -> str:
         f"In brackets: 95 % intervals, over {over}. {content['comparisons']} paired comparisons "
         "are stated; each holds at 95 % by itself, and knows nothing of the choice of a strength, "
         "which was made by validation images of the same trainings. Harder is said only where the "
-        "interval of the ratio lies above 1 against the plain network and against the one stopped: "
-        "trained for fewer epochs, the best that is no more accurate on validation images; where "
-        f"that one is more than {100 * content['accuracy_margin']:g} points less accurate, harder "
-        "and easier are what both say, and all else is not known."
+        "interval of the ratio lies above 1 against the plain network and against the one stopped "
+        "earlier, or not, that is as accurate as the method on validation images, within "
+        f"{100 * content['accuracy_margin']:g} points; where none is, against two that the method "
+        "lies between, or the best where it lies above all."
     )
 
 

@@ -1,13 +1,13 @@
 """Whether a method makes networks harder to attack at equal accuracy, in words.
 
 Harder only where the interval of the mean distance's ratio lies above 1 twice: against the plain
-network, and against the best plain network, stopped earlier or not, that is no more accurate. A
-network that has learnt less is often harder to attack, so that the first alone shows nothing of the
-method. Easier where either interval lies below 1. All else is no difference that was shown.
+network, and against the plain network, stopped earlier or not, whose accuracy is nearest. A network
+that has learnt less is often harder to attack, so that the first alone shows nothing of the method.
+Easier where either interval lies below 1. All else is no difference that was shown.
 
-Where that plain network is less accurate by more than the margin, the accuracy of the method lies
-between those of two plain networks: harder or easier is then what holds against both, and all else
-is not known.
+Where the nearest is not as accurate within the margin, nothing is known at equal accuracy, but for
+a method that lies between that one and the network trained to the end, or above all: harder or
+easier is then what holds against both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ UNMATCHED, UNKNOWN = "not known at equal accuracy", "cannot be said"
 WITHDRAWN = "withdrawn"
 
 
-def outcome(row: Mapping[str, Any]) -> str:
-    """Return what a row of the table shows: HARDER, EASIER or NEITHER; UNMATCHED where plain
-    networks around the method's accuracy do not agree, UNKNOWN where there is no ratio to any;
-    WITHDRAWN where something speaks against the distances.
+def outcome(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Return what a row of a study's table shows: HARDER, EASIER or NEITHER; UNMATCHED where it is
+    not known at equal accuracy, UNKNOWN where there is no ratio to any plain network; WITHDRAWN
+    where something speaks against the distances.
     """
     if not _known(row["ratio"]):
         return UNKNOWN
@@ -35,12 +35,26 @@ def outcome(row: Mapping[str, Any]) -> str:
         return UNMATCHED
     sides = [side(row["ratio"]), side(control["ratio"])]
     if not control["matched"]:
-        below = control["accuracy"]["value"] <= row["accuracy"]["value"]
-        agreed = {(1, 1): HARDER, (-1, -1): EASIER} if below else {}
+        agreed = {(1, 1): HARDER, (-1, -1): EASIER} if _is_between(row, content) else {}
         return agreed.get(tuple(sides), UNMATCHED)
     if sides == [1, 1]:
         return HARDER
     return EASIER if -1 in sides else NEITHER
+
+
+def _is_between(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether a method is no less accurate on validation images than its control, and no plain
+    network is more accurate than the method but from the one trained to the end on.
+    """
+    reached = {
+        (point["method"], point["strength"]): point["validation"]["accuracy"]["value"]
+        for point in content["frontier"]
+    }
+    plain, stopped = content["plain"], content["stopped"]
+    own, whole = reached[row["method"], row["strength"]], reached[plain, None]
+    control = reached.get((stopped, row["control"]["strength"]), whole)
+    above = [a for (method, _), a in reached.items() if method in (plain, stopped) and a > own]
+    return control <= own and (not above or min(above) == whole)
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
@@ -48,7 +62,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     order = HARDER, NEITHER, EASIER, UNMATCHED, WITHDRAWN, UNKNOWN
     found: dict[str, list[str]] = {shown: [] for shown in order}
     for row in _compared(content):
-        found[outcome(row)].append(at_strength(row))
+        found[outcome(row, content)].append(at_strength(row))
     found[UNKNOWN] += [entry["method"] for entry in not_chosen(content)]
     titles = {
         HARDER: "Harder to attack than the plain network at equal accuracy",
@@ -115,7 +129,7 @@ def untried(
 
 def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Return what a row of a study's table shows, in a sentence."""
-    name, shown = at_strength(row), outcome(row)
+    name, shown = at_strength(row), outcome(row, content)
     if shown == UNKNOWN:
         return (
             f"Whether {name} is harder to attack than the plain network cannot be said: there is "
@@ -195,16 +209,16 @@ def _against_control(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         return "it is not compared with the plain network stopped at its accuracy"
     epochs = "" if control["strength"] is None else f" at {control['strength']:g} epochs"
     if control["matched"] and _stopped(row, content) is None:
-        return "the plain network has this accuracy only when it is trained to the end"
+        return "of the plain networks the one trained to the end is nearest to its accuracy"
     times = _times(control["ratio"], f"the plain network stopped{epochs}")
     if control["matched"]:
         return times
-    if outcome(row) == UNMATCHED:
+    if outcome(row, content) == UNMATCHED:
         return (
-            f"{times}, which is not within the margin of its accuracy (stopped_epochs whose "
-            "accuracy is nearer below its own would decide)"
+            f"{times}, which has not its accuracy (stopped_epochs whose accuracy is nearer would "
+            "decide)"
         )
-    return f"{times}, which is less accurate by more than the margin"
+    return f"{times}, which is less accurate"
 
 
 def _accuracy(difference: Estimate, margin: float) -> str:

@@ -284,7 +284,7 @@ def test_without_final_attacks_there_is_no_table_of_them_but_masked_gradients_ar
     for row in content["table"][1:]:
         (said,) = (r for r in row["withdrawn"] if r.startswith("gradients look masked"))
         assert "none, seed 1" in said
-        assert outcome(row) == WITHDRAWN
+        assert outcome(row, content) == WITHDRAWN
 
 
 def test_pairs_of_methods_are_compared_at_their_chosen_strengths(whole):
