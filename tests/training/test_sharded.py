@@ -38,10 +38,10 @@ def train(folder, *more, **variables):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of whole weights, one of sharded ones, and that one from its first checkpoint on."""
+    """A run of one process, one of sharded weights, and that one from its first checkpoint on."""
     root = tmp_path_factory.mktemp("sharded")
     whole, sharded, resumed = (root / name for name in ("whole", "sharded", "resumed"))
-    train(whole)
+    train(whole, processes=1)
     train(sharded, **FSDP2)
     shutil.copytree(sharded, resumed)
     shutil.rmtree(resumed / "model")
