@@ -258,7 +258,7 @@ class SpectralPenalty:
                 at, or a layer was replaced or reparameterised since it was found.
         """
         self._check()
-        all_moved, self._placed.loaded = self._placed.loaded, False
+        all_moved, self._placed.loads.seen = self._placed.loads.seen, False
         # What is kept of this use takes part in the backward passes of others.
         with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
             return self.strength * self._sum.value(self._zero(), all_moved=all_moved)
@@ -319,7 +319,7 @@ class SpectralPenalty:
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._sum.load(state["vectors"], state["uses"], self._device)
-        self.step, self._placed.loaded = state["step"], False
+        self.step, self._placed.loads.seen = state["step"], False
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise TypeError(

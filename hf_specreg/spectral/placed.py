@@ -16,8 +16,7 @@ class Placed:
         modules: the layers.
 
     Attributes:
-        loaded: whether a state dictionary was loaded into one of them since its hook was put there,
-            or this was set to False: weights are then other ones, not those a step further on.
+        loads: notes whether weights are loaded into one of them.
     """
 
     def __init__(self, network: nn.Module, modules: Iterable[nn.Module]):
@@ -25,7 +24,7 @@ class Placed:
         self.network = network
         self.modules = {names[module]: module for module in modules}
         self.computed = {name: computes_weight(m) for name, m in self.modules.items()}
-        self.loaded = False
+        self.loads = Loads()
 
     def check(self) -> None:
         """Raise ValueError if a layer was replaced, wrapped by an adapter or reparameterised: its
@@ -60,8 +59,21 @@ class Placed:
     def hooks(self) -> Iterator:
         """Put hooks on the layers that note whether weights are loaded; yield them for removal."""
         for module in self.modules.values():
-            yield module.register_load_state_dict_post_hook(self)
+            yield module.register_load_state_dict_post_hook(self.loads)
 
-    def __call__(self, module: nn.Module, incompatible_keys) -> None:
+
+class Loads:
+    """A hook that notes that weights were loaded. It holds nothing else, since a module that is
+    copied or pickled takes its hooks along.
+
+    Attributes:
+        seen: whether a state dictionary was loaded since this was set to False: weights are then
+            other ones, not those a step further on.
+    """
+
+    def __init__(self):
+        self.seen = False
+
+    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
         """Note that weights were loaded."""
-        self.loaded = True
+        self.seen = True

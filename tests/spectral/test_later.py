@@ -1,6 +1,8 @@
-"""What is done to a model after its penalty was made: wrapped, replaced, loaded into, left."""
+"""What is done to a model after its penalty was made: wrapped, replaced, loaded, copied, left."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -82,6 +84,24 @@ def test_a_state_that_is_loaded_after_the_weights_goes_on_to_the_same_bits():
     net.load_state_dict(weights)
     penalty.load_state_dict(state)
     assert [penalty().item() for _ in range(4)] == expected
+
+
+def test_a_block_is_copied_and_pickled_without_the_network_around_it():
+    net = Blocks()
+    net.rest = nn.Linear(500, 500)  # 1 MB
+    size = len(pickle.dumps(net.block))
+    penalty = make(net, strength=1, renew_every=100)
+    for _ in range(3):
+        penalty()
+    assert len(pickle.dumps(net.block)) < size + 2000
+    memo = {}
+    block = copy.deepcopy(net.block, memo)
+    assert id(net.block) in memo
+    assert id(net.rest) not in memo
+    vectors = penalty.state_dict()["vectors"]
+    block.load_state_dict(block.state_dict())
+    penalty()  # which would renew all, had it been loaded into its own model
+    assert all(vectors[name] is vector for name, vector in penalty.state_dict()["vectors"].items())
 
 
 def test_a_penalty_that_is_deleted_leaves_no_hook_on_the_model():
