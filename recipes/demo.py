@@ -22,8 +22,10 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.recipes.supervised import parse, train
+from hf_specreg.robustness.comparison import Comparison
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.text import listed, norm_name, number, percent
 from hf_specreg.spectral.penalty import SpectralPenalty
 
 OUTPUT = Path("runs/demo")
@@ -32,7 +34,8 @@ ATTACKS = {"fmn-l2": {"steps": 50, "runs": 2}, "pgd-l2": {}}
 # Of predicted classes alone: many queries, so on fewer images and for fewer than the paper's 40.
 BLACK_BOX = {"tangent": {"iterations": 12}}
 SAMPLES, BLACK_BOX_SAMPLES = 360, 30
-EPS = [0.25, 0.5, 1.0]
+EPS, SHOWN = [0.25, 0.5, 1.0], [0.5, 1.0]
+WIDTH = 80  # of a terminal, and of what is piped
 PLAIN = ["--penalty.strength", "0"]
 SENSITIVITY = ["--regularizers.sensitivity.strength", "0.1"]
 SENSITIVITY += ["--regularizers.sensitivity.burn_in_epochs", "10"]
@@ -41,7 +44,7 @@ RUNS = {"baseline": PLAIN, "sensitivity": [*PLAIN, *SENSITIVITY]}
 
 def main() -> None:
     """Train, attack, compare, and check that stock libraries load the result."""
-    console = Console(width=None if Console().is_terminal else 110)
+    console = Console(width=min(Console().width, WIDTH), highlight=False)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     results, models, seconds = {}, {}, {}
     for name, arguments in RUNS.items():
@@ -51,7 +54,7 @@ def main() -> None:
         results[name] = train(config)
         seconds[name] = time.perf_counter() - start
         models[name] = SpecRegModel.from_pretrained(results[name].model_folder).eval()
-    console.print(comparison(results, models, seconds))
+    compared = {}
     for attacks, samples, file in (
         (BLACK_BOX, BLACK_BOX_SAMPLES, "black_box"),
         (ATTACKS, SAMPLES, "robustness"),
@@ -63,9 +66,9 @@ def main() -> None:
                 model, "digits", attacks=attacks, eps=EPS, samples=samples, name=name
             )
             reports[name].save(OUTPUT / name / f"{file}.json")
-        compared = RobustnessReport.compare(list(reports.values()))
-        console.print(compared.to_markdown(), soft_wrap=True)
-    compared.to_html(OUTPUT / "report.html")
+        compared[file] = RobustnessReport.compare(list(reports.values()))
+        (OUTPUT / f"{file}.md").write_text(compared[file].to_markdown(), "utf-8")
+    compared["robustness"].to_html(OUTPUT / "report.html")
     folder = results["sensitivity"].model_folder
     check_stock_loading(folder, models["sensitivity"])
     encoder = Encoder.open(
@@ -75,34 +78,53 @@ def main() -> None:
         license="apache-2.0",
     )
     card = write_card(encoder, "your-name/digits-sensitivity", folder)[0]
+    config = models["sensitivity"].metadata["config"]
+    strength = config["regularizers"]["sensitivity"]["strength"]
+    sigmas = {name: SpectralPenalty(model).sigmas() for name, model in models.items()}
     console.print(
-        f"The regularized encoder is in {folder}. Stock timm and transformers load it, with the "
-        "same logits:\n"
+        f"\nA small ConvNeXt on 8x8 handwritten digits, 1 seed ({config['seed']}), plain and with "
+        f"the sensitivity penalty at {strength:g}:"
+    )
+    console.print(outcome(compared["robustness"], compared["black_box"], sigmas, seconds))
+    (verdict,) = compared["robustness"].verdicts
+    console.print(*verdict, sep="\n")
+    console.print(
+        f"\nThe regularized encoder is in {folder}.\n"
+        "Stock timm and transformers load it, with the same logits:\n"
         f"  timm.create_model('local-dir:{folder}', pretrained=True)\n"
         f"  AutoModelForImageClassification.from_pretrained('{folder}')\n"
-        f"Its layers: hf-specreg spectrum {folder}\n"
-        f"The comparison as a page: {OUTPUT / 'report.html'}\n"
-        f"Its model card: {card}"
+        f"Its layers:  hf-specreg spectrum {folder}\n"
+        f"Its card:    {card}\n"
+        f"Comparison:  {OUTPUT / 'report.html'}, robustness.md and black_box.md beside it",
+        soft_wrap=True,
     )
 
 
-def comparison(results: dict, models: dict, seconds: dict) -> Table:
-    """Return accuracy, sum of sigma^2 and the baseline's largest layers, side by side."""
-    metadata = models["baseline"].metadata
-    config = models["sensitivity"].metadata["config"]["regularizers"]["sensitivity"]
-    sigmas = {name: SpectralPenalty(model).sigmas() for name, model in models.items()}
-    seed = metadata["config"]["seed"]
-    title = f"digits (8x8 handwritten), sensitivity {config['strength']}, 1 seed ({seed})"
-    table = Table("", *results, title=title)
-    accuracy = [f"{r.metrics['test_accuracy']:.2%}" for r in results.values()]
-    images = results["baseline"].metrics["test_images"]
-    table.add_row(f"test accuracy (n = {images})", *accuracy)
-    totals = [f"{sum(s**2 for s in values.values()):.2f}" for values in sigmas.values()]
+def outcome(
+    compared: Comparison, black_box: Comparison, sigmas: dict, seconds: dict[str, float]
+) -> Table:
+    """Return what came of each model, side by side, in 80 columns.
+
+    Args:
+        compared: by the attacks that see the models' gradients.
+        black_box: by those that see predicted classes alone.
+        sigmas: of each model, by layer.
+        seconds: that each was trained.
+    """
+    table = Table("", *compared.names, show_lines=True)
+    accuracy = [report.content["clean"]["accuracy"] for report in compared.reports]
+    n = compared.reports[0].content["n"]
+    table.add_row(f"test accuracy (n = {n})", *map(percent, accuracy))
+    for comparison, rows in ((compared, compared.nearest), (black_box, black_box.nearest)):
+        label = f"mean distance, {listed(rows[0]['attacks'])} (n = {comparison.paired})"
+        table.add_row(label, *[number(row["mean"]) for row in rows])
+    for point in compared.robust_accuracy:
+        if point["eps"] in SHOWN:
+            label = f"robust accuracy at {norm_name(point['norm'])} {point['eps']:g}"
+            table.add_row(label, *map(percent, point["models"]))
+    totals = [f"{sum(s**2 for s in values.values()):.4g}" for values in sigmas.values()]
     table.add_row(f"sum of sigma^2, {len(sigmas['baseline'])} linear maps", *totals)
-    largest = sorted(sigmas["baseline"], key=sigmas["baseline"].get, reverse=True)[:5]
-    for layer in largest:
-        table.add_row(f"sigma of {layer}", *[f"{values[layer]:.3f}" for values in sigmas.values()])
-    table.add_row("seconds", *[f"{s:.0f}" for s in seconds.values()])
+    table.add_row("seconds of training", *[f"{s:.0f}" for s in seconds.values()])
     return table
 
 
