@@ -31,14 +31,15 @@ TRAINING = [
 ]
 
 
-def train(folder, *more, **variables):
-    output = ["--output_dir", str(folder)]
-    return run("hf_specreg.recipes.supervised", *TRAINING, *output, *more, **variables)
+def train(folder, *more, script="hf_specreg.recipes.supervised", **options):
+    return run(script, *TRAINING, "--output_dir", str(folder), *more, **options)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of one process, one of sharded weights, and that one from its first checkpoint on."""
+    """A run of one process; one of sharded weights; and that one from its first checkpoint on, with
+    accelerate in its own state of FSDP2.
+    """
     root = tmp_path_factory.mktemp("sharded")
     whole, sharded, resumed = (root / name for name in ("whole", "sharded", "resumed"))
     train(whole, processes=1)
@@ -49,7 +50,7 @@ def folders(tmp_path_factory):
     assert first.name == "step_00000003"  # within an epoch
     for checkpoint in later:
         shutil.rmtree(checkpoint)
-    train(resumed, "--resume", **FSDP2)
+    train(resumed, "--resume", script="tests.training.as_fsdp", **FSDP2)
     return whole, sharded, resumed
 
 
