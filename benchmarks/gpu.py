@@ -78,7 +78,7 @@ def of_penalties(name: str, size: int, batch: int, arithmetic: str, rounds: int)
     model, shape = network(name, "cuda"), (3, size, size)
     step = training_step(model, size, batch, arithmetic)
     penalty = SpectralPenalty(model, input_size=shape)
-    sensitivity = SensitivityPenalty(model, strength=0.1, input_size=shape)
+    sensitivity = SensitivityPenalty(model, strength=0.1, input_size=shape, pixel_std=1)
     images = torch.rand(batch, *shape, device="cuda")
 
     def cycle() -> None:

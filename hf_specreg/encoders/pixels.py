@@ -4,6 +4,7 @@ A network is fed z = (x - mean) / std of images x in [0, 1]. Of the function x' 
 x' = std z, which is x but for a constant, every derivative and difference is per [0, 1] pixel.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ def in_pixels(space: FeatureSpace, pixel_std: float | Sequence[float] | None) ->
         ValueError: as for `find_pixel_std`.
     """
     std = find_pixel_std(space.model, space.input_size[0], pixel_std)
-    return replace(space, model=PixelModel(space.model, std))
+    return replace(space, model=PixelModel(space.model, std, said=pixel_std is not None))
 
 
 def find_pixel_std(
@@ -40,7 +41,8 @@ def find_pixel_std(
         model: without what is put around it for training.
         channels: of its images.
         pixel_std: what it was, in [0, 1] pixels: a number, or one of each channel. Default: of a
-            timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing.
+            timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing. That the first
+            images do not look like the former is a warning (`PixelModel.check`).
 
     Raises:
         ValueError: it is not known and not given, out of range, of another number of channels, or
@@ -81,6 +83,7 @@ class PixelModel(nn.Module):
     Args:
         model: any.
         std: by what its images were divided, per channel; None: they are in [0, 1].
+        said: whether the user said so, and not the model's configuration.
 
     Attributes:
         wraps: the attribute that holds the model; see `encoders/modules.py`.
@@ -88,10 +91,31 @@ class PixelModel(nn.Module):
 
     wraps = "model"
 
-    def __init__(self, model: nn.Module, std: Sequence[float] | None):
+    def __init__(self, model: nn.Module, std: Sequence[float] | None, *, said: bool = False):
         super().__init__()
         self.model = model
         self.std = None if std is None else torch.tensor(std).reshape(-1, 1, 1)
+        self._to_check = not said and std is not None and min(std) < 1
+
+    def check(self, images: Tensor) -> None:
+        """Warn, of the first images only, if they are in [0, 1] though the model's configuration
+        says that they are divided by less: then what is per pixel would be too little. Asks the
+        device once.
+
+        Args:
+            images: [B, C, H, W], as the model takes them.
+        """
+        if not self._to_check:
+            return
+        self._to_check = False
+        if ((images >= 0) & (images <= 1)).all():
+            std = [round(value, 4) for value in self.std.flatten().tolist()]
+            warnings.warn(
+                f"the images lie in [0, 1], but the pretrained_cfg of {type(self.model).__name__} "
+                f"says that they are normalised, divided by {std}, and the strength counts on "
+                "that: pass pixel_std=1 for images in [0, 1], or that std if they are normalised",
+                stacklevel=2,
+            )
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W], as the model takes them, in pixels."""

@@ -42,8 +42,9 @@ class ImagePenalty:
             for timm and transformers.
         pixel_std: by what the images were divided when they were normalised, in [0, 1] pixels, a
             number or one of each channel, such as `processor.image_std` of transformers; default:
-            of a timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing, since it
-            takes images in [0, 1]. Other models must say it.
+            of a timm model what its `pretrained_cfg` says, with a warning if the first images are
+            in [0, 1] all the same (1 says so), of a `SpecRegModel` nothing, since it takes images
+            in [0, 1]. Other models must say it.
         seed: of what is random; torch's own random numbers are left alone.
         **settings: those of `kind`, and `every`.
 
@@ -103,6 +104,7 @@ class ImagePenalty:
         """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
         name = type(self).__name__
         check_batch(name, images, labels, of_labels=self.kind.of_labels)
+        self._in_pixels.model.check(images)
         if len(images) < self._least:
             raise ValueError(
                 f"{name} is of {self._least} images, and the first batch has {len(images)}: pass "

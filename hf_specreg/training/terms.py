@@ -142,6 +142,8 @@ class Terms:
                     f"given a {type(images).__name__}: leave {name} out for NaFlex's patches"
                 )
             check_batch(name, images, labels, of_labels=self.settings[name].of_labels)
+        if self._of_images:
+            self._space.model.check(images)
 
 
 def check_settings(

@@ -1,5 +1,7 @@
 """Derivatives per [0, 1] pixel, whatever normalised images a model takes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -9,6 +11,9 @@ from transformers import ViTForImageClassification
 
 from hf_specreg import InputGradientPenalty, SensitivityPenalty
 from hf_specreg.encoders.pixels import find_pixel_std
+from hf_specreg.spectral.regularizers import InputGradientConfig, RegularizersConfig
+from hf_specreg.training.terms import Terms
+from tests.host_reads import host_reads
 from tests.tiny import images, tiny, vit_config
 
 STD = (0.25,)
@@ -37,7 +42,7 @@ def test_of_a_network_on_normalised_images_it_is_that_of_the_whole_model_on_pixe
 def test_timm_says_by_what_images_were_divided_and_an_argument_overrides_it():
     network = pixel_model().network
     norms = {
-        std: InputGradientPenalty(network, strength=1, pixel_std=std)(images(), LABELS)
+        std: InputGradientPenalty(network, strength=1, pixel_std=std)(images() - 0.5, LABELS)
         for std in (None, 0.5, 1)
     }
     torch.testing.assert_close(norms[None], norms[0.5])
@@ -45,6 +50,32 @@ def test_timm_says_by_what_images_were_divided_and_an_argument_overrides_it():
     colour = timm.create_model("test_vit", img_size=32)
     assert find_pixel_std(colour, 3) == tuple(colour.pretrained_cfg["std"])
     assert find_pixel_std(colour, 3, np.array([0.1, 0.2, 0.3])) == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("kind", [InputGradientPenalty, SensitivityPenalty])
+def test_images_in_0_1_are_warned_of_once_where_timm_says_that_they_are_normalised(kind):
+    network = pixel_model().network
+    labels = [LABELS] if kind is InputGradientPenalty else []
+    penalty = kind(network, strength=1, burn_in=100)
+    with pytest.warns(UserWarning, match=r"OneHiddenLayer.*divided by \[0\.5\].*pixel_std=1"):
+        penalty(images(), *labels)
+    normalised = (images() - 0.5) / 0.5
+    asked = kind(network, strength=1)
+    with warnings.catch_warnings(), host_reads() as reads:
+        warnings.simplefilter("error")
+        penalty(images(), *labels)
+        for _ in range(2):
+            asked(normalised, *labels)
+            kind(network, strength=1, pixel_std=1)(images(), *labels)
+            kind(pixel_model(), strength=1)(images(), *labels)
+    assert reads["PixelModel.check"] == 1
+
+
+def test_a_training_warns_of_images_in_0_1_too():
+    config = RegularizersConfig(input_gradient=InputGradientConfig(strength=1, burn_in_steps=100))
+    terms = Terms(pixel_model().network, config)
+    with pytest.warns(UserWarning, match="pass pixel_std=1"):
+        terms(images(), LABELS, step=0, device=torch.device("cpu"))
 
 
 def own():
