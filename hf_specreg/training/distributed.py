@@ -69,6 +69,16 @@ def synchronize_batch_norms(model: nn.Module) -> None:
             model.set_submodule(name, convert_sync_batchnorm(module))
 
 
+def has_own_statistics(module: nn.Module) -> bool:
+    """Whether it is a batch norm whose running statistics follow this process's images alone: not
+    synchronised, pinned or frozen.
+    """
+    alone = not isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm) and not is_pinned(module)
+    parameters = list(module.parameters())
+    frozen = parameters and not any(p.requires_grad for p in parameters)  # `Objective.train`
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and alone and not frozen
+
+
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """SyncBatchNorm for processes without a GPU: the same values and gradients."""
 

@@ -43,7 +43,7 @@ from hf_specreg.training.model import prepare_for_training
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
 from hf_specreg.training.resume import check_agreement, starting_point
-from hf_specreg.training.sharded import Shards, fsdp_settings
+from hf_specreg.training.sharded import Shards, check_statistics, fsdp_settings
 from hf_specreg.training.state import RunState, recorded_settings
 from hf_specreg.training.terms import Terms
 
@@ -102,6 +102,8 @@ class TrainingLoop:
         )
         self.regularizers = Terms(self.encoder, config.regularizers, **length)
         start_sha256 = weights_sha256(self.encoder) if config.regularizers.l2_sp.strength else None
+        if settings:
+            check_statistics(self.penalty)
         shards = Shards(objective, self.accelerator, settings) if settings else None
         optimizer = build_optimizer(objective, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, **length)

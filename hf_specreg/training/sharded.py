@@ -10,6 +10,7 @@ copy that each process keeps in its host's memory.
 import copy
 import os
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from torch.optim import Optimizer
 
+from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.sharding import whole
 from hf_specreg.training.config import RunConfig
+from hf_specreg.training.distributed import has_own_statistics, processes
 from hf_specreg.training.objectives import Objective
 
 FILE = "whole.bin"
@@ -46,7 +49,14 @@ def check_settings(
     """Raise ValueError if a run cannot be sharded so, with what can be done instead."""
     if settings.fsdp_version != 2:
         raise ValueError("FSDP1 hides the weights from the penalty: set fsdp_version to 2")
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    if named and not settings.transformer_cls_names_to_wrap:
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap ({named}) is read by accelerate with "
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP only: set that too"
+        )
     refused = {
+        "fsdp_auto_wrap_policy SIZE_BASED_WRAP": settings.min_num_params is not None,
         "fsdp_offload_params": isinstance(settings.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing": settings.activation_checkpointing,
         "fsdp_cpu_ram_efficient_loading": settings.cpu_ram_efficient_loading,
@@ -64,6 +74,22 @@ def check_settings(
         raise ValueError(
             f"sharded weights (FSDP2) do not go with {', '.join(names)}: switch it off, or launch "
             "with DistributedDataParallel (distributed_type: MULTI_GPU)"
+        )
+
+
+def check_statistics(penalty: SpectralPenalty) -> None:
+    """Raise ValueError if running statistics are folded in that differ between the processes, of
+    which each would have a penalty of its own.
+    """
+    names = {name for names in penalty.folded.values() for name in names}
+    norms = sorted({name.rpartition(".")[0] for name in names if name.endswith("running_var")})
+    own = [n for n in norms if has_own_statistics(penalty.space.network.get_submodule(n))]
+    if own and processes() > 1:
+        raise ValueError(
+            f"penalty.fold_norm folds in the statistics of {len(own)} batch norms ({own[0]} and so "
+            "on), which each process with sharded weights (FSDP2) has of its own images: set "
+            "sync_batch_norm to true, or launch with DistributedDataParallel "
+            "(distributed_type: MULTI_GPU)"
         )
 
 
@@ -150,9 +176,12 @@ def blocks(network: nn.Module, classes: Collection[str] = ()) -> list[nn.Module]
         network: of timm or transformers.
         classes: names of these modules' classes; default: the entries of the outermost ModuleList
             and Sequential.
+
+    Raises:
+        ValueError: the network has no module of one of the classes.
     """
     if classes:
-        return [module for module in network.modules() if type(module).__name__ in classes]
+        return _of_classes(network, classes)
     found = []
     for child in network.children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
@@ -160,6 +189,20 @@ def blocks(network: nn.Module, classes: Collection[str] = ()) -> list[nn.Module]
         else:
             found += blocks(child)
     return found
+
+
+def _of_classes(network: nn.Module, classes: Collection[str]) -> list[nn.Module]:
+    """The modules of these classes, those within others first."""
+    modules = list(network.modules())
+    there = sorted({type(module).__name__ for module in modules})
+    for name in classes:
+        if name not in there:
+            near = get_close_matches(name, there) or there
+            raise ValueError(
+                f"fsdp_transformer_layer_cls_to_wrap names {name!r}, and {type(network).__name__} "
+                f"has no module of that class: one of {', '.join(near)}?"
+            )
+    return [module for module in reversed(modules) if type(module).__name__ in classes]
 
 
 def _part(value: Any, like: Tensor) -> Any:

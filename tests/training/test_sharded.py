@@ -1,5 +1,6 @@
 """Runs with sharded weights (FSDP2) on two processes of a CPU, as accelerate is told to."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_specreg.spectral.regularizers import RegularizersConfig
+from hf_specreg.spectral.regularizers.bss import BSSConfig
+from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import CheckpointError, all_checkpoints
 from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig, TransferRunConfig
@@ -29,6 +33,7 @@ TRAINING = [
     *("--optimizer.opt", "momentum", "--optimizer.lr", "0.05"),
     *("--checkpoint.every_steps", "3", "--checkpoint.keep", "9", "--log_every", "1"),
 ]
+SENSITIVITY = SensitivityConfig(strength=0.1)
 
 
 def train(folder, *more, script="hf_specreg.recipes.supervised", **options):
@@ -72,6 +77,15 @@ def test_a_run_of_sharded_weights_goes_on_to_the_same_bits(folders):
     assert (resumed / "metrics.jsonl").read_text().count('"penalty"') == 8
 
 
+def test_a_run_of_sharded_weights_clips_by_the_norm_of_the_whole_gradient(folders):
+    clipped = []
+    for folder in folders[:2]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        clipped.append([line["clipped_to"] for line in lines if "clipped_to" in line])
+    assert min(clipped[0]) < 0.9
+    assert clipped[1] == pytest.approx(clipped[0], rel=1e-4)
+
+
 def test_a_run_goes_on_with_weights_as_they_were_launched(folders):
     whole, sharded, _ = folders
     for folder, shards, there in ((whole, "some", "whole"), (sharded, None, "sharded")):
@@ -86,6 +100,8 @@ def test_the_blocks_are_the_entries_of_the_outermost_lists_or_of_classes():
     assert [names[m] for m in blocks(network)] == ["stages.0", "stages.1"]
     named = blocks(network, ["BatchNorm2d"])
     assert {type(module) for module in named} == {nn.BatchNorm2d}
+    with pytest.raises(ValueError, match=r"'BatchNorm2D'.*no module of that class.*BatchNorm2d"):
+        blocks(network, ["Conv2d", "BatchNorm2D"])
     assert (
         blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))[0:1])[0].out_features == 2
     )
@@ -101,6 +117,9 @@ def test_the_blocks_are_the_entries_of_the_outermost_lists_or_of_classes():
         ({}, RunConfig(compile=True, channels_last=True), "compile, channels_last: switch it off"),
         ({}, RunConfig(optimizer=OptimizerConfig(ema_decay=0.9)), "optimizer.ema_decay"),
         ({}, RunConfig(adversarial=AdversarialConfig(method="fgsm")), "adversarial"),
+        ({}, RunConfig(regularizers=RegularizersConfig(spectral_norm=True)), r"\.spectral_norm"),
+        ({}, RunConfig(regularizers=RegularizersConfig(sensitivity=SENSITIVITY)), r"\.sensitivity"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, RunConfig(), "SIZE_BASED_WRAP"),
         ({}, SelfSupervisedRunConfig(ssl=SelfSupervisedConfig(method="byol")), "ssl.method byol"),
         (
             {},
@@ -119,6 +138,12 @@ def test_what_does_not_go_with_shards_is_an_error_that_says_what_does(
     with pytest.raises(ValueError, match=says):
         check_settings(FullyShardedDataParallelPlugin(**settings), config, mixed_precision="no")
     plain = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
-    check_settings(plain, RunConfig(), mixed_precision="no")
+    bss = RegularizersConfig(bss=BSSConfig(strength=0.1))
+    check_settings(plain, RunConfig(regularizers=bss), mixed_precision="no")
     with pytest.raises(ValueError, match=r"fp16: switch it off.*DistributedDataParallel"):
         check_settings(plain, RunConfig(), mixed_precision="fp16")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
+    with pytest.raises(ValueError, match="TRANSFORMER_BASED_WRAP only"):
+        check_settings(plain, RunConfig(), mixed_precision="no")
+    named = FullyShardedDataParallelPlugin(auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    check_settings(named, RunConfig(), mixed_precision="no")
