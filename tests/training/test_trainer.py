@@ -327,6 +327,7 @@ def test_the_best_checkpoint_of_a_spec_reg_model_is_loaded_at_the_end(tmp_path, 
         train_dataset=Digits(),
         eval_dataset=Digits(8),
         compute_metrics=lambda _: {"score": next(scores)},
+        penalty={"strength": 0.01},
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
