@@ -9,8 +9,6 @@ copy that each process keeps in its host's memory.
 
 import copy
 import os
-from collections.abc import Collection
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,15 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from torch.optim import Optimizer
 
+from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.sharding import whole
+from hf_specreg.training.blocks import blocks
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import has_own_statistics, processes
 from hf_specreg.training.objectives import Objective
@@ -120,8 +120,9 @@ class Shards:
         device = accelerator.device.type
         mesh = init_device_mesh(device, (accelerator.num_processes,))
         again = settings.reshard_after_forward
-        classes = settings.transformer_cls_names_to_wrap or ()
-        for block in blocks(objective.encoder.network, classes):
+        encoder, classes = objective.encoder, settings.transformer_cls_names_to_wrap or ()
+        space = FeatureSpace.of(encoder, input_size=encoder.input_size)
+        for block in blocks(space, classes):
             fully_shard(block, mesh=mesh, reshard_after_forward=again)
         fully_shard(objective, mesh=mesh)
 
@@ -167,42 +168,6 @@ class Shards:
         if isinstance(value, Tensor):
             return value.cpu() if self._accelerator.is_main_process else None
         return value
-
-
-def blocks(network: nn.Module, classes: Collection[str] = ()) -> list[nn.Module]:
-    """Return the modules of a network whose weights are gathered together, and no others with them.
-
-    Args:
-        network: of timm or transformers.
-        classes: names of these modules' classes; default: the entries of the outermost ModuleList
-            and Sequential.
-
-    Raises:
-        ValueError: the network has no module of one of the classes.
-    """
-    if classes:
-        return _of_classes(network, classes)
-    found = []
-    for child in network.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            found += [entry for entry in child if any(True for _ in entry.parameters())]
-        else:
-            found += blocks(child)
-    return found
-
-
-def _of_classes(network: nn.Module, classes: Collection[str]) -> list[nn.Module]:
-    """The modules of these classes, those within others first."""
-    modules = list(network.modules())
-    there = sorted({type(module).__name__ for module in modules})
-    for name in classes:
-        if name not in there:
-            near = get_close_matches(name, there) or there
-            raise ValueError(
-                f"fsdp_transformer_layer_cls_to_wrap names {name!r}, and {type(network).__name__} "
-                f"has no module of that class: one of {', '.join(near)}?"
-            )
-    return [module for module in reversed(modules) if type(module).__name__ in classes]
 
 
 def _part(value: Any, like: Tensor) -> Any:

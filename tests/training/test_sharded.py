@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
-from torch import nn
 
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
@@ -19,12 +18,11 @@ from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig, Trans
 from hf_specreg.training.model import ModelConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.self_supervision import SelfSupervisedConfig
-from hf_specreg.training.sharded import blocks, check_settings
+from hf_specreg.training.sharded import check_settings
 from hf_specreg.training.state import RunState
 from hf_specreg.training.transfer import TransferConfig
 from tests.processes import run
 from tests.recipes.test_supervised import TINY
-from tests.tiny import tiny
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TRAINING = [
@@ -92,19 +90,6 @@ def test_a_run_goes_on_with_weights_as_they_were_launched(folders):
         checkpoint = all_checkpoints(folder / "checkpoints")[0]
         with pytest.raises(CheckpointError, match=f"with {there} weights: go on with it as it was"):
             RunState._load_weights(SimpleNamespace(shards=shards), checkpoint)
-
-
-def test_the_blocks_are_the_entries_of_the_outermost_lists_or_of_classes():
-    network = tiny("resnet20_cifar", layers=[2, 1]).network
-    names = {module: name for name, module in network.named_modules()}
-    assert [names[m] for m in blocks(network)] == ["stages.0", "stages.1"]
-    named = blocks(network, ["BatchNorm2d"])
-    assert {type(module) for module in named} == {nn.BatchNorm2d}
-    with pytest.raises(ValueError, match=r"'BatchNorm2D'.*no module of that class.*BatchNorm2d"):
-        blocks(network, ["Conv2d", "BatchNorm2D"])
-    assert (
-        blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))[0:1])[0].out_features == 2
-    )
 
 
 @pytest.mark.parametrize(
