@@ -49,7 +49,7 @@ def test_statistics_of_each_process_are_not_folded_in(tmp_path):
 
 
 def test_all_processes_evaluate_with_the_statistics_that_are_saved(tmp_path):
-    train(tmp_path, **FSDP2)
+    train(tmp_path, "--eval_batch_size", "60", **FSDP2)  # batches of both processes
     config, _ = parse([*RESNET, "--output_dir", str(tmp_path)])
     model = SpecRegModel.from_pretrained(tmp_path / "model").eval()
     splits = build_splits(config.data)
@@ -59,7 +59,7 @@ def test_all_processes_evaluate_with_the_statistics_that_are_saved(tmp_path):
     with torch.no_grad():
         loss = classification_scores(model, [batch], Accelerator(cpu=True))["loss"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert json.loads(lines[-1])["test_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_batch_norms_have_statistics_of_their_own_unless_synchronised_pinned_or_frozen():
