@@ -60,11 +60,11 @@ class SpectralPenalty:
     Frozen layers add their value and no gradient. A weight that acts in several ways, shared by
     layers or used at several sizes, counts once, as the one with the largest sigma.
 
-    Making it leaves the model as it is. Its first use puts hooks on it, to see that images of the
-    measured size are trained on, and whether weights are loaded into it: then all vectors are
-    renewed. They go with the penalty, or by `remove_hooks()`. It warns there if norms make most
-    layers scale-invariant (`free_scale`), which are penalised for little then. Make it last:
-    adapters, parametrizations and new layers that come after it are an error.
+    Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it,
+    to see that images of the measured size are trained on, and whether weights are loaded into it:
+    then all vectors are renewed. They go with the penalty, or by `remove_hooks()`. The first use
+    warns if norms make most layers scale-invariant (`free_scale`), which are penalised for little
+    then. Make it last: adapters, parametrizations and new layers that come after are an error.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -146,7 +146,7 @@ class SpectralPenalty:
         self.seed, self.step = seed, 0
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
         self._network = self.space.network
-        self._skip, self._split_qkv = skip, split_qkv
+        self._which = {"skip": skip, "split_qkv": split_qkv}
         self._seen = SeenInput()
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks)
@@ -203,12 +203,7 @@ class SpectralPenalty:
         """Find the layers, at the size of the feature space; the vectors start anew."""
         check_whole(self._network)
         self.remove_hooks()
-        owners = linear_maps(
-            self.space,
-            up_to_head=self.scope == "features",
-            skip=self._skip,
-            split_qkv=self._split_qkv,
-        )
+        owners = linear_maps(self.space, up_to_head=self.scope == "features", **self._which)
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = adjoining_norms(self.space, self._modules) if self.fold_norm else {}
@@ -232,8 +227,7 @@ class SpectralPenalty:
         """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
         since = self.step - self.burn_in
         self.step += 1
-        if not self._hooks:  # at the first use: a penalty that is only looked at puts none
-            self._hooks += [*self._seen.hooks(), *self._placed.hooks()]
+        self._watch()
         if self.strength and not self.fold_norm:
             self._free_scales.warn_once()
         if since % self.every:
@@ -244,6 +238,10 @@ class SpectralPenalty:
             return self.value() * (since / self.ramp)
         self._check()  # the burn-in need not end for a mistake to be known
         return self._zero()
+
+    def _watch(self) -> None:
+        if not self._hooks:  # a penalty that is only looked at puts none
+            self._hooks += [*self._seen.hooks(), *self._placed.hooks()]
 
     def _check(self) -> None:
         self._seen.check(self.input_size)
@@ -258,10 +256,10 @@ class SpectralPenalty:
                 at, or a layer was replaced or reparameterised since it was found.
         """
         self._check()
-        all_moved, self._placed.loads.seen = self._placed.loads.seen, False
+        loaded, self._placed.loads.seen = self._placed.loads.seen, False
         # What is kept of this use takes part in the backward passes of others.
         with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
-            return self.strength * self._sum.value(self._zero(), all_moved=all_moved)
+            return self.strength * self._sum.value(self._zero(), weights_loaded=loaded)
 
     @property
     def memory(self) -> int:
@@ -311,7 +309,8 @@ class SpectralPenalty:
         return {"step": self.step, "uses": self._sum.uses, "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over the counts and warm vectors.
+        """Take over the counts and warm vectors, before or after the weights that they are of. If
+        of weights that come after them W v is nothing like sigma u in most layers, all are renewed.
 
         Raises:
             ValueError: the vectors are those of another model, or of an earlier version.
@@ -320,6 +319,7 @@ class SpectralPenalty:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._sum.load(state["vectors"], state["uses"], self._device)
         self.step, self._placed.loads.seen = state["step"], False
+        self._watch()
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise TypeError(

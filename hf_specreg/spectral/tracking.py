@@ -190,6 +190,24 @@ class Triplets:
         """Take over vectors."""
         self.vectors, self._directions = vectors, {}
 
+    def parts_along(self, index: int, weight: Tensor) -> list[float]:
+        """Return what part of ||W v||^2 lies along u, of each operator of a stack.
+
+        It is 1 after a renewal, however near v is to the top, but for rounding; in the steps until
+        the next one W v turns away. Of another W it is about 1 in as many as u has entries.
+
+        Args:
+            index: of the stack.
+            weight: its, whole.
+        """
+        found = []
+        for operator in self.stacks[index].operators:
+            u, v = (self.vectors[f"{operator.name}.{side}"].to(weight) for side in "uv")
+            image = operator.apply(operator.part(weight), v).reshape(operator.groups, -1)
+            sigmas = (image * u.reshape(operator.groups, -1)).sum(1)
+            found.append((sigmas.square().sum() / image.square().sum()).item())
+        return found
+
     def start(self, weights: Mapping[int, Tensor]) -> None:
         """Take the best of a few Lanczos steps from random vectors, of whole weights by index."""
         for index, weight in weights.items():

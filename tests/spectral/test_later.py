@@ -86,6 +86,33 @@ def test_a_state_that_is_loaded_after_the_weights_goes_on_to_the_same_bits():
     assert [penalty().item() for _ in range(4)] == expected
 
 
+def test_weights_that_are_loaded_after_a_state_are_penalised_in_full_if_they_are_others():
+    torch.manual_seed(0)
+    net, other, again = SmallNet(), SmallNet(), SmallNet()
+    penalty, resumed = make(net, strength=1), make(again, strength=1)
+    for _ in range(3):
+        penalty()
+    resumed.load_state_dict(penalty.state_dict())
+    again.load_state_dict(other.state_dict())
+    assert resumed().item() == pytest.approx(exact_sum(again).item(), rel=1e-2)
+
+
+def test_a_state_that_is_loaded_before_its_weights_goes_on_to_the_same_bits():
+    torch.manual_seed(0)
+    net, again = SmallNet(), SmallNet()
+    penalty, resumed = make(net, strength=0.1), make(again, strength=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        penalty().backward()
+        optimizer.step()
+    nn.init.zeros_(net.proj.weight)  # of which no vector can be said to be another's
+    resumed.load_state_dict(penalty.state_dict())
+    again.load_state_dict(net.state_dict())
+    expected = [penalty().item() for _ in range(4)]
+    assert [resumed().item() for _ in range(4)] == expected
+
+
 def test_a_block_is_copied_and_pickled_without_the_network_around_it():
     net = Blocks()
     net.rest = nn.Linear(500, 500)  # 1 MB
