@@ -86,7 +86,7 @@ def test_a_network_without_blocks_is_warned_of(on_meta):
 
 
 class Odd(nn.Module):
-    """Whose layers are shared, tied, run by `forward` and read from outside."""
+    """Whose layers are shared, tied, run by `forward`, read from outside and not used."""
 
     def __init__(self):
         super().__init__()
@@ -98,6 +98,9 @@ class Odd(nn.Module):
         self.unhooked = nn.ModuleList([self.layer()])
         self.read = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.activated = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Linear(4, 4))])
+        self.alias = self.activated[0][1]  # held here too, and run in the block only
+        self.peeked = nn.ModuleList([nn.Linear(4, 4)])
+        self.unused = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4)])])
         self.tied = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.head = nn.Linear(4, 4)
         self.tied[0].weight = self.head.weight
@@ -111,7 +114,7 @@ class Odd(nn.Module):
         for layer in (*self.nested[0], *self.sharing, *self.twice):
             x = layer(x)
         x = F.linear(self.read[1](self.unhooked[0].forward(x)), self.read[0].weight)
-        x = self.activated[0](x)
+        x = self.peeked[0](self.activated[0](x)) + self.peeked[0].bias
         return self.head(self.tied[1](self.tied[0](x)))
 
 
@@ -120,7 +123,7 @@ def test_a_network_is_sharded_by_its_blocks_to_the_same_gradients():
     space = FeatureSpace.of(sharded, head="head", input_size=(1, 2, 2))
     assert set(names(space)) == {
         *("nested.0.0", "nested.0.1", "sharing.0.0", "twice.0", "unhooked.0.0"),
-        *("read.1", "activated.0", "tied.1"),
+        *("read.1", "activated.0.1", "tied.1"),
     }
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
