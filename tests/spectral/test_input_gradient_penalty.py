@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_specreg import InputGradientPenalty
 from hf_specreg.spectral.regularizers.input_gradient import input_gradient_norm
@@ -103,8 +104,9 @@ def test_labels_of_a_byte_are_classes_too_and_an_evaluating_model_gives_the_same
     assert not model.training
 
 
-def test_autocast_in_a_models_own_forward_does_not_round_it():
+def test_autocast_in_a_models_own_forward_does_not_round_it(monkeypatch):
     """accelerate puts it there, and with it transformers' Trainer."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # not that of other tests
     model = tiny()
     expected = InputGradientPenalty(model, strength=1)(images(), LABELS)
     Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
