@@ -1,10 +1,10 @@
 """SIGKILL at random moments: what is resumed ends as if nothing had happened.
 
 Nine moments in all, and sixty in the slow suite: of a training, of one on two processes, of an
-evaluation, of a study with two workers and of a push. A moment is drawn by a fixed seed as so much
-of the work's own progress (checkpoints, chunks, requests): 2.4 is 0.4 of the usual time for one
-after the second is there. The processes are forked from a server that has imported everything, so
-that they start at once.
+evaluation, of a study with two workers, of a zoo and of a push. A moment is drawn by a fixed seed
+as so much of the work's own progress (checkpoints, chunks, requests): 2.4 is 0.4 of the usual time
+for one after the second is there. The processes are forked from a server that has imported
+everything, so that they start at once.
 """
 
 import json
@@ -12,13 +12,14 @@ import os
 import random
 import socket
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,8 +30,11 @@ from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.command import HowConfig, work
 from hf_specreg.study.command import run as study_run
 from hf_specreg.training.checkpoints import all_checkpoints
+from recipes.zoo import make_zoo
 from tests.forks import forks
 from tests.hub.conftest import encoder, hub  # noqa: F401  fixtures
+from tests.recipes.test_zoo import SMALL as BOTH
+from tests.recipes.test_zoo import TINY
 from tests.study.small import METHODS, study, table
 from tests.study.small import folder as study_folder
 
@@ -43,7 +47,9 @@ TRAINING = [
     *("--checkpoint.every_steps", "2", "--log_every", "2"),
 ]
 CHECKPOINTS = 4  # of a whole training
-STUDIES = 14  # that are killed
+ENCODERS = {name: BOTH["encoders"][name] for name in ("plain", "sensitive")}
+SMALL = {**BOTH, "encoders": ENCODERS}
+STUDIES, ZOOS = 9, 5  # that are killed
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,18 @@ def finish(folder):
     without_page = mock.patch("hf_specreg.study.result.find_spec", return_value=None)
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), without_page:
         study_run(study_of(folder), HowConfig(), "command")
+
+
+def make(folder):
+    """Make a zoo of two encoders, or what is left of it."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        make_zoo(
+            settings=TINY,
+            output=str(folder / "out"),
+            cards=str(folder / "cards/zoo"),
+            file=str(folder / "small.yaml"),
+        )
 
 
 def publish(folder):
@@ -259,6 +277,48 @@ def _pieces(folder):
     """What is there of a study: cells that are trained, that are measured, final attacks."""
     found = ("trained.json", "cell.json", "final/robustness.json")
     return sum(len(list(folder.glob(f"cells/*/{name}"))) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_zoo(context, tmp_path):
+    """The same encoders, reports and cards, and the list of what is published."""
+    seconds, expected, in_the_middle = 0.0, None, 0
+    for number, moment in enumerate([None, *moments(ZOOS, len(ENCODERS) * 3, seed=6)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+
+        def progress(folder=folder):
+            made = (
+                "out/*/run/model/specreg.json",
+                "out/*/report/robustness.json",
+                "cards/*/*/*.md",
+            )
+            return sum(len(list(folder.glob(name))) for name in made)
+
+        if moment is not None:
+            to_kill = {"moment": moment, "progress": progress, "pace": pace(seconds, 6)}
+            run(context, make, (folder,), **to_kill)
+            in_the_middle += 0 < progress() < len(ENCODERS) * 3
+        seconds = max(seconds, run(context, make, (folder,)))
+        found = _zoo(folder)
+        expected = expected or found
+        assert found == expected, moment
+    assert in_the_middle, f"no kill of {ZOOS} within {seconds:.1f} s hit the zoo"
+
+
+def _zoo(folder):
+    """What a zoo has made, without times."""
+    made = {}
+    for name in ENCODERS:
+        report = RobustnessReport.load(folder / f"out/{name}/report/robustness.json")
+        weights = report.content["model"]["weights_sha256"]
+        card = (folder / f"cards/zoo/{name}/README.md").read_text()
+        untimed = [line for line in card.splitlines() if "training_ms" not in line]
+        images = {key: values.tolist() for key, values in report.images.items()}
+        made[name] = weights, _without_times(report.content), images, untimed
+    return made, (folder / "out/zoo.yaml").read_text(), (folder / "cards/zoo.html").is_file()
 
 
 @pytest.mark.parametrize("kills", fast_and_slow(((2, 8),)))
