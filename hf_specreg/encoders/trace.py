@@ -236,7 +236,7 @@ class _Recorder(TorchFunctionMode):
             for tensor in tensors:
                 self._note_use(tensor, fed, output)
             weight = _weight(func, args, kwargs)
-            for name in self.produced.get(id(weight), (None, ()))[1]:  # of a hypernetwork
+            for name in sorted(self.produced.get(id(weight), (None, ()))[1]):  # of a hypernetwork
                 self._note_parameter(self.derived, name, fed, output)
         return output
 
