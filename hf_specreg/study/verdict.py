@@ -49,6 +49,7 @@ def _is_between(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
     reached = {
         (point["method"], point["strength"]): point["validation"]["accuracy"]["value"]
         for point in content["frontier"]
+        if point["validation"]["accuracy"]["value"] is not None
     }
     plain, stopped = content["plain"], content["stopped"]
     own, whole = reached[row["method"], row["strength"]], reached[plain, None]

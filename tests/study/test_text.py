@@ -168,6 +168,7 @@ def test_a_method_that_lies_between_plain_networks_is_held_to_both(content, own,
         point("none", None, 0.9),
         point("stopped earlier", 8, 0.8),
         point("stopped earlier", 12, 0.97),
+        point("stopped earlier", 16, None),  # not done with any seed
         point(row["method"], row["strength"], own),
     ]
     assert outcome(row, content) == shown
