@@ -103,6 +103,20 @@ def linear_operators(
         return [convolution.as_matrix() or convolution]
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return [_transposed_convolution(name, module, input_shape)]
+    _check_unknown(name, module, used_directly, used_derived, used_reshaped)
+    return []
+
+
+def _check_unknown(
+    name: str,
+    module: nn.Module,
+    used_directly: Sequence[str],
+    used_derived: Sequence[str],
+    used_reshaped: Sequence[str],
+) -> None:
+    """Raise UnsupportedLayerError if a module of a kind that is not known has a weight that acts on
+    features; the arguments are those of `linear_operators`.
+    """
     for parameter_name, parameter in module.named_parameters(recurse=False):
         seen = parameter_name in (*used_derived, *used_reshaped)
         used = parameter_name in used_directly or (seen and not OF_ATTENTION.search(parameter_name))
@@ -114,7 +128,6 @@ def linear_operators(
             acts = used or not NO_LINEAR_MAP.search(parameter_name)
         if acts:
             raise unsupported(name, module, parameter_name)
-    return []
 
 
 def is_matrix(parameter: Tensor) -> bool:

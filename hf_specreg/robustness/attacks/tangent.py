@@ -308,10 +308,8 @@ class _Run:
         sums = self.x.new_zeros(len(index), 2, d)  # of decision * step, and of the steps
         total = self.x.new_zeros(len(index))  # of the decisions
         steps, points = self.probes.steps, self.probes.points
-        places, boundary = (
-            torch.arange(len(index), device=self.device),
-            self.boundary[index].float(),
-        )
+        places = torch.arange(len(index), device=self.device)
+        boundary = self.boundary[index].float()
         while pieces:
             spans, filled = [], 0
             while pieces and filled + pieces[0][1] <= len(steps):
