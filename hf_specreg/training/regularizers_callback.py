@@ -23,7 +23,7 @@ from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.gradient import add_gradient_of
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import check_whole_weights, loss_scale
-from hf_specreg.training.terms import Terms, check_settings
+from hf_specreg.training.terms import Terms, check_settings, latest
 
 
 class RegularizersCallback(TrainerCallback):
@@ -101,9 +101,7 @@ class RegularizersCallback(TrainerCallback):
         device = next(network.parameters()).device
         terms = self._terms(images, kwargs.get("labels"), step=self._step, device=device)
         add_gradient_of(sum(terms.values()), network, scale=self._scale)
-        for name, term in terms.items():
-            before = self._last.get(name, torch.zeros_like(term))
-            self._last[name] = torch.where(term != 0, term.detach(), before)
+        self._last = latest(self._last, terms)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any

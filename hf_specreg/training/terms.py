@@ -146,6 +146,22 @@ class Terms:
             self._space.model.check(images)
 
 
+def latest(before: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the last value of each term that was not 0, detached, without waiting for the device.
+
+    Args:
+        before: what was returned at the step before.
+        terms: of this step, 0-d.
+    """
+    return {
+        **before,
+        **{
+            name: torch.where(term != 0, term.detach(), before.get(name, torch.zeros_like(term)))
+            for name, term in terms.items()
+        },
+    }
+
+
 def check_settings(
     penalty: Mapping[str, Any] | None, config: RegularizersConfig, *, by: str
 ) -> None:

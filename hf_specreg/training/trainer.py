@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -34,7 +33,7 @@ from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.distributed import averages_gradients
-from hf_specreg.training.terms import Terms, check_settings
+from hf_specreg.training.terms import Terms, check_settings, latest
 
 
 class SpecRegTrainer(Trainer):
@@ -178,9 +177,7 @@ class SpecRegTrainer(Trainer):
         if self.penalty is not None and last:
             terms["penalty"] = self.penalty().to(loss.device)
             entering.append(terms["penalty"] * divisor)
-        for name, term in terms.items():
-            before = self._last.get(name, torch.zeros_like(term))
-            self._last[name] = torch.where(term != 0, term.detach(), before)
+        self._last = latest(self._last, terms)
         return entering
 
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
