@@ -144,6 +144,14 @@ class Results:
         ]
         return bool(own) and all(path.exists() for path in own)
 
+    def reports(self, cell: Cell) -> list[RobustnessReport]:
+        """Return what the attacks of every cell, and the final ones if it had them, found on the
+        test images of a cell.
+        """
+        folder = self.folder.cell(cell.name)
+        paths = [folder / split / "robustness.json" for split in ("test", "final")]
+        return [self._report(path) for path in paths if path.exists()]
+
     def _report(self, path: Path) -> RobustnessReport:
         """The report of a cell, of the very images that the others are of."""
         if path not in self._reports:

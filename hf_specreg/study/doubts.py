@@ -17,7 +17,7 @@ from hf_specreg.study.choice import Attacked, Choice, Key, Results
 from hf_specreg.study.verdict import side
 
 PLAIN, STOPPED_PLAIN = "the plain network", "the plain network stopped"
-MANY = 0.05  # of the images: found in the second half of the budget alone
+MANY = 0.05  # of the images: found in the second half of the budget alone, or not at all
 
 
 def doubts(
@@ -73,13 +73,24 @@ def _unpaired(compared: Mapping[str, Any], networks: str) -> list[str]:
 def _of_attacks(results: Results, networks: Mapping[Key, str]) -> list[str]:
     """What the attacks on networks, by how they are called, say against their own distances."""
     found = []
-    late = [n for key, n in networks.items() if not is_converged(results.attacked(key, "test"))]
-    if late:
+    whole = {name: results.attacked(key, "test") for key, name in networks.items()}
+    if lost := [name for name, of in whole.items() if _not_found(of) > MANY]:
+        found.append(
+            f"no adversarial image was found for more than {100 * MANY:g} % of those of "
+            f"{listed(lost)}: these are the farthest, and in no mean"
+        )
+    if late := [name for name, of in whole.items() if not is_converged(of)]:
         found.append(f"the attacks on {listed(late)} have not converged: more steps are needed")
     hidden = [label for key in networks for label in masked(results, key)]
     if hidden:
         found.append(f"gradients look masked ({'; '.join(hidden)})")
     return found
+
+
+def _not_found(found: Attacked) -> float:
+    """Of the correct images, the share that withstood all attacks."""
+    lost = found.correct & ~np.isfinite(found.distances)
+    return float(lost.sum() / max(found.correct.sum(), 1))
 
 
 def is_contradicted(ratio: Estimate, again: Estimate) -> bool:
@@ -109,13 +120,8 @@ def masked(results: Results, key: Key) -> list[str]:
     """Return the cells of a method and strength, for people, whose gradients look masked to the
     attacks of every cell or to the final ones.
     """
-    splits = [split for split in ("test", "final") if results.has(key, split)]
     return [
         cell.label
         for cell in results.cells_of(key)
-        if any(
-            is_masked(report.content["flags"])
-            for split in splits
-            for report in results.attacked(key, split, [cell.seed]).reports
-        )
+        if any(is_masked(report.content["flags"]) for report in results.reports(cell))
     ]

@@ -1,4 +1,4 @@
-"""From the cells of a study to the content of study.json: frontier, choice, tables, flags."""
+"""From the cells of a study to the content of study.json: choice, tables, pairs, flags."""
 
 import json
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from hf_specreg.study.choice import Attacked, Choice, Key, Results
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.doubts import doubts, doubts_of_pair
 from hf_specreg.study.flags import flags, versions_of
+from hf_specreg.study.frontier import frontier, mean_distance
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
 from hf_specreg.study.statistics import (
@@ -58,7 +59,7 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         **_asked(results),
         "methods": methods,
         "cells": [_cell(results, cell) for cell in results.cells],
-        "frontier": [_frontier(results, key) for key in results.keys],
+        "frontier": frontier(results),
         "chosen": chosen,
         "table": table,
         "final": final,
@@ -134,27 +135,6 @@ def _cell(results: Results, cell: Cell) -> Content:
     }
 
 
-def _frontier(results: Results, key: Key) -> Content:
-    every = [results.status(cell) for cell in results.cells_of(key, done=False)]
-    entry = {"method": key[0], "strength": key[1], "seeds": every.count("done")}
-    entry["diverged"] = every.count("diverged")
-    for split in SPLITS:
-        nothing = {"value": None, "ci": [None, None]}
-        entry[split] = {"accuracy": nothing, "distance": nothing}
-        if entry["seeds"]:
-            found = results.attacked(key, split)
-            entry[split] = {
-                "accuracy": mean_over_seeds(results.answers(key, split)),
-                "distance": _distance(found),
-            }
-    return entry
-
-
-def _distance(found: Attacked) -> Content:
-    known = found.correct & np.isfinite(found.distances)
-    return mean_over_seeds(np.where(known, found.distances, 0.0), known, within=(0, np.inf))
-
-
 def _table(results: Results, choices: Sequence[Choice], split: str, timing: Content) -> list:
     if not results.whole(results.plain):
         return []
@@ -179,7 +159,7 @@ def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: 
         "seeds": len(found.distances),
         "accuracy": mean_over_seeds(answers),
         "accuracy_difference": None,
-        "distance": _distance(found),
+        "distance": mean_distance(found),
         "distance_half_budget": _half_budget(found),
         **dict.fromkeys(("ratio", "difference", "signs", "control")),
         **dict.fromkeys(("paired_images", "unpaired_images")),

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from hf_specreg.robustness.statistics import Estimate
 from hf_specreg.robustness.text import attack_name, listed, norm_name, number, percent, points
 from hf_specreg.study.verdict import at_strength, not_chosen, outcome, side
@@ -163,7 +161,6 @@ def _measures(content: Mapping[str, Any]) -> Section:
 
 def _frontier(content: Mapping[str, Any]) -> Section:
     chosen = {e["method"]: e["strength"] for e in content["chosen"]}
-    over = _over_plain(content)
     rows = [
         [
             p["method"],
@@ -174,7 +171,7 @@ def _frontier(content: Mapping[str, Any]) -> Section:
                 for part in ("validation", "test")
                 for key, shown in (("accuracy", percent), ("distance", number))
             ),
-            over(p),
+            ratio(p.get("over_plain")),
         ]
         for p in content["frontier"]
     ]
@@ -182,30 +179,11 @@ def _frontier(content: Mapping[str, Any]) -> Section:
     header += ["test accuracy", "test distance", "over stopped"]
     note = (
         f"Over stopped: the test distance over that of {content['plain']} stopped at the same test "
-        "accuracy, on straight lines between the epochs at which it was stopped; of what is more "
-        "accurate than all of these over that of the most accurate; nothing of what is less."
+        "accuracy, of the same images, on straight lines between the epochs at which it was "
+        "stopped; of what is more accurate than all of these over that of the most accurate; "
+        "nothing of what is less. The intervals take the accuracies as known."
     )
     return Section("Every strength", note, header, rows)
-
-
-def _over_plain(content: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
-    """Return what shows a point of the frontier as a multiple of the plain network's curve."""
-
-    def place(point: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        return point["test"]["accuracy"]["value"], point["test"]["distance"]["value"]
-
-    plain = (content["plain"], content["stopped"])
-    curve = sorted(
-        place(p) for p in content["frontier"] if p["method"] in plain and None not in place(p)
-    )
-
-    def over(point: Mapping[str, Any]) -> str:
-        accuracy, distance = place(point)
-        if not curve or None in (accuracy, distance) or accuracy < curve[0][0]:
-            return ""
-        return f"{distance / np.interp(accuracy, *zip(*curve, strict=True)):.3f}"
-
-    return over
 
 
 def chosen_is(chosen: Mapping[str, float | None], point: Mapping[str, Any]) -> bool:

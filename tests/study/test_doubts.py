@@ -51,7 +51,15 @@ class Found:
         return self.splits[split][key]
 
     def cells_of(self, key):
-        return [SimpleNamespace(label=f"{key[0]} {key[1]}, seed 0", seed=0)]
+        return [SimpleNamespace(label=f"{key[0]} {key[1]}, seed 0", key=key)]
+
+    def reports(self, cell):
+        return [
+            r
+            for found in self.splits.values()
+            if cell.key in found
+            for r in found[cell.key].reports
+        ]
 
     def control(self, choice):
         return PLAIN if choice.control is None else (STOPPED, choice.control)
@@ -94,6 +102,14 @@ def test_distances_that_still_fall_or_masked_gradients_of_any_network_withdraw_i
     masked = {**SOUND, key: attacked(flags=[flag])}
     (said,) = doubts(Found(SOUND, masked), CHOICE, row(), None)
     assert said == f"gradients look masked ({key[0]} {key[1]}, seed 0)"
+
+
+def test_images_that_no_attack_moves_over_the_border_withdraw_it_where_they_are_many():
+    few = {**SOUND, PLAIN: attacked(missing=4), OWN: attacked(missing=4)}  # of 80
+    assert doubts(Found(few), CHOICE, row(), None) == []
+    many = {**SOUND, PLAIN: attacked(missing=5), OWN: attacked(missing=5)}
+    (said,) = doubts(Found(many), CHOICE, row(), None)
+    assert "for more than 5 % of those of it and the plain network: these are the farthest" in said
 
 
 def test_an_attack_has_converged_when_the_second_half_of_its_budget_finds_little():
