@@ -57,6 +57,8 @@ class EvaluationConfig:
         final: how many test images are attacked by all attacks.
         seed: of the draw and of the attacks.
         batch_size: images attacked at once.
+        channels_last: attack networks whose weights are in torch.channels_last, which can be faster
+            for convolutions, and is the same up to rounding.
         ood: another image set, whose images are to be told from the test images by how sure the
             classifier is; its test split, or the training split where it has none.
         ood_classes: of that set; default: all.
@@ -72,6 +74,7 @@ class EvaluationConfig:
     final: int = 200
     seed: int = 0
     batch_size: int = 250
+    channels_last: bool = False
     ood: str | None = None
     ood_classes: tuple[str, ...] = ()
     timing_steps: int = 20

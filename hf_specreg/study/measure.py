@@ -68,7 +68,7 @@ class Evaluation:
             "mean_robust_accuracy", "calibration", "calibrated" (by a temperature fitted on
             validation images), "ood_auroc".
         """
-        subject = Subject.of(str(model))
+        subject = self._subject(model)
         self.images("train", subject)  # for the next cell's training
         with subject.frozen():
             logits = {name: self._logits(subject, name) for name in SPLITS}
@@ -116,7 +116,7 @@ class Evaluation:
             samples: how many images; default: as the configuration says of the split.
             masking: look for masked gradients.
         """
-        subject = Subject.of(str(model))
+        subject = self._subject(model)
         images = self.images(split, subject)
         count = min(samples or getattr(self.config, split), len(images))
         if (kept := kept_report(folder, attacks, count)) is not None:
@@ -151,6 +151,12 @@ class Evaluation:
             size = subject.input_size
             self.held[split] = LabelledImages(rows, input_size=size, evaluate=transform)
         return self.held[split]
+
+    def _subject(self, model: Path) -> Subject:
+        subject = Subject.of(str(model))
+        if self.config.channels_last:
+            subject.model.to(memory_format=torch.channels_last)
+        return subject
 
     def _logits(self, subject: Subject, split: str) -> tuple[np.ndarray, np.ndarray]:
         """The classifier's logits of all images of a split, and their labels."""

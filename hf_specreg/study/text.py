@@ -1,6 +1,6 @@
 """A study in words and tables: the same in Markdown and on the page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_specreg.robustness.text import norm_name, table
@@ -45,6 +45,7 @@ def caution(content: Mapping[str, Any]) -> str:
 def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return of what and how it was measured, by name."""
     data, attacked = content["data"], content["attacked"]
+    asked = content["settings"]
     counts = (f"{maybe('{:,}'.format, data[k]) or 'unknown'} {k}" for k in SPLITS)
     eps = (
         f"{norm_name(norm)} {', '.join(f'{e:g}' for e in radii)}"
@@ -53,7 +54,8 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("data", f"{data['id']}: {', '.join(counts)} images, the same in all cells"),
         ("seeds", ", ".join(map(str, content["seeds"]))),
-        ("recipe", content["recipe"]),
+        ("recipe", ", ".join([content["recipe"], *filter(None, [asked.get("base")])])),
+        ("settings of all cells", ", ".join(_dotted(asked.get("settings", {}))) or "the recipe's"),
         (
             "attacks of every cell",
             f"{attacks(content, 'cells')}, on {attacked['validation']:,} validation and "
@@ -69,7 +71,16 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("device", content["device"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in content["versions"].items())),
     ]
-    if content["attacks"]["final"]:
+    if content["final"]:
         final = f"{attacks(content, 'final')}, on {attacked['final']:,} test images"
-        found.insert(4, ("final attacks", final))
+        found.insert(5, ("final attacks", final))
     return found
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Settings as they are given on a command line, each with its value."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {value}"
