@@ -96,7 +96,7 @@ def not_chosen(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def cautions(content: Mapping[str, Any]) -> list[str]:
     """Return what a reader must know before believing the numbers, in sentences."""
-    said = [*content["flags"], *untried(content["chosen"], content["methods"])]
+    said = [*content["flags"]]
     if any("withdrawn" not in row for row in _compared(content)):
         said.append(
             "made before verdicts could be withdrawn: whether the attacks speak against these "
@@ -104,6 +104,7 @@ def cautions(content: Mapping[str, Any]) -> list[str]:
         )
     if content["final"] and content["attacks"]["final"] == content["attacks"]["cells"]:
         said.append("the final attacks are those of every cell: no other confirms the distances")
+    said += untried(content["chosen"], content["methods"])
     return list(dict.fromkeys(said))
 
 

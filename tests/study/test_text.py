@@ -253,6 +253,24 @@ def test_a_grid_that_may_be_too_small_is_told_once(content):
     assert text.count(edge) == text.count(alone) == 1
 
 
+def test_what_was_not_looked_at_is_said(content):
+    for row in content["table"][1:]:
+        row["withdrawn"] = []
+    sound = cautions(content)
+    del content["table"][-1]["withdrawn"]
+    content["attacks"]["final"] = content["attacks"]["cells"]
+    unlooked, unconfirmed = [said for said in cautions(content) if said not in sound]
+    assert "whether the attacks speak against these distances was not looked at" in unlooked
+    assert unconfirmed.endswith("no other confirms the distances")
+
+
+def test_how_it_was_made_says_the_settings_of_all_cells_as_a_command_line_has_them(content):
+    content["settings"] = {"base": "a.yaml", "settings": {"epochs": 3, "penalty": {"every": 4}}}
+    text = to_markdown(content)
+    assert "- recipe: supervised, a.yaml\n" in text
+    assert "- settings of all cells: epochs 3, penalty.every 4\n" in text
+
+
 def test_every_row_is_as_long_as_its_header(content):
     content["table"][1]["control"] = content["table"][1]["step_time"] = None
     content["chosen"][1]["reason"] = "a | b"
