@@ -39,8 +39,16 @@ def renew_head(network: nn.Module) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, readable."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Write a JSON object, readable.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON has not.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+    path.write_text(text + "\n")
 
 
 def save_timm(

@@ -216,7 +216,7 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
 
     The few pictures that a report keeps of the data stay at home.
     """
-    files = {RUN_FILE: (json.dumps(encoder.run, indent=2) + "\n").encode()}
+    files = {RUN_FILE: (json.dumps(encoder.run, indent=2, allow_nan=False) + "\n").encode()}
     if encoder.report is not None:
         report = named(encoder.report, repo_id)
         files |= report.to_bytes(twins=False)

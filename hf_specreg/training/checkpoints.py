@@ -69,7 +69,7 @@ def save_checkpoint(
 
     def write_all(into: Path) -> None:
         write(into)
-        (into / "progress.json").write_text(json.dumps(progress, indent=2))
+        (into / "progress.json").write_text(json.dumps(progress, indent=2, allow_nan=False))
         files = sorted(p for p in into.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(into)): _fingerprint(p) for p in files}
         (into / MANIFEST).write_text(json.dumps(manifest, indent=2))

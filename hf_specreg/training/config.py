@@ -5,6 +5,7 @@ compute is spent. A YAML file holds the same keys; the command line overrides th
 (`--penalty.strength 0.1`). Unknown keys are errors.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.term import BURN_INS
 from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
-from hf_specreg.training.metrics import TrackerConfig
+from hf_specreg.training.metrics import TrackerConfig, flat_settings
 from hf_specreg.training.model import ModelConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
@@ -95,6 +96,9 @@ class RunConfig:
         require(self, "at least 1", "epochs", "batch_size", "accumulation", "log_every")
         require(self, "at least 1", "eval_batch_size", "eval_every_epochs")
         require(self, "not negative", "seed")
+        for name, value in flat_settings(self.as_dict()).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} ({value}) must be finite")
         unused = sorted(set(self.tracker.init_kwargs) - set(self.log_with))
         if unused:
             raise ValueError(

@@ -130,8 +130,8 @@ class TrainingLoop:
         Raises:
             CheckpointError: the output folder holds another run, or no whole checkpoint of this
                 one, or the processes see different ones.
-            DivergedError: the loss became NaN or infinite; says where, and which checkpoint is the
-                last good one.
+            DivergedError: a loss, a score or a sigma became NaN or infinite; says where, and which
+                checkpoint is the last good one.
             RunStopped: SIGTERM came; there is a checkpoint of the step that was then done.
         """
         checkpoint = starting_point(self.config, resume=resume)
@@ -159,7 +159,7 @@ class TrainingLoop:
                     self._train_epoch(epoch, batch)
                     epoch, batch = epoch + 1, 0
                     self._end_epoch(epoch)
-        scores = self.evaluate(self.test)
+        scores = self.evaluate("test", self.test)
         self.state.metrics |= {f"test_{name}": score for name, score in scores.items()}
         self._log({"epoch": self.config.epochs, **self.state.metrics})
         folder = self.output / "model"
@@ -291,8 +291,9 @@ class TrainingLoop:
 
     def _measure(self, epochs_done: int) -> None:
         """Say how good the encoder is and how large its sigmas are; keep the best."""
-        scores = self.evaluate(self.validation)
+        scores = self.evaluate("validation", self.validation)
         sigmas = self.penalty.sigmas()
+        self.state.check_finite("sigma of ", sigmas)
         top = sorted(sigmas.items(), key=lambda item: -item[1])[:3]
         self.state.metrics = {
             **{f"validation_{k}": v for k, v in scores.items()},
@@ -316,8 +317,10 @@ class TrainingLoop:
         self.state.save(epoch, batch)
 
     @torch.no_grad()
-    def evaluate(self, loader: DataLoader) -> dict[str, float]:
-        """Return what `score` says of the encoder; of its averaged weights, if any."""
+    def evaluate(self, split: str, loader: DataLoader) -> dict[str, float]:
+        """Return what `score` says of the encoder, or of its averaged weights, if any; raise
+        DivergedError where it is not finite.
+        """
         self.state.collect()
         encoder = self.state.model.to(self.accelerator.device)
         for buffer in encoder.buffers():  # each process has its own statistics of batch norms
@@ -326,6 +329,7 @@ class TrainingLoop:
             scores = self.score(encoder, loader, self.accelerator)
         if self.state.shards:
             encoder.cpu()
+        self.state.check_finite(f"{split} ", scores)
         return scores
 
     def _log_training(self, epoch: int) -> None:

@@ -21,7 +21,7 @@ Score = Callable[[nn.Module, DataLoader, Accelerator], dict[str, float]]
 
 
 class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """A loss, a score, a weight or a sigma became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class MetricsFile:
     def append(self, step: int, values: dict[str, Any]) -> None:
         """Add a line."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
     def mean(self, key: str) -> float | None:
         """Return the mean of a value over the lines that have it, None if none has."""

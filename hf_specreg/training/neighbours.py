@@ -4,6 +4,7 @@ Features are [N, D], of un-augmented images.
 """
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def feature_deviation(features: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """Return exp of the entropy of the centred features' normalised singular values, 1 to D.
 
-    Features that do not vary at all have effective rank 1.
+    Features that do not vary at all have effective rank 1, those that are not finite NaN.
 
     Args:
         features: [N, D].
@@ -73,6 +74,8 @@ def effective_rank(features: Tensor) -> float:
     Source: Roy, Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., "RankMe", ICML 2023,
     which does not centre. Centred, a constant does not count as a direction.
     """
+    if not features.isfinite().all():
+        return math.nan
     centred = (features - features.mean(0)).double()
     gram = centred.T @ centred if len(centred) > centred.shape[1] else centred @ centred.T
     sigmas = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()

@@ -2,6 +2,8 @@
 the penalty's warm vectors, the counts; and the model that it gives.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -272,6 +274,14 @@ class RunState:
         for name, tensor in self.objective.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise self.diverged(f"{name} is not finite after step {self.step}")
+
+    def check_finite(self, what: str, values: Mapping[str, float]) -> None:
+        """Raise DivergedError if something that was measured of the encoder is not finite, which
+        its weights may be still; `what` comes before its name.
+        """
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self.diverged(f"the {what}{name} is {value} after step {self.step}")
 
     def diverged(self, what: object) -> DivergedError:
         """Return an error that names the last good checkpoint and what to do."""

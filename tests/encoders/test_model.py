@@ -303,6 +303,13 @@ def test_metadata_goes_into_specreg_json(tmp_path):
     assert SpecRegModel.from_pretrained(tmp_path).metadata == model.metadata
 
 
+def test_a_number_that_json_has_not_is_refused_when_it_is_written(tmp_path):
+    model = make_timm()
+    model.metadata = {"metrics": {"validation_loss": float("nan")}}
+    with pytest.raises(ValueError, match=r"specreg\.json cannot be written: Out of range"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors; only safetensors"):
         SpecRegModel.from_pretrained(tmp_path)

@@ -327,6 +327,33 @@ def test_weights_that_are_not_finite_never_get_into_a_checkpoint(tmp_path):
     assert not (tmp_path / "run/best").exists()
 
 
+@pytest.mark.parametrize("what", ["validation loss", "test loss", "sigma of conv1"])
+def test_a_run_that_diverges_in_its_last_step_leaves_no_model(tmp_path, what, monkeypatch):
+    """The losses of its steps are finite, and so are its weights."""
+    run = config(
+        tmp_path,
+        epochs=1,
+        accumulation=1,
+        data=DataConfig(train_samples=128),
+        optimizer=OptimizerConfig(lr=1e3),
+    )
+    loop = build(run)
+    score = loop.score
+
+    def finite_elsewhere(encoder, loader, accelerator):
+        own = what == f"{'test' if loader is loop.test else 'validation'} loss"
+        return {**score(encoder, loader, accelerator), **({} if own else {"loss": 1.0})}
+
+    loop.score = finite_elsewhere
+    if what == "sigma of conv1":
+        monkeypatch.setattr(loop.penalty, "sigmas", lambda: {"conv1": torch.inf})
+    with pytest.raises(DivergedError, match=f"the {what} is (nan|inf) after step 1; .*Lower"):
+        loop.run()
+    assert not (tmp_path / "run/model").exists()
+    assert (tmp_path / "run/best").exists() == (what == "test loss")
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
 def test_pruning_keeps_the_checkpoint_just_written_and_drops_those_of_a_rewound_run(tmp_path):
     for step in (80, 120):
         checkpoints.save_checkpoint(tmp_path, step, {}, lambda into: None, keep=2)

@@ -1,6 +1,7 @@
 """Features of a set of images: neighbours and collapse, on features whose answer is known."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_effective_rank_counts_the_directions_of_equal_size():
     assert effective_rank(features) == pytest.approx(4, rel=1e-3)
     assert effective_rank(features + 7.0) == pytest.approx(4, rel=1e-2)
     assert effective_rank(torch.ones(50, 8) / 3) == 1.0
+    assert math.isnan(effective_rank(features.index_fill(0, torch.tensor([3]), torch.inf)))
 
 
 def test_deviation_is_one_on_the_sphere_and_zero_for_a_constant():
