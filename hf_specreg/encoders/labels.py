@@ -1,9 +1,12 @@
-"""The names of the classes in the configurations of transformers and timm."""
+"""The names of the classes: in the configurations of transformers and timm, of a model."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from hf_specreg.encoders.modules import without_trainers
 
 
 def class_entries(num_classes: int, label_names: Sequence[str] | None) -> dict[str, Any]:
@@ -34,6 +37,27 @@ def timm_labels(config: dict[str, Any]) -> list[str] | None:
 def transformers_labels(config: Any) -> list[str] | None:
     """The names in a transformers configuration."""
     return _meant([config.id2label[i] for i in sorted(config.id2label)])
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """The names of a model's classes, in order, as a SpecRegModel, timm's or transformers' models
+    state them; None where they do not.
+    """
+    model = without_trainers(model)
+    if getattr(getattr(model, "config", None), "id2label", None):
+        return transformers_labels(model.config)
+    stated = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = getattr(model, "label_names", stated)
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def imagenet_names(num_classes: int) -> list[list[str]]:
+    """WordNet's id and lemmas of each class of timm's subset of ImageNet with so many classes;
+    empty where there is none.
+    """
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    lemmas = ImageNetInfo(subset).label_descriptions(as_dict=True) if subset else {}
+    return [[synset, *said.split(", ")] for synset, said in lemmas.items()]
 
 
 def _meant(names: list[str]) -> list[str] | None:

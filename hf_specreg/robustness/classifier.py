@@ -36,6 +36,7 @@ class Classifier(nn.Module):
     Attributes:
         queries: how many images it was asked for.
         watch: is told of them after every forward pass, if it is given.
+        order: of the model's classes, [K], in which the logits are given; None: the model's own.
 
     Raises:
         ClassifierError: weights in half precision.
@@ -58,6 +59,7 @@ class Classifier(nn.Module):
             )
         self.queries = 0
         self.watch: Callable[[int], None] | None = None
+        self.order: Tensor | None = None
         self._filled_up = True
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Classifier(nn.Module):
         logits = logits[:count].float().reshape(count, -1)
         if logits.shape[1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
-        return logits
+        return logits if self.order is None else logits[:, self.order]
 
 
 @contextmanager

@@ -151,7 +151,10 @@ class Plan:
             raise EvaluationError(f"corruptions are of 1 or 3 channels, not {images.size[0]}")
         first, labels = images.read(draw(len(images), CHECK_IMAGES, self.seed))
         classes = subject.check(
-            first, labels, batch_size=self.batch_size, pixels=self.measures.pixels
+            *(first, labels),
+            names=images.names,
+            batch_size=self.batch_size,
+            pixels=self.measures.pixels,
         )
         logits = subject.classifier(first[: self.batch_size]).detach().cpu()
         return classes, {

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from hf_specreg.data.datasets import place
 from hf_specreg.data.images import LabelledImages
@@ -51,6 +51,8 @@ class Images:
     Attributes:
         rows: those that are evaluated.
         size: (C, H, W).
+        names: of the classes, by label, as `datasets` (ClassLabel) and torchvision (classes) keep
+            them, None of one that no image has; empty where there are none.
         about: what the report says of them.
         flags: what must be said of them.
 
@@ -80,6 +82,7 @@ class Images:
             raise EvaluationError("the data set has no images")
         self.about = {**about, **image_set.about, "images": len(self)}
         self.size = tuple(self.read(np.arange(1))[0].shape[1:])
+        self.names = _class_names(self.dataset)
         self.rows = draw(len(self), samples, seed)
 
     def __len__(self) -> int:
@@ -117,6 +120,20 @@ def draw(count: int, samples: int | None, seed: int) -> np.ndarray:
     if samples < 1:
         raise EvaluationError(f"samples ({samples}) must be at least 1")
     return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+
+
+def _class_names(dataset: Any) -> list[str | None]:
+    if isinstance(dataset, LabelledImages):
+        feature, used = dataset.rows.features["label"], set(dataset.labels.tolist())
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else ()
+        return [name if label in used else None for label, name in enumerate(names)]
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if getattr(dataset, "target_transform", None):  # torchvision's: its labels are others
+        return []
+    names = getattr(dataset, "classes", None)
+    named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return list(names) if named else []
 
 
 def _readable(dataset: Any, subject: Subject) -> Any:

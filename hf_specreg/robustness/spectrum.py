@@ -1,6 +1,6 @@
 """The singular values of the attacked model, and the bound of the distance that they give."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ def measure_spectrum(subject: Subject, size: tuple[int, int, int], *, fold_norm:
         penalty = SpectralPenalty(space, strength=0)
         spectrum.layers = _layers(penalty, fold_norm)
         spectrum.bound = _bound(penalty, spectrum.layers)
+        if (order := subject.classifier.order) is not None:
+            spectrum.bound = replace(spectrum.bound, head=spectrum.bound.head[order.cpu()])
     except NoBoundError as error:
         spectrum.bound = str(error)
     except Exception as error:  # the model's own code is run, and may raise anything

@@ -1,6 +1,6 @@
 """The model that is attacked, and what is checked of it before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.input_size import find_input_size
+from hf_specreg.encoders.labels import class_names
 from hf_specreg.encoders.load import load_model
 from hf_specreg.encoders.modules import unwrap
+from hf_specreg.robustness.class_names import class_order
 from hf_specreg.robustness.classifier import (
     Classifier,
     check_answers,
@@ -105,12 +107,22 @@ class Subject:
         with frozen(self.classifier):
             yield
 
-    def check(self, images: Tensor, labels: Tensor, *, batch_size: int, pixels: bool) -> int:
-        """See on some images that model and data belong together; return the number of classes.
+    def check(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        names: Sequence[str | None],
+        batch_size: int,
+        pixels: bool,
+    ) -> int:
+        """See on some images that model and data belong together; return the number of classes,
+        which the classifier has in the data set's order from now on.
 
         Args:
             images: [N, C, H, W].
             labels: [N].
+            names: of the data set's classes, see `Images`.
             batch_size: images classified at once.
             pixels: also see whether it classifies other pixels better.
 
@@ -118,6 +130,10 @@ class Subject:
             ClassifierError: they do not, or the model gives other answers the second time.
         """
         classes = count_classes(self.classifier, images)
+        order, said = class_order(names, class_names(self.model), classes=classes)
+        if order is not None:
+            self.classifier.order = torch.tensor(order, device=self.classifier.device)
+        self.flags += said
         check_images(images, labels, classes=classes)
         check_answers(self.classifier, images, batch_size=batch_size)
         if pixels:
