@@ -148,5 +148,10 @@ def _readable(dataset: Any, subject: Subject) -> Any:
         transform = evaluation_transform(size, **subject.preprocessing)
         return LabelledImages(dataset, input_size=size, evaluate=transform)
     if isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
+        lengths = [len(part) for part in dataset]
+        if len(set(lengths)) > 1:
+            raise EvaluationError(
+                f"images and labels must be as many, not {' and '.join(map(str, lengths))}"
+            )
         return TensorDataset(*dataset)
     return dataset

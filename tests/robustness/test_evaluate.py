@@ -298,8 +298,9 @@ def test_a_model_that_takes_unit_pixels_passes_the_check(levels):
         (lambda x, y: (x, y + 1), "labels go from 1 to 4, but the model has 4"),
         (lambda x, y: (x[:, :, :7], y), "cannot be run on images"),
         (lambda x, y: (x[:0], y[:0]), "no images"),
+        (lambda x, y: (x, y[:90]), "images and labels must be as many, not 100 and 90"),
     ],
-    ids=["8-bit", "shifted", "nan", "labels", "size", "empty"],
+    ids=["8-bit", "shifted", "nan", "labels", "size", "empty", "lengths"],
 )
 def test_images_and_labels_that_do_not_fit_are_named(trained, change, message):
     net, images, labels = trained
