@@ -1,5 +1,9 @@
 """The ranges of settings: a value outside of its own is named, with the range."""
 
+from types import NoneType
+from typing import Literal, get_args, get_origin, get_type_hints
+
+WHOLE = "a whole number: round it"
 RULES = {
     "positive": lambda value: value > 0,
     "not negative": lambda value: value >= 0,
@@ -7,6 +11,7 @@ RULES = {
     "at least 2": lambda value: value >= 2,
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
+    WHOLE: lambda value: float(value).is_integer(),
 }
 
 
@@ -16,3 +21,13 @@ def require(config: object, rule: str, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not RULES[rule](value):
             raise ValueError(f"{name} ({value}) must be {rule}")
+
+
+def require_choices(config: object) -> None:
+    """Raise ValueError for the first field of a class that is none of those its Literal names."""
+    for name, kind in get_type_hints(type(config)).items():
+        literals = [k for k in (kind, *get_args(kind)) if get_origin(k) is Literal]
+        choices = [choice for literal in literals for choice in get_args(literal)]
+        value, optional = getattr(config, name, None), NoneType in get_args(kind)
+        if choices and value not in choices and not (optional and value is None):
+            raise ValueError(f"{name} ({value}) must be one of {choices}")

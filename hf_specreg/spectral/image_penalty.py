@@ -77,8 +77,8 @@ class ImagePenalty:
         **settings: Any,
     ):
         self.settings = self.kind(strength, burn_in_steps=burn_in, **settings)
-        if ramp < 0 or self.settings.ramp_epochs:
-            raise ValueError(f"ramp ({ramp}) counts calls, at least 0; ramp_epochs is of recipes")
+        if self.settings.ramp_epochs:
+            raise ValueError("ramp_epochs is of recipes: pass ramp, which counts calls")
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
         self._in_pixels = in_pixels(self.space, pixel_std)
         if self.kind.of_labels and not self.space.head:

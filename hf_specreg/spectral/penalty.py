@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require
 from hf_specreg.spectral.folding import folded
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
@@ -141,6 +141,7 @@ class SpectralPenalty:
         require(self, "not negative", "burn_in", "ramp")
         require(self, "at least 1", "every", "renew_every")
         require(self, "at least 2", "lanczos_steps")
+        require(self, WHOLE, "every", "burn_in", "ramp", "renew_every", "lanczos_steps")
         self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed, self.step = seed, 0

@@ -121,6 +121,11 @@ def test_autocast_in_a_models_own_forward_does_not_round_it(monkeypatch):
     [
         ({"strength": -1}, "strength"),
         ({"strength": 1, "ramp": -1}, "ramp"),
+        ({"strength": 1, "ramp": 2.5}, r"ramp \(2\.5\) must be a whole number: round it"),
+        ({"strength": 1, "burn_in": 11.7}, r"burn_in_steps \(11\.7\) must be a whole number"),
+        ({"strength": 1, "by": "doublebackprop"}, "one of .'double_backprop', 'finite_difference'"),
+        ({"strength": 1, "norm": "linf"}, r"norm \(linf\) must be one of \['l2', 'l1'\]"),
+        ({"strength": 1, "norm": "x1"}, "norm"),
         ({"strength": 1, "images": 0}, "images"),
     ],
 )

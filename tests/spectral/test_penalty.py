@@ -192,7 +192,7 @@ def test_one_lanczos_step_is_refused(net):
 
 
 def test_burn_in_and_cadence_count_calls(net):
-    penalty = make(net, burn_in=3, every=2)
+    penalty = make(net, burn_in=3.0, every=2)
     assert [penalty().item() > 0 for _ in range(8)] == [False] * 3 + [
         True,
         False,
@@ -476,6 +476,10 @@ def test_bad_arguments_name_the_argument(net):
         ({"every": 0}, "every"),
         ({"burn_in": -1}, "burn_in"),
         ({"ramp": -1}, "ramp"),
+        ({"burn_in": 0.6 * 391}, r"burn_in \(234\.6\) must be a whole number: round it"),
+        ({"every": 1.5}, r"every \(1\.5\) must be a whole number"),
+        ({"ramp": 2.5}, r"ramp \(2\.5\) must be a whole number"),
+        ({"burn_in": float("inf")}, r"burn_in \(inf\) must be a whole number"),
         ({"strength": -1.0}, "strength"),
         ({"head": "fc"}, "head 'fc' is no module of SmallNet; .*'head', 'proj'"),
         ({"head": None}, "cannot find the head of SmallNet"),

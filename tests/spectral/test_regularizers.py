@@ -282,6 +282,9 @@ def test_off_is_the_default_and_logits_need_a_head():
         ({"every": 0}, r"every \(0\)"),
         ({"burn_in_steps": 1, "burn_in_fraction": 0.5}, "not several"),
         ({"burn_in_fraction": 1.5}, r"\[0, 1\]"),
+        ({"burn_in_steps": 11.7}, r"burn_in_steps \(11\.7\) must be a whole number: round it"),
+        ({"every": 1.5}, r"every \(1\.5\) must be a whole number"),
+        ({"of": "feature"}, r"of \(feature\) must be one of \['features', 'logits'\]"),
     ],
 )
 def test_values_out_of_range_are_named(settings, message):

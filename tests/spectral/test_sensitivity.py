@@ -332,7 +332,7 @@ def test_a_wrapped_model_and_one_without_a_head():
         ({"images": 1}, r"images \(1\) must be at least 2"),
         ({"step": 0.0}, r"step \(0.0\) must be positive"),
         ({"power_steps": -1}, r"power_steps \(-1\)"),
-        ({"ramp": -1}, r"ramp \(-1\) counts calls"),
+        ({"ramp": -1}, r"ramp \(-1\) must be not negative"),
         ({"ramp_epochs": 1.0}, "ramp_epochs is of recipes"),
         ({"burn_in": -1}, r"burn_in_steps \(-1\)"),
         ({"burn_in_epochs": 1.0}, "not several"),

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require, require_choices
 
 # images, labels, features -> 0-d
 Compute = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]
@@ -77,6 +77,8 @@ class RegularizerConfig:
         require(self, "not negative", "strength", "ramp_epochs", *BURN_INS)
         require(self, "in [0, 1]", "burn_in_fraction")
         require(self, "at least 1", "every")
+        require(self, WHOLE, "every", "burn_in_steps")
+        require_choices(self)
 
     def burn_in(self, steps_per_epoch: int, epochs: int) -> int:
         """Return the burn-in in optimizer steps."""
@@ -112,6 +114,10 @@ class Regularizer:
     of_weights: bool
     compute: Compute
     ramp: int = 0
+
+    def __post_init__(self):
+        require(self, "not negative", "burn_in", "ramp")
+        require(self, WHOLE, "every", "burn_in", "ramp")
 
     def due(self, step: int) -> bool:
         """Whether it enters the optimizer step after `step` others."""
