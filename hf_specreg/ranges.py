@@ -24,10 +24,10 @@ def require(config: object, rule: str, *names: str) -> None:
 
 
 def require_choices(config: object) -> None:
-    """Raise ValueError for the first field of a class that is none of those its Literal names."""
-    for name, kind in get_type_hints(type(config)).items():
+    """Raise ValueError for the first argument that is none of those which its Literal names."""
+    for name, kind in get_type_hints(type(config).__init__).items():
         literals = [k for k in (kind, *get_args(kind)) if get_origin(k) is Literal]
         choices = [choice for literal in literals for choice in get_args(literal)]
-        value, optional = getattr(config, name, None), NoneType in get_args(kind)
-        if choices and value not in choices and not (optional and value is None):
-            raise ValueError(f"{name} ({value}) must be one of {choices}")
+        known = (*choices, None) if NoneType in get_args(kind) else choices
+        if choices and getattr(config, name) not in known:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be one of {choices}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.pixels import in_pixels
+from hf_specreg.spectral.loop_term import of_its_model
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.regularizers.term import (
     Compute,
@@ -62,6 +63,7 @@ class ImagePenalty:
     """
 
     kind: ClassVar[type[RegularizerConfig]]
+    __reduce_ex__ = of_its_model
 
     def __init__(
         self,
@@ -117,12 +119,6 @@ class ImagePenalty:
         # Of the place in the training, so that the count is all that there is to resume from.
         self._generator.manual_seed(self.seed + step)
         return self._term(self._in_pixels.model.pixels(images), labels, (), step=step)
-
-    def __reduce_ex__(self, protocol: int) -> None:
-        raise TypeError(
-            "a penalty belongs to its model and cannot be copied or pickled: make one for the "
-            "other model, and give it the state_dict() of this one"
-        )
 
     def state_dict(self) -> dict[str, int]:
         """Return the count: with it, a resumed run goes on bit for bit."""

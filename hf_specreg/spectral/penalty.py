@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.ranges import WHOLE, require
+from hf_specreg.ranges import WHOLE, require, require_choices
 from hf_specreg.spectral.folding import folded
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
+from hf_specreg.spectral.loop_term import check_recorded, of_its_model
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed
@@ -107,9 +108,12 @@ class SpectralPenalty:
     Raises:
         ValueError: the head or the input size is not known, a name is wrong, no layer is left, or
             the weights are sharded already.
-        RuntimeError: the model cannot be run at this size, or its head is not called.
+        RuntimeError: the model cannot be run at this size, or its head is not called; or, in a
+            call, no gradient is recorded, as in a validation.
         UnsupportedLayerError: a layer's weights cannot be treated; pass its name in `skip`.
     """
+
+    __reduce_ex__ = of_its_model
 
     def __init__(
         self,
@@ -131,18 +135,15 @@ class SpectralPenalty:
         shared: bool = False,
         seed: int = 0,
     ):
-        if scope not in ("features", "all"):
-            raise ValueError(f"scope ({scope!r}) must be 'features' or 'all'")
-        if fold_gradient not in ("bounded", "exact"):
-            raise ValueError(f"fold_gradient ({fold_gradient!r}) must be 'bounded' or 'exact'")
         self.strength, self.scope = strength, scope
+        self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
         self.every, self.burn_in, self.ramp = every, burn_in, ramp
         self.renew_every, self.lanczos_steps = renew_every, lanczos_steps
         require(self, "not negative", "burn_in", "ramp")
         require(self, "at least 1", "every", "renew_every")
         require(self, "at least 2", "lanczos_steps")
         require(self, WHOLE, "every", "burn_in", "ramp", "renew_every", "lanczos_steps")
-        self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
+        require_choices(self)
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed, self.step = seed, 0
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
@@ -226,6 +227,7 @@ class SpectralPenalty:
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
         """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
+        check_recorded(type(self).__name__, "; sigmas() gives the singular values at any time")
         since = self.step - self.burn_in
         self.step += 1
         self._watch()
@@ -321,12 +323,6 @@ class SpectralPenalty:
         self._sum.load(state["vectors"], state["uses"], self._device)
         self.step, self._placed.loads.seen = state["step"], False
         self._watch()
-
-    def __reduce_ex__(self, protocol: int) -> None:
-        raise TypeError(
-            "a penalty belongs to its model and cannot be copied or pickled: make one for the "
-            "other model, and give it the state_dict() of this one"
-        )
 
     @property
     def _device(self) -> torch.device:

@@ -373,6 +373,14 @@ def test_a_use_in_inference_mode_does_no_harm_to_the_next_training_step(net):
     assert net.proj.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_validation_with_the_trainings_loss_uses_up_no_burn_in(net, without):
+    penalty = make(net, burn_in=3)
+    with without(), pytest.raises(RuntimeError, match=r"in training only; sigmas\(\) gives"):
+        penalty()
+    assert penalty.step == 0
+
+
 def test_a_strength_that_is_set_later_is_checked(net):
     penalty = make(net)
     for wrong in (-1.0, float("nan")):
@@ -472,7 +480,8 @@ def test_a_copied_model_does_not_drag_the_penalty_along(net):
 
 def test_bad_arguments_name_the_argument(net):
     for kwargs, message in [
-        ({"scope": "head"}, "scope"),
+        ({"scope": "head"}, r"scope \(head\) must be one of \['features', 'all'\]"),
+        ({"fold_gradient": "bound"}, "fold_gradient"),
         ({"every": 0}, "every"),
         ({"burn_in": -1}, "burn_in"),
         ({"ramp": -1}, "ramp"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_specreg.ranges import WHOLE, require, require_choices
+from hf_specreg.spectral.loop_term import check_recorded
 
 # images, labels, features -> 0-d
 Compute = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]
@@ -164,11 +165,7 @@ def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: 
         RuntimeError: no gradient is recorded here.
         ValueError: the images are integers, or the labels are not there or no classes.
     """
-    if not torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} would be a loss term without a gradient under torch.no_grad or "
-            "torch.inference_mode: call it in training only"
-        )
+    check_recorded(name)
     if not images.is_floating_point():
         raise ValueError(
             f"{name} is of images as the model takes them, in floating point, and these are "
