@@ -135,9 +135,19 @@ class FeatureSpace:
 
         Args:
             images: as for `features`.
+
+        Raises:
+            ValueError: it returns something else, as a network of several heads may.
         """
         output = call(self.model, images)
-        return output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.network).__name__} must return logits [B, K], or an object with an "
+                f"attribute logits, not a {type(output).__name__}: wrap it in a module that "
+                "returns the logits of one head alone, and name that head in it"
+            )
+        return logits
 
     def of_head(self, name: str) -> bool:
         """Whether a parameter of the network, by its dotted name, is of the head."""

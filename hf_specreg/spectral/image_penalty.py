@@ -5,6 +5,7 @@ what a run that is resumed needs of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -56,9 +57,9 @@ class ImagePenalty:
 
     Raises:
         ValueError: a setting is out of range, the head, the input size or the pixel_std is not
-            known, or there is no head and the term is of labels; in a call, the images are
-            integers, the first batch has fewer than were asked for, or labels are not there or are
-            no classes.
+            known, or the term is of labels and there is no head of two outputs or more; in a call,
+            the images are integers, the first batch has fewer than were asked for, or labels are
+            not there or are no classes.
         RuntimeError: it is called where no gradient is recorded.
     """
 
@@ -96,6 +97,20 @@ class ImagePenalty:
         self._term = Regularizer(
             type(self).__name__, strength, every, burn_in, False, compute, ramp=ramp
         )
+
+    @property
+    def strength(self) -> float:
+        """What the term is multiplied by; it may be set between steps.
+
+        Raises:
+            ValueError: set to what is negative or no number.
+        """
+        return self.settings.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.settings = replace(self.settings, strength=value)
+        self._term = replace(self._term, strength=value)
 
     def _compute(self) -> Compute:
         """Return the term, of which `_generator` decides what is random."""

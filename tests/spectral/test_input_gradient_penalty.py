@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from hf_specreg import InputGradientPenalty
 from hf_specreg.spectral.regularizers.input_gradient import input_gradient_norm
@@ -37,6 +38,18 @@ def test_it_enters_after_the_burn_in_rises_and_is_due_in_its_cadence():
     again = InputGradientPenalty(model, strength=1.0, burn_in=2, ramp=4, every=2)
     again.load_state_dict({"step": 4})
     torch.testing.assert_close(again(images(), LABELS), 0.5 * whole)
+
+
+def test_a_strength_that_is_set_later_acts_and_is_checked():
+    penalty = InputGradientPenalty(tiny().eval(), strength=1.0)
+    before = penalty(images(), LABELS)
+    penalty.strength = 10.0
+    torch.testing.assert_close(penalty(images(), LABELS), 10 * before)
+    assert penalty.strength == penalty.settings.strength == 10
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="strength"):
+            penalty.strength = wrong
+    torch.testing.assert_close(penalty(images(), LABELS), 10 * before)
 
 
 def test_it_takes_a_step_that_lowers_what_it_is_of_and_leaves_the_model_as_it_was():
@@ -132,6 +145,37 @@ def test_autocast_in_a_models_own_forward_does_not_round_it(monkeypatch):
 def test_settings_out_of_range_are_named(settings, says):
     with pytest.raises(ValueError, match=says):
         InputGradientPenalty(tiny(), **settings)
+
+
+def test_a_head_of_one_output_has_no_cross_entropy():
+    """Said when it is made, or, where the head does not say it, at the first batch."""
+    says = r"2 classes or more, and this head has 1 output: take SensitivityPenalty"
+    with pytest.raises(ValueError, match=says):
+        InputGradientPenalty(tiny(num_classes=1), strength=1)
+    for rest in ([], [nn.Flatten(0)]):
+        head = nn.Sequential(nn.Linear(4, 1), *rest)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), head)
+        known = {"head": "2", "input_size": (1, 8, 8), "pixel_std": 1}
+        penalty = InputGradientPenalty(net, strength=1, **known)
+        with pytest.raises(ValueError, match=says):
+            penalty(images(), LABELS.clamp(max=0))
+
+
+def test_heads_whose_logits_come_as_a_tuple_are_told_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.a(x), self.b(x)
+
+    known = {"input_size": (1, 8, 8), "pixel_std": 1}
+    penalty = InputGradientPenalty(Two(), strength=1, head=["a", "b"], **known)
+    with pytest.raises(ValueError, match=r"Two must return logits.*not a tuple: wrap it"):
+        penalty(images(), LABELS)
 
 
 def test_an_encoder_without_a_head_has_no_classes_to_be_of():

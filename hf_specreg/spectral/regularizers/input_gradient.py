@@ -46,6 +46,9 @@ def input_gradient_norm(
         by: "double_backprop", or "finite_difference", without second derivatives.
         step: h ||d||_2, how far the second loss is from the first, L2 in [0, 1] pixels.
 
+    Raises:
+        ValueError: there are fewer than 2 logits.
+
     Source: Drucker, LeCun, "Improving Generalization Performance Using Double Backpropagation",
     IEEE Transactions on Neural Networks 3, 1992; Ross, Doshi-Velez, "Improving the Adversarial
     Robustness and Interpretability of Deep Neural Networks by Regularizing their Input Gradients",
@@ -56,11 +59,23 @@ def input_gradient_norm(
     """
 
     def losses(images: Tensor) -> Tensor:
-        return F.cross_entropy(function(images), labels, reduction="none")[:, None]
+        logits = function(images)
+        check_classes(logits.shape[1:].numel())
+        return F.cross_entropy(logits, labels, reduction="none")[:, None]
 
     images, values = tracked(losses, images)
     each = torch.ones_like(values)
     return pulled_back_norms(losses, images, values, each, norm=norm, by=by, step=step).mean()
+
+
+def check_classes(outputs: int) -> None:
+    """Raise ValueError if a head has so few outputs that its cross-entropy is 0."""
+    if outputs < 2:
+        raise ValueError(
+            f"the input gradient is of the cross-entropy, so of 2 classes or more, and this head "
+            f"has {outputs} output: take SensitivityPenalty (regularizers.sensitivity), which is "
+            "of no labels"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,11 @@ class InputGradientConfig(RegularizerConfig):
         use their running statistics.
 
         Raises:
-            ValueError: when it is computed, by finite differences of weights in half precision.
+            ValueError: the head has fewer than 2 outputs; or, when it is computed, by finite
+                differences of weights in half precision.
         """
+        heads = [space.network.get_submodule(name) for name in space.head]
+        check_classes(sum(getattr(head, "out_features", 2) for head in heads))
 
         def compute(images: Tensor, labels: Tensor, features: Sequence[Tensor]) -> Tensor:
             if self.by == "finite_difference":
