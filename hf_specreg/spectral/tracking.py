@@ -18,6 +18,7 @@ steps as evenly as groups can be.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -243,8 +244,11 @@ class Triplets:
             _, u, v, _ = bidiagonalize(together, together.part(weight), v, steps=steps)
         count = len(operators)
         of_each = u.reshape(count, 1, -1, *u.shape[2:]), v.reshape(count, 1, *one.input_shape)
+        # Of weights that are not finite they stay, or these could not be put back without a trace.
+        finite = (u.sum() + v.sum()).isfinite()
         for operator, *vectors in zip(operators, *of_each, strict=True):
-            self._keep(operator, *vectors)
+            before = [self.vectors[f"{operator.name}.{side}"].to(v) for side in "uv"]
+            self._keep(operator, *map(partial(torch.where, finite), vectors, before))
         for index in indices:
             self._directions.pop(index, None)
 
@@ -264,8 +268,8 @@ class Triplets:
         return direction
 
     def _keep(self, operator: LinearOperator, u: Tensor, v: Tensor) -> None:
-        """Keep copies, not views of what was renewed together: as they are after a resume."""
-        self.vectors |= {f"{operator.name}.u": u.clone(), f"{operator.name}.v": v.clone()}
+        """Keep tensors of their own, no views of what was renewed together: as after a resume."""
+        self.vectors |= {f"{operator.name}.u": u, f"{operator.name}.v": v}
 
     def _noise_like(self, v: Tensor) -> Tensor:
         """Standard normal numbers; the same ones each time, since only v must not be special."""

@@ -74,6 +74,23 @@ def test_weights_that_are_loaded_are_penalised_in_full_at_once(part, assign):
     assert penalty().item() == pytest.approx(exact_sum(net).item(), rel=1e-2)
 
 
+def test_weights_that_were_not_finite_and_are_put_back_are_penalised_as_before():
+    """At whichever layer's turn it was."""
+    torch.manual_seed(0)
+    net = SmallNet()
+    penalty = make(net, strength=1)
+    before, good = penalty().item(), copy.deepcopy(net.state_dict())
+    for _ in range(8):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(torch.nan)
+        assert penalty().isnan()
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter.copy_(good[name])
+        assert penalty().item() == pytest.approx(before, rel=1e-3)
+
+
 def test_a_state_that_is_loaded_after_the_weights_goes_on_to_the_same_bits():
     net = SmallNet()
     penalty = make(net)
