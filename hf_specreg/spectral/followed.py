@@ -48,6 +48,7 @@ class FollowedSum:
         groups: the stacks of this process that are renewed together, by index.
         nodes: those whose terms are one node of the graph.
         uses: how many there were.
+        vectors_loaded: whether vectors were loaded since the last use.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class FollowedSum:
             seed=seed,
             device=device,
         )
-        self._device, self._vectors_loaded = device, False
+        self._device, self.vectors_loaded = device, False
         self._arrange()
 
     def _arrange(self) -> None:
@@ -103,17 +104,17 @@ class FollowedSum:
         costs = [stack.cost for stack in self.stacks]
         return shares(costs, dist.get_world_size(), rounds=turns)
 
-    def value(self, zero: Tensor, *, weights_loaded: bool = False) -> Tensor:
+    def value(self, zero: Tensor, *, changed: bool = False) -> Tensor:
         """Return the sum, 0-d and differentiable; the vectors move on.
 
         Args:
             zero: 0, of the sum's type and where it is.
-            weights_loaded: the weights may be other ones, not a few steps ahead: renew all vectors
-                now, unless they were just loaded too, and fit.
+            changed: the weights may be other ones, not a few steps ahead: renew all vectors
+                now, unless they were just loaded, and fit.
         """
         self._follow_model(zero.device)
-        resumed, self._vectors_loaded = self._vectors_loaded, False
-        weights = self._follow(weights_loaded and not (resumed and self._fit()))
+        resumed, self.vectors_loaded = self.vectors_loaded, False
+        weights = self._follow(changed and not (resumed and self._fit()))
         squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
         self.uses += 1
         return summed(squares) if self.shared else squares
@@ -222,7 +223,7 @@ class FollowedSum:
         self._follow_model(device)
         own = {name for index in self._own for name in self.stacks[index].vectors}
         kept = {n: torch.empty_like(v, device=device) for n, v in vectors.items() if n in own}
-        self.uses, self._vectors_loaded = uses, True
+        self.uses, self.vectors_loaded = uses, True
         self.triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
 
 

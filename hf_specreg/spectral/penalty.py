@@ -30,7 +30,7 @@ from hf_specreg.spectral.free_scale import FreeScales
 from hf_specreg.spectral.loop_term import check_recorded, of_its_model
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
-from hf_specreg.spectral.placed import Placed
+from hf_specreg.spectral.placed import Placed, remove
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import check_shape, check_whole
@@ -63,9 +63,10 @@ class SpectralPenalty:
 
     Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it,
     to see that images of the measured size are trained on, and whether weights are loaded into it:
-    then all vectors are renewed. They go with the penalty, or by `remove_hooks()`. The first use
-    warns if norms make most layers scale-invariant (`free_scale`), which are penalised for little
-    then. Make it last: adapters, parametrizations and new layers that come after are an error.
+    then all vectors are renewed, as where parameters are replaced. Call `renew()` where they are
+    changed in place by other than training. The hooks go with the penalty, or by `remove_hooks()`.
+    The first use warns if norms make most layers scale-invariant (`free_scale`), which are
+    penalised for little then. Make it last: new layers, adapters and the like after it are errors.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -151,7 +152,7 @@ class SpectralPenalty:
         self._which = {"skip": skip, "split_qkv": split_qkv}
         self._seen = SeenInput()
         self._hooks: list[RemovableHandle] = []
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, remove, self._hooks)
         self._measure()
         may_warn = strength > 0 and not fold_norm
         self._free_scales = FreeScales(self.space, self._modules, at_once=may_warn)
@@ -259,10 +260,15 @@ class SpectralPenalty:
                 at, or a layer was replaced or reparameterised since it was found.
         """
         self._check()
-        loaded, self._placed.loads.seen = self._placed.loads.seen, False
         # What is kept of this use takes part in the backward passes of others.
         with torch.inference_mode(False), torch.autocast(self._device.type, enabled=False):
-            return self.strength * self._sum.value(self._zero(), weights_loaded=loaded)
+            return self.strength * self._sum.value(self._zero(), changed=self._placed.changed())
+
+    def renew(self) -> None:
+        """Have all vectors renewed in the next use: after weights were changed in place by other
+        than training, as averaged, pruned or initialised again, which cannot be seen.
+        """
+        self._placed.loads.seen, self._sum.vectors_loaded = True, False
 
     @property
     def memory(self) -> int:
@@ -271,7 +277,7 @@ class SpectralPenalty:
 
     def remove_hooks(self) -> None:
         """Take its hooks off the model, when the training is over."""
-        _remove(self._hooks)
+        remove(self._hooks)
 
     def top_singular_values(
         self, *, tolerance: float = 1e-3, fold_norm: bool = False
@@ -321,7 +327,8 @@ class SpectralPenalty:
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._sum.load(state["vectors"], state["uses"], self._device)
-        self.step, self._placed.loads.seen = state["step"], False
+        self.step = state["step"]
+        self._placed.changed()  # from now on
         self._watch()
 
     @property
@@ -340,8 +347,3 @@ class SpectralPenalty:
         if beside is None:
             return weight
         return folded(weight, beside, bounded=self.fold_gradient == "bounded")
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    while hooks:
-        hooks.pop().remove()

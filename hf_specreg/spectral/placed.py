@@ -1,8 +1,10 @@
 """Whether the layers that were found are still those of the model, with the weights they had."""
 
+import weakref
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.modules import without_trainers
 from hf_specreg.encoders.trace import computes_weight
@@ -25,6 +27,21 @@ class Placed:
         self.modules = {names[module]: module for module in modules}
         self.computed = {name: computes_weight(m) for name, m in self.modules.items()}
         self.loads = Loads()
+        self._holders = [part for m in self.modules.values() for part in m.modules()]
+        self._parameters = self._now()
+
+    def _now(self) -> list[weakref.ref | None]:
+        """References to the layers' parameters."""
+        found = (p for holder in self._holders for p in holder._parameters.values())
+        return [None if p is None else weakref.ref(p) for p in found]
+
+    def changed(self) -> bool:
+        """Return whether weights were loaded, or other parameters put into their places, since this
+        was asked last: they are then other ones, not those a step further on.
+        """
+        loaded, self.loads.seen = self.loads.seen, False
+        before, self._parameters = self._parameters, self._now()
+        return loaded or any(a is not b for a, b in zip(before, self._parameters, strict=False))
 
     def check(self) -> None:
         """Raise ValueError if a layer was replaced, wrapped by an adapter or reparameterised: its
@@ -62,13 +79,18 @@ class Placed:
             yield module.register_load_state_dict_post_hook(self.loads)
 
 
+def remove(hooks: list[RemovableHandle]) -> None:
+    """Take hooks off their modules, and out of the list."""
+    while hooks:
+        hooks.pop().remove()
+
+
 class Loads:
     """A hook that notes that weights were loaded. It holds nothing else, since a module that is
     copied or pickled takes its hooks along.
 
     Attributes:
-        seen: whether a state dictionary was loaded since this was set to False: weights are then
-            other ones, not those a step further on.
+        seen: whether a state dictionary was loaded since this was set to False.
     """
 
     def __init__(self):

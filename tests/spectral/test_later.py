@@ -74,6 +74,37 @@ def test_weights_that_are_loaded_are_penalised_in_full_at_once(part, assign):
     assert penalty().item() == pytest.approx(exact_sum(net).item(), rel=1e-2)
 
 
+def _replaced(layer, weight):
+    layer.weight = nn.Parameter(weight)
+
+
+def _deleted_and_set(layer, weight):
+    del layer.weight
+    layer.weight = nn.Parameter(weight)
+
+
+def _averaged_in_place(layer, weight):
+    layer.weight.data.copy_(weight)
+
+
+@pytest.mark.parametrize("change", [_replaced, _deleted_and_set, _averaged_in_place])
+def test_weights_that_are_others_are_penalised_in_full_at_once_where_it_is_seen_or_said(change):
+    torch.manual_seed(0)
+    net = SmallNet()
+    weight = torch.outer(torch.randn(16), torch.randn(8))
+    penalty = make(net, strength=1)
+    for _ in range(3):
+        penalty()
+    change(net.proj, weight)
+    if change is _averaged_in_place:
+        penalty.load_state_dict(penalty.state_dict())  # whose vectors might seem to fit
+        penalty.renew()
+    assert penalty().item() == pytest.approx(exact_sum(net).item(), rel=1e-2)
+    vectors = penalty.state_dict()["vectors"]
+    penalty()  # in which only some layers have their turn
+    assert any(v is penalty.state_dict()["vectors"][name] for name, v in vectors.items())
+
+
 def test_weights_that_were_not_finite_and_are_put_back_are_penalised_as_before():
     """At whichever layer's turn it was."""
     torch.manual_seed(0)
