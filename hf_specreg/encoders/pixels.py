@@ -16,6 +16,9 @@ from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.trace import call
 
 HALF = (torch.float16, torch.bfloat16)
+# Mean of (x - 1/2)^2. Of [0, 1] it is 1/4 at most, with Gaussian noise of a deviation of 0.7 added
+# 0.74; of images normalised to mean 0 and deviation 1 it is 1.25.
+FAR = 1.0
 
 
 def in_pixels(space: FeatureSpace, pixel_std: float | Sequence[float] | None) -> FeatureSpace:
@@ -95,12 +98,14 @@ class PixelModel(nn.Module):
         super().__init__()
         self.model = model
         self.std = None if std is None else torch.tensor(std).reshape(-1, 1, 1)
-        self._to_check = not said and std is not None and min(std) < 1
+        self._takes_pixels = std is None or min(std) == 1
+        self._to_check = self._takes_pixels or not said
 
     def check(self, images: Tensor) -> None:
         """Warn, of the first images only, if they are in [0, 1] though the model's configuration
-        says that they are divided by less: then what is per pixel would be too little. Asks the
-        device once.
+        says that they are divided by less: then what is per pixel would be too little; or if they
+        are `FAR` from [0, 1] where it takes that. Images in [-1, 1] are as near as noisy ones, and
+        pass. Asks the device once.
 
         Args:
             images: [B, C, H, W], as the model takes them.
@@ -108,7 +113,17 @@ class PixelModel(nn.Module):
         if not self._to_check:
             return
         self._to_check = False
-        if ((images >= 0) & (images <= 1)).all():
+        if self._takes_pixels:
+            if (images - 0.5).square().mean() > FAR:
+                remedy = "give it pixels divided by 255, which it normalises itself"
+                if self.std is not None:
+                    remedy = "pass by what they were divided as pixel_std, which is 1 now"
+                warnings.warn(
+                    f"the images are far from [0, 1], in which {type(self.model).__name__} is said "
+                    f"to take them, and the strength is per [0, 1] pixel: {remedy}",
+                    stacklevel=2,
+                )
+        elif ((images >= 0) & (images <= 1)).all():
             std = [round(value, 4) for value in self.std.flatten().tolist()]
             warnings.warn(
                 f"the images lie in [0, 1], but the pretrained_cfg of {type(self.model).__name__} "

@@ -68,7 +68,29 @@ def test_images_in_0_1_are_warned_of_once_where_timm_says_that_they_are_normalis
             asked(normalised, *labels)
             kind(network, strength=1, pixel_std=1)(images(), *labels)
             kind(pixel_model(), strength=1)(images(), *labels)
-    assert reads["PixelModel.check"] == 1
+    assert reads["PixelModel.check"] == 1 + 2 * 2  # and of each penalty on images in [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "says"),
+    [
+        (tiny, {}, "SpecRegModel.*give it pixels divided by 255"),
+        (lambda: tiny().network, {"pixel_std": 1}, "OneHiddenLayer.*as pixel_std, which is 1 now"),
+    ],
+)
+def test_images_far_from_0_1_are_warned_of_where_these_are_taken_and_noisy_ones_are_not(
+    make, given, says
+):
+    torch.manual_seed(0)
+    noisy = torch.randint(2, (64, 1, 8, 8)) + 0.7 * torch.randn(64, 1, 8, 8)
+    normalised = (images(64) - images(64).mean()) / images(64).std()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SensitivityPenalty(make(), strength=1, burn_in=9, **given)(noisy)
+    for far in (normalised, 255 * images(64), 2 * torch.randn(64, 1, 8, 8)):
+        penalty = SensitivityPenalty(make(), strength=1, burn_in=9, **given)
+        with pytest.warns(UserWarning, match=says):
+            penalty(far)
 
 
 def test_a_training_warns_of_images_in_0_1_too():

@@ -6,7 +6,7 @@ import torch
 from hf_specreg import SensitivityPenalty, SpectralPenalty
 from hf_specreg.spectral import followed, tracking
 from tests.fake_device import DEVICE, HostRead, fake_device, place, warm
-from tests.tiny import SIZE, tiny
+from tests.tiny import SIZE, images, tiny
 
 
 def test_a_read_and_a_tensor_of_another_device_are_errors_here():
@@ -51,6 +51,7 @@ def test_a_penalty_that_was_made_on_the_cpu_goes_where_its_model_goes(warmed, mo
             warm(penalty, device="cpu")
             assert len(penalty._sum.groups) == apart
         place(model)
+        penalty._placed.changed()  # a real move leaves the parameters in their places
         if warmed == "there":
             warm(penalty)
         for _ in range(2):
@@ -79,6 +80,7 @@ def test_only_the_first_use_reads_whether_a_search_has_converged():
 def test_a_use_of_the_sensitivity_penalty_waits_for_nothing(direction, by):
     model = tiny()
     penalty = SensitivityPenalty(model, strength=0.1, direction=direction, by=by)
+    penalty(images(4))  # the first, which are looked at
     with fake_device():
         place(model)
         value = penalty(torch.empty(4, *SIZE, device=DEVICE))

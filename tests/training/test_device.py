@@ -43,6 +43,7 @@ def train_a_step(objective, folder, *, views=False, log=False, **settings):
         mock.patch.object(Accelerator, "device", torch.device(DEVICE)),
         mock.patch.object(type(objective), "to", lambda module, _: module),
         mock.patch("hf_specreg.training.loop.weights_sha256"),  # once, before the first step
+        mock.patch("hf_specreg.encoders.pixels.PixelModel.check"),  # of the first batch alone
     ):
         place(objective)
         accelerator = Accelerator(device_placement=False)
