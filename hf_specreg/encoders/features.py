@@ -68,8 +68,10 @@ class FeatureSpace:
                 Maps are measured at the shapes that these give.
 
         Raises:
-            ValueError: the head or the input size is not known, or a name is wrong.
+            ValueError: the head or the input size is not known or no tuple, or a name is wrong.
         """
+        if input_size is not None and not hasattr(input_size, "__len__"):
+            raise ValueError(f"input_size ({input_size}) must be (channels, height, width)")
         if isinstance(model, FeatureSpace):
             given = {"head": head, "input_size": input_size, "example_inputs": example_inputs}
             given = {name: value for name, value in given.items() if value is not None}

@@ -72,6 +72,7 @@ class Layer:
         return self.input_shapes[0]
 
 
+@torch.inference_mode(False)
 def trace_layers(
     network: nn.Module,
     *,
@@ -140,7 +141,6 @@ class _Trace(nn.Module):
         with contextlib.ExitStack() as stack:
             stack.enter_context(left_as_it_was(self.network))
             stack.enter_context(evaluating(self.network))
-            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.random.fork_rng(devices(tensors.values())))
             stack.enter_context(torch.compiler.set_stance("force_eager"))

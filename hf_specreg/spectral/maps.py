@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.trace import Layer
-from hf_specreg.spectral.layers import is_matrix, linear_operators
+from hf_specreg.spectral.layers import UnsupportedLayerError, is_matrix, linear_operators
 from hf_specreg.spectral.operators import LinearOperator
 from hf_specreg.spectral.singular import random_vector, top_singular_value
 
@@ -30,7 +30,8 @@ def linear_maps(
         input_size: (C, H, W) of the images; default: the model's own configuration.
         head: dotted name or names of the head; default: found for timm and transformers.
         up_to_head: those before the features only; else with the head.
-        skip: dotted names of modules to leave out, with all they hold.
+        skip: dotted names of modules to leave out, with all they hold; "", the model itself: only
+            the parameters that are its own.
         split_qkv: see `linear_operators`.
 
     Raises:
@@ -41,6 +42,7 @@ def linear_maps(
     """
     space = FeatureSpace.of(model, head=head, input_size=input_size)
     _check_skip(space.network, skip)
+    _check_real(space.network, skip)
     found = space.layers if up_to_head else space.layers_with_head
     modules = dict(space.network.named_modules(remove_duplicate=False))
     for layer in found:
@@ -142,9 +144,19 @@ def _sum_of_squares(operators: Sequence[LinearOperator]) -> float:
 def _check_skip(network: nn.Module, skip: Sequence[str]) -> None:
     if isinstance(skip, str):
         raise ValueError(f"skip ({skip!r}) must be a sequence of names, not one string")
-    unknown = sorted(set(skip) - {name for name, _ in network.named_modules() if name})
+    unknown = sorted(set(skip) - {name for name, _ in network.named_modules()})
     if unknown:
         raise ValueError(f"skip names no modules in {type(network).__name__}: {unknown}")
+
+
+def _check_real(network: nn.Module, skip: Sequence[str]) -> None:
+    for name, module in network.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.is_complex() and not _within(name, skip):
+                raise UnsupportedLayerError(
+                    f"the weight {own!r} of layer {name!r} is complex, and singular values of real "
+                    f"ones alone are followed; to leave the layer out, pass skip=[{name!r}]"
+                )
 
 
 def _within(name: str, others: Sequence[str]) -> bool:

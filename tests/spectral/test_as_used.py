@@ -188,6 +188,38 @@ def test_skipping_a_part_of_an_attention_skips_that_part():
     assert set(every) - set(kept) == {"attention.out_proj"}
 
 
+def test_a_weight_of_the_model_itself_is_skipped_as_its_error_says():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.mix = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return self.fc(self.body(x) @ self.mix)
+
+    options = {"head": "fc", "input_size": (8,)}
+    with pytest.raises(UnsupportedLayerError, match=r"'mix'.*skip=\[''\]"):
+        names_of(Net(), **options)
+    assert names_of(Net(), **options, skip=[""]) == ["body"]
+
+
+def test_complex_weights_are_skipped_as_their_error_says():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.fourier = nn.Linear(8, 8, dtype=torch.cfloat)
+
+        def forward(self, x):
+            return self.fc(self.fourier(self.body(x).to(torch.cfloat)).abs())
+
+    options = {"head": "fc", "input_size": (8,)}
+    with pytest.raises(UnsupportedLayerError, match=r"complex.*skip=\['fourier'\]"):
+        names_of(Net(), **options)
+    assert names_of(Net(), **options, skip=["fourier"]) == ["body"]
+
+
 def test_one_crop_of_the_measured_size_is_enough():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     penalty = SpectralPenalty(net, head="3", input_size=(3, 8, 8))

@@ -98,6 +98,8 @@ def test_the_rest_of_an_epoch_may_be_smaller():
     penalty(images(), LABELS)
     expected = gradient_norm(tiny().eval(), images(2), LABELS[:2])
     torch.testing.assert_close(penalty(images(2), LABELS[:2]), expected)
+    with pytest.raises(ValueError, match="this batch has none: leave empty batches out"):
+        penalty(images(0), LABELS[:0])
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])

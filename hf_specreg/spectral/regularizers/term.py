@@ -163,9 +163,12 @@ def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: 
 
     Raises:
         RuntimeError: no gradient is recorded here.
-        ValueError: the images are integers, or the labels are not there or no classes.
+        ValueError: there are no images, they are integers, or the labels are not there or no
+            classes.
     """
     check_recorded(name)
+    if not len(images):
+        raise ValueError(f"{name} is of images, and this batch has none: leave empty batches out")
     if not images.is_floating_point():
         raise ValueError(
             f"{name} is of images as the model takes them, in floating point, and these are "
