@@ -174,6 +174,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.network = network
         self.inputs: dict[str, dict[tuple[int, ...], None]] = {}
+        self.running: list[str] = []  # the modules that were fed the image, and are not done
         self.outputs: dict[str, list[Tensor]] = {}
         self.direct: dict[str, set[str]] = {}
         self.derived: dict[str, set[str]] = {}
@@ -191,10 +192,13 @@ class _Recorder(TorchFunctionMode):
             self.made_of[id(tensors[name])] = tensors[name], frozenset({name})
 
     def note(self, name: str, fed: Tensor | None, output=()) -> None:
-        """Take note of one use, unless nothing that depends on the image is fed in."""
+        """Take note of one use, unless nothing that depends on the image is fed in. What a module
+        makes of it before it multiplies, such as a padded image, is not what it is fed.
+        """
         if fed is None:
             return
-        self.inputs.setdefault(name, {})[tuple(fed.shape[1:])] = None
+        if name not in self.running:
+            self.inputs.setdefault(name, {})[tuple(fed.shape[1:])] = None
         made = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         self.outputs.setdefault(name, []).extend(made)
 
@@ -204,15 +208,22 @@ class _Recorder(TorchFunctionMode):
         """
         for name, module in self.network.named_modules():
             if dict(module.named_parameters(recurse=False)) or computes_weight(module):
-                hook = self._note_module(name)  # before as well, for the order of use
-                yield module.register_forward_pre_hook(hook, with_kwargs=True)
-                yield module.register_forward_hook(hook, with_kwargs=True)
+                before, after = self._note_module(name)
+                yield module.register_forward_pre_hook(before, with_kwargs=True)
+                yield module.register_forward_hook(after, with_kwargs=True)
 
     def _note_module(self, name: str):
-        def hook(module, args, kwargs, output=()):
-            self.note(name, _image_dependent((args, kwargs)), output)
+        def before(module, args, kwargs):  # for the order of use
+            if (fed := _image_dependent((args, kwargs))) is not None:
+                self.note(name, fed)
+                self.running.append(name)
 
-        return hook
+        def after(module, args, kwargs, output):
+            if (fed := _image_dependent((args, kwargs))) is not None:
+                self.running.remove(name)
+                self.note(name, fed, output)
+
+        return before, after
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run the function; note it where it multiplies the image by a parameter."""

@@ -26,6 +26,12 @@ def names(model, **options):
     return [layer.name for layer in SpectralPenalty(model, **options).layers]
 
 
+def test_a_layer_is_fed_what_its_module_is_and_not_what_that_makes_of_it():
+    net = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(64, 2))
+    (layer,) = trace_layers(net, head=["2"], input_size=(3, 8, 8))
+    assert layer.input_shapes == ((3, 8, 8),)
+
+
 def test_layers_come_in_the_order_of_the_forward_pass():
     class Backwards(nn.Module):
         def __init__(self):

@@ -136,6 +136,25 @@ def test_gradcheck_in_float64_and_the_gradient_of_the_svd(layer, size):
     torch.testing.assert_close(gradient, of_the_svd, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["same", "reflect", "circular", "replicate"])
+def test_a_convolution_that_pads_by_itself_is_measured_on_what_it_is_fed(mode):
+    torch.manual_seed(0)
+    if mode == "same":
+        layer = timm.layers.Conv2dSame(3, 4, 3, stride=2)
+    else:
+        layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode=mode)
+    net = Only(layer)
+    penalty = SpectralPenalty(net, head="head", input_size=(3, 8, 8))
+    for _ in range(2):  # the second looks at what the first training step was of
+        penalty()
+        net(torch.rand(2, 3, 8, 8)).sum().backward()
+    matrix = torch.autograd.functional.jacobian(
+        lambda x: layer(x[None]).flatten(), torch.rand(3, 8, 8)
+    )
+    expected = torch.linalg.matrix_norm(matrix.flatten(1), ord=2)
+    assert penalty.sigmas()["layer"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 class Value(nn.Module):
     """A penalty as a module, so that it can be called with another weight."""
 
