@@ -25,6 +25,7 @@ TIMM = {
     "edgenext_xx_small": {},
     "efficientformer_l1": {},
     "efficientnet_lite0": {},
+    "tf_efficientnet_lite0": {},
     "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2, "num_classes": 5},
     "fastvit_t8": {},
     "focalnet_tiny_srf": {},
