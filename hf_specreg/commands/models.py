@@ -88,7 +88,7 @@ def evaluate(
         samples: how many images, drawn by the seed; default: all.
         seed: of everything random.
         corruptions: also measure accuracy under common corruptions.
-        fold_norm: also report singular values with batch norms folded in.
+        fold_norm: also report singular values with norms folded in, of layer norms the gain.
         check_inputs: stop if the model classifies other pixels (normalised, 8-bit) better.
         name: of the model in the report; default: as it is given.
         batch_size: images attacked at once.

@@ -39,6 +39,7 @@ from hf_specreg.spectral.flow import (
     name_of,
 )
 from hf_specreg.spectral.sharding import whole
+from hf_specreg.spectral.typical import running_inverses
 
 
 class Dataflow(TorchFunctionMode):
@@ -62,6 +63,8 @@ class Dataflow(TorchFunctionMode):
         self.flows: list[Flow] = []
         self.is_whole = True
         self._within = 0
+        inverses = running_inverses(network)
+        self._inverses = {(f"{inverse.name}.weight",): inverse for inverse in inverses}
         # By id, with the tensor, so that its id stays its own, and with its version.
         self._known: dict[int, tuple[Tensor, int, Flow | Constant]] = {}
         for prefix, module in network.named_modules():
@@ -152,7 +155,7 @@ class Dataflow(TorchFunctionMode):
             gain = _factor(name, args, kwargs, origins)
             return _scaled(source, made, gain) if gain is not None else None
         if func in NORMS and first:
-            return _normalized(func, source, made, args, kwargs, origins)
+            return self._normalized(func, source, made, args, kwargs, origins)
         dropped = func is F.dropout and _drops(*args, **kwargs)
         summed = name in IN_PLACE and (first or ("add" in name and "alpha" not in kwargs))
         if (summed or (func is F.dropout and first)) and not dropped:
@@ -165,6 +168,29 @@ class Dataflow(TorchFunctionMode):
 
             return _moved(source, made, move)
         return None
+
+    def _normalized(self, func, source: Flow, made: Tensor, args, kwargs, origins) -> Flow | None:
+        """What a norm made: its gain times the norm's input over a constant, of running statistics
+        or a typical one, or else times another tensor.
+        """
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        weight = origins.get(id(given["weight"]))
+        variance = origins.get(id(given.get("running_var")))
+        if isinstance(variance, Constant) and not given.get(
+            "training", given.get("use_input_stats")
+        ):
+            eps = given["eps"]  # alone: what is kept must not hold the norm's input
+            inverse = Constant(lambda: (variance.value() + eps).rsqrt(), variance.names)
+        else:
+            inverse = self._inverses.get(weight.names) if isinstance(weight, Constant) else None
+        if inverse is None:
+            source = Flow(source.shape, source.device)
+        if weight is None and inverse is None:
+            return None
+        features = given.get("normalized_shape", (made.shape[1], *[1] * (made.ndim - 2)))
+        return _scaled(source, made, Gain(tuple(features), weight, inverse))
 
     def _product(self, args, kwargs, origins, made: Tensor, step: Step) -> None:
         """Note a linear layer's or convolution's function: by its layer, if that was not called."""
@@ -306,27 +332,6 @@ def _factor(name: str, args, kwargs, origins: Mapping[int, Flow | Constant]) -> 
         divisor = constant
         constant = Constant(lambda: 1 / divisor.value(), divisor.names)
     return Gain(tuple(factor.shape), constant)
-
-
-def _normalized(func, source: Flow, made: Tensor, args, kwargs, origins) -> Flow | None:
-    """What a norm made: its gain times what is normalised, which with running statistics is the
-    norm's input over a constant, and else another tensor.
-    """
-    given = inspect.signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    given = given.arguments
-    weight = origins.get(id(given["weight"]))
-    variance = origins.get(id(given.get("running_var")))
-    inverse = None
-    if isinstance(variance, Constant) and not given.get("training", given.get("use_input_stats")):
-        eps = given["eps"]  # alone: what is kept must not hold the norm's input
-        inverse = Constant(lambda: (variance.value() + eps).rsqrt(), variance.names)
-    else:
-        source = Flow(source.shape, source.device)
-    if weight is None and inverse is None:
-        return None
-    features = given.get("normalized_shape", (made.shape[1], *[1] * (made.ndim - 2)))
-    return _scaled(source, made, Gain(tuple(features), weight, inverse))
 
 
 def _drops(images: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_specreg.spectral.typical import RunningInverse
+
 PRODUCTS = frozenset({"mul", "multiply", "__rmul__", "mul_", "__imul__"})
 QUOTIENTS = frozenset({"div", "divide", "true_divide", "div_", "__itruediv__"})
 # Keep every entry where it is, or add to it what does not depend on the image.
@@ -71,12 +73,12 @@ class Gain:
     Attributes:
         shape: of the gain, as it is broadcast over what it scales.
         weight: the factors; None for 1.
-        inverse: factors beside them: 1 / standard deviation, of running statistics.
+        inverse: factors beside them: 1 / standard deviation, of running statistics or typical.
     """
 
     shape: tuple[int, ...]
     weight: Constant | None
-    inverse: Constant | None = None
+    inverse: Constant | RunningInverse | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

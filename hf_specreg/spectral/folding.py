@@ -1,38 +1,62 @@
-"""Norms folded into the linear maps beside them: diag(gamma / sqrt(running_var + eps)) W diag(g).
+"""Norms folded into the linear maps beside them: diag(gamma / s) W diag(g / s').
 
-A batch norm after a linear map, with gain gamma, makes the map's own scale free: W -> c W changes
-nothing once the running variance has followed. So does the gain g of a norm before it, with
-W -> W / c and g -> c g, and layer scale after it. The folded map is what acts, of the batch norm at
-evaluation. Which gains stand beside a map is found in `norms.py`.
+A norm after a linear map, with gain gamma, makes the map's own scale free: W -> c W changes nothing
+once its s has followed, the running standard deviation of a batch norm, sqrt(running_var + eps), or
+the typical one of a layer or RMS norm (`typical.py`). So does the gain g of a norm before it,
+with W -> W / c and g -> c g, and layer scale after it. The folded map is what acts, of the batch
+norm at evaluation, and of the layer norm on a typical image, but for the mean and the radial part
+that it takes out of its input: with the normalised x, its Jacobian and the map's is diag(gamma) / s
+(I - 1 1^T / C - x x^T / C) W, and of an RMS norm without 1 1^T. Which gains stand beside a map is
+found in `norms.py`.
 
 A step against the gradient of its sigma^2 in W moves the folded map by (gamma / s)^2 as much as the
-same step moves a map without a norm, s^2 being the running variance. Weight decay, and the penalty
-itself, make W and with it s small, which makes the step longer still: a strong penalty blows up.
-So the gradient in W is divided by (gamma / s)^2 where that is above 1, row by row, and the one in
-gamma, which goes with 1 / gamma, multiplied by gamma^2 where that is below 1. Both are positive
-factors: the direction is still one of descent, and of the same length as without a norm. Gains
-without running statistics, and batch norms whose statistics are pinned, feed nothing back, and have
-the gradient as it is.
+same step moves a map without a norm. Weight decay, and the penalty itself, make W and with it s
+small, which makes the step longer still: a strong penalty blows up. So the gradient in W is divided
+by (gamma / s)^2 where that is above 1, row by row, and the one in gamma, which goes with 1 / gamma,
+multiplied by gamma^2 where that is below 1. Both are positive factors: the direction is still one
+of descent, and of the same length as without a norm. After a layer norm, whose s goes with all of
+W, the part along W is left out: it would shrink W, and the norm would undo it. Gains without
+running statistics, and batch norms whose statistics are pinned, feed nothing back, and have the
+gradient as it is.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_specreg.spectral.norms import Norms, Scale
-from hf_specreg.spectral.sharding import whole
+from hf_specreg.spectral.precision import full_precision
+from hf_specreg.spectral.sharding import check_shape, whole
+from hf_specreg.spectral.tracking import Stack
+from hf_specreg.spectral.typical import RunningInverse
+
+
+def acting(stack: Stack, norms: Mapping[str, Norms], *, bounded: bool) -> Tensor:
+    """Return a layer's weight as it acts, in full precision, with the norms beside it.
+
+    Args:
+        stack: the layer.
+        norms: beside layers, by the name of their first operator.
+        bounded: as for `folded`.
+    """
+    name = stack.operators[0].name
+    weight = full_precision(stack.weight())
+    check_shape(weight, stack.shape, name)
+    return folded(weight, norms[name], bounded=bounded) if name in norms else weight
 
 
 def folded(weight: Tensor, norms: Norms, *, bounded: bool = True) -> Tensor:
     """Return the weight [out, in, ...] with the norms' scales of its outputs and inputs.
 
-    Differentiable by the weight and the norms' gains; running statistics are constants.
+    Differentiable by the weight and the norms' gains; statistics are constants.
 
     Args:
         weight: of a linear layer or a convolution.
         norms: beside it.
-        bounded: after a batch norm, the gradient has the factors that the module's head says; else
-            it is the value's own.
+        bounded: after a norm with statistics, the gradient is the one that the module's head says;
+            else it is the value's own.
     """
     weight = whole(weight)
     for scale in norms.after:
@@ -40,7 +64,8 @@ def folded(weight: Tensor, norms: Norms, *, bounded: bool = True) -> Tensor:
         if inverse is None:
             weight = weight * _column(gain, weight)
         elif bounded:
-            weight = _ScaledRows.apply(weight, gain, inverse)
+            undone = isinstance(scale.gain.inverse, RunningInverse)
+            weight = _ScaledRows.apply(weight, gain, inverse, undone)
         else:
             weight = weight * _column(gain * inverse, weight)
     for scale in norms.before:
@@ -50,11 +75,14 @@ def folded(weight: Tensor, norms: Norms, *, bounded: bool = True) -> Tensor:
 
 
 class _ScaledRows(torch.autograd.Function):
-    """diag(gain * inverse) W, with gradients that make steps of bounded length."""
+    """diag(gain * inverse) W, with gradients that make steps of bounded length; with none along W
+    where the norm would undo it.
+    """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, gain: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx, weight: Tensor, gain: Tensor, inverse: Tensor, undone: bool) -> Tensor:
         ctx.save_for_backward(weight, gain, inverse)
+        ctx.undone = undone
         return weight * _column(gain * inverse, weight)
 
     @staticmethod
@@ -64,7 +92,10 @@ class _ScaledRows(torch.autograd.Function):
         scale = gain * inverse
         by_gain = (grad * weight).flatten(1).sum(1) * inverse
         by_weight = grad * _column(scale / scale.square().clamp(min=1), weight)
-        return by_weight, by_gain * gain.square().clamp(max=1), None
+        if ctx.undone:
+            squares = weight.square().sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            by_weight = by_weight - (by_weight * weight).sum() / squares * weight
+        return by_weight, by_gain * gain.square().clamp(max=1), None, None
 
 
 def _factors(scale: Scale, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,14 +1,15 @@
 """Which gains stand beside a network's linear maps, with nothing between but moves of entries.
 
 After a map W stand those that scale its output by diag(g): a batch norm with its running
-statistics, layer scale, a frozen norm. They are the map's own only if everything that is made of
+statistics, a layer or RMS norm of one of torch's classes with its typical ones (`typical.py`),
+layer scale, a frozen norm. They are the map's own only if everything that is made of
 its output is made of them: an output that also goes past the norm keeps its scale. Before W stand
 those whose output the map is fed: the gain of a norm, W diag(g). The way back leads through a tanh,
 whose slope is 1 at 0 and less elsewhere: of dynamic tanh, gamma * tanh(alpha x) + beta, both gains
 stand there, gamma alpha, its steepest slope, unless alpha is the gain of a map before it. Each is
 found by what is computed, not by a class or by a name. No gain stands for what depends on the
-image: the statistics of group and layer norms after a map, global response normalisation, the norm
-of a sum.
+image: the statistics of group norms and of norms of other classes after a map, global response
+normalisation, the norm of a sum.
 """
 
 import warnings
@@ -22,6 +23,7 @@ from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.pinned import is_pinned
 from hf_specreg.spectral.dataflow import follow
 from hf_specreg.spectral.flow import Call, Constant, Flow, Gain, name_of
+from hf_specreg.spectral.typical import RunningInverse
 
 NAMED = 8  # layers in a warning
 
@@ -60,6 +62,12 @@ class Norms:
     def names(self) -> tuple[str, ...]:
         """The dotted names of the parameters and buffers that are in the gains."""
         return tuple(name for scale in (*self.before, *self.after) for name in scale.gain.names)
+
+    @property
+    def statistics(self) -> tuple[RunningInverse, ...]:
+        """The typical 1 / std that are in the gains."""
+        inverses = (scale.gain.inverse for scale in (*self.before, *self.after))
+        return tuple(inverse for inverse in inverses if isinstance(inverse, RunningInverse))
 
     @property
     def key(self) -> tuple:
@@ -105,8 +113,8 @@ def warn_of_unfolded(layers: Sequence[str], folded: Collection[str]) -> None:
     warnings.warn(
         f"fold_norm folds norms into {len(folded)} of {len(layers)} layers; the others are "
         f"penalised as they are: {', '.join(others[:NAMED])}{more}. No norm or gain stands beside "
-        "them alone, or it depends on the image (group norm, layer norm after the layer, the norm "
-        "of a sum), or the network runs code that cannot be followed (TorchScript)",
+        "them alone, or it depends on the image (group norm, the norm of a sum), or the network "
+        "runs code that cannot be followed (TorchScript)",
         stacklevel=3,
     )
 

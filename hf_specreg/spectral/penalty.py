@@ -14,7 +14,8 @@ representation learning", arXiv:2405.17181. As in the authors' code, and unlike 
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,18 +25,18 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.ranges import WHOLE, require, require_choices
-from hf_specreg.spectral.folding import folded
+from hf_specreg.spectral.folding import acting
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
 from hf_specreg.spectral.loop_term import check_recorded, of_its_model
 from hf_specreg.spectral.maps import linear_maps
-from hf_specreg.spectral.norms import Norms, adjoining_norms, warn_of_unfolded
+from hf_specreg.spectral.norms import adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed, remove
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.resolution import SeenInput
-from hf_specreg.spectral.sharding import check_shape, check_whole
+from hf_specreg.spectral.sharding import check_whole
 from hf_specreg.spectral.singular import TopSingularValue
-from hf_specreg.spectral.tracking import Stack
+from hf_specreg.spectral.typical import Statistics
 
 
 class SpectralPenalty:
@@ -61,12 +62,13 @@ class SpectralPenalty:
     Frozen layers add their value and no gradient. A weight that acts in several ways, shared by
     layers or used at several sizes, counts once, as the one with the largest sigma.
 
-    Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it,
-    to see that images of the measured size are trained on, and whether weights are loaded into it:
-    then all vectors are renewed, as where parameters are replaced. Call `renew()` where they are
-    changed in place by other than training. The hooks go with the penalty, or by `remove_hooks()`.
-    The first use warns if norms make most layers scale-invariant (`free_scale`), which are
-    penalised for little then. Make it last: new layers, adapters and the like after it are errors.
+    Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it
+    (with layer norms to fold in, its making), to see that images of the measured size are trained
+    on, and whether weights are loaded into it: then all vectors are renewed, as where parameters
+    are replaced. Call `renew()` where they are changed in place by other than training. The hooks
+    go with the penalty, or by `remove_hooks()`. The first use warns if norms make most layers
+    scale-invariant (`free_scale`), which are penalised for little then. Make it last: new layers,
+    adapters and the like after it are errors.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -87,13 +89,13 @@ class SpectralPenalty:
         split_qkv: penalise q, k and v each where one matrix stacks the three; else that matrix
             whole.
         fold_norm: penalise the maps with the norms beside them folded in, which act at evaluation:
-            a batch norm (running statistics, as constants) and layer scale after the map, where all
-            of its output goes there, and the gain of a norm before it (`norms.py`). Their gains get
-            a gradient too. `folded` says which; if fewer than half, a warning does. With several
-            processes the statistics must be synchronised.
-        fold_gradient: "exact", that of the value, or "bounded", which after a batch norm that is
-            not pinned has factors that keep steps as long as without one, lest a strong penalty
-            blow up (`folding.py`).
+            a batch or layer norm and layer scale after the map, where all of its output goes there,
+            and a norm before it (`norms.py`). Statistics are constants: running ones of a batch
+            norm, which several processes must synchronise, a layer or RMS norm's typical 1 / std
+            (`typical.py`). Gains get a gradient too. `folded` says which; if few, a warning does.
+        fold_gradient: "exact", that of the value, or "bounded", which after a norm whose statistics
+            run has factors that keep steps as long as without one, lest a strong penalty blow up,
+            and after a layer norm no part along W, which the norm would undo (`folding.py`).
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
             DistributedDataParallel with the default group does. All processes must then call it
@@ -154,8 +156,8 @@ class SpectralPenalty:
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove, self._hooks)
         self._measure()
-        may_warn = strength > 0 and not fold_norm
-        self._free_scales = FreeScales(self.space, self._modules, at_once=may_warn)
+        at_once = strength > 0 and not fold_norm
+        self._free_scales = FreeScales(self.space, self._modules, at_once=at_once)
         if fold_norm:
             warn_of_unfolded([layer.name for layer in self.layers], self._norms)
 
@@ -210,9 +212,11 @@ class SpectralPenalty:
         self.layers = tuple(operator for _, operator in owners)
         self._modules = {operator.name: module for module, operator in owners}
         self._norms = adjoining_norms(self.space, self._modules) if self.fold_norm else {}
+        followed = [one for norms in self._norms.values() for one in norms.statistics]
+        self._statistics = Statistics(self._network, followed, shared=self.shared)
         self._sum = FollowedSum(
             self.layers,
-            lambda stack: self._weight(stack, self._norms),
+            partial(acting, norms=self._norms, bounded=self.fold_gradient == "bounded"),
             every=self.every,
             renew_every=self.renew_every,
             lanczos_steps=self.lanczos_steps,
@@ -224,6 +228,8 @@ class SpectralPenalty:
         beside = [self._network.get_submodule(name) for name in gains]
         self._placed = Placed(self._network, [*self._modules.values(), *beside])
         self._seen.expect(owners)
+        if followed:  # before the first pass, which may be compiled
+            self._watch()
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
@@ -232,6 +238,7 @@ class SpectralPenalty:
         since = self.step - self.burn_in
         self.step += 1
         self._watch()
+        self._statistics.average()
         if self.strength and not self.fold_norm:
             self._free_scales.warn_once()
         if since % self.every:
@@ -244,8 +251,9 @@ class SpectralPenalty:
         return self._zero()
 
     def _watch(self) -> None:
-        if not self._hooks:  # a penalty that is only looked at puts none
-            self._hooks += [*self._seen.hooks(), *self._placed.hooks()]
+        if not self._hooks:
+            for each in (self._seen, self._placed, self._statistics):
+                self._hooks += each.hooks()
 
     def _check(self) -> None:
         self._seen.check(self.input_size)
@@ -295,7 +303,8 @@ class SpectralPenalty:
         norms = adjoining_norms(self.space, self._modules) if look else self._norms
         names = norms if fold_norm else [layer.name for layer in self.layers]
         with torch.autocast(self._device.type, enabled=False):
-            return self._sum.converged(lambda s: self._weight(s, norms), names, tolerance=tolerance)
+            weight = partial(acting, norms=norms, bounded=False)  # of the gradient
+            return self._sum.converged(weight, names, tolerance=tolerance)
 
     def sigmas(self) -> dict[str, float]:
         """Return every layer's top singular value (sigma, not squared) by dotted name; warns of
@@ -304,18 +313,16 @@ class SpectralPenalty:
         values = self.top_singular_values()
         for name, value in values.items():
             if not value.converged:
-                warnings.warn(
-                    f"sigma of {name!r} did not converge: residual {value.residual:.1e}",
-                    stacklevel=2,
-                )
+                said = f"sigma of {name!r} did not converge: residual {value.residual:.1e}"
+                warnings.warn(said, stacklevel=2)
         return {name: value.sigma.item() for name, value in values.items()}
 
     def state_dict(self) -> dict:
-        """Return the counts and the warm vectors: with them, a resumed run goes on bit for bit.
-        Where layers are shared out, all processes must call it.
+        """Return the counts, norms' typical 1 / std and the warm vectors: with them, a resumed run
+        goes on bit for bit. Where layers are shared out, all processes must call it.
         """
-        vectors = self._sum.vectors(like=self._zero())
-        return {"step": self.step, "uses": self._sum.uses, "vectors": vectors}
+        norms, vectors = self._statistics.state(), self._sum.vectors(like=self._zero())
+        return {"step": self.step, "uses": self._sum.uses, "norms": norms, "vectors": vectors}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts and warm vectors, before or after the weights that they are of. If
@@ -326,6 +333,7 @@ class SpectralPenalty:
         """
         if "uses" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
+        self._statistics.load(state.get("norms", {}), like=self._zero())
         self._sum.load(state["vectors"], state["uses"], self._device)
         self.step = state["step"]
         self._placed.changed()  # from now on
@@ -339,11 +347,3 @@ class SpectralPenalty:
         """0 where the model is, in full precision."""
         dtype = next(self._network.parameters()).dtype
         return full_precision(torch.zeros((), dtype=dtype, device=self._device))
-
-    def _weight(self, stack: Stack, norms: Mapping[str, Norms]) -> Tensor:
-        """A layer's weight, in full precision, with the norms beside it if there are some."""
-        weight, beside = full_precision(stack.weight()), norms.get(stack.operators[0].name)
-        check_shape(weight, stack.shape, stack.operators[0].name)
-        if beside is None:
-            return weight
-        return folded(weight, beside, bounded=self.fold_gradient == "bounded")

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_specreg import SpectralPenalty
 
@@ -33,9 +35,13 @@ def train(network, *, rank=0, processes=1, layout=None, fold_norm=False):
     torch.manual_seed(0)
     model = timm.create_model(**NETWORKS[network], num_classes=5).double()
     options = {"strength": 0.05, "input_size": SIZE, "renew_every": 2, "fold_norm": fold_norm}
+    options["shared"] = layout == "whole, folded"
     penalty = SpectralPenalty(model, **options)
     other = SpectralPenalty(model, **options)
-    if layout is not None:
+    forward = model
+    if layout == "whole, folded":
+        forward = DistributedDataParallel(model)
+    elif layout is not None:
         if layout != "one unit":
             for block in model.blocks if network == "vit" else model.stages:
                 fully_shard(block)
@@ -47,19 +53,19 @@ def train(network, *, rank=0, processes=1, layout=None, fold_norm=False):
         labels = torch.randint(5, (BATCH,), generator=draws)
         part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         optimizer.zero_grad()
-        first = (
-            penalty() if layout in ("penalty first", "folded") else None
-        )  # before weights are gathered
-        loss = F.cross_entropy(model(images[part]), labels[part])
+        early = fold_norm or layout == "penalty first"  # before weights are gathered
+        first = penalty() if early else None
+        loss = F.cross_entropy(forward(images[part]), labels[part])
         value = penalty() if first is None else first
         (loss + value).backward()
         optimizer.step()
         other.load_state_dict(penalty.state_dict())
         penalty, other = other, penalty
     weights = {
-        name: p.detach().full_tensor() if layout else p.detach()
+        name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
         for name, p in model.named_parameters()
     }
+    penalty()  # of what norms were fed last on all processes
     return weights, value.item(), penalty.sigmas()
 
 
@@ -71,8 +77,8 @@ def main(arguments):
     found = {}
     for network in NETWORKS:
         alone = {fold_norm: train(network, fold_norm=fold_norm) for fold_norm in (False, True)}
-        for layout in ("one unit", "blocks", "penalty first", "folded"):
-            fold_norm = layout == "folded"
+        for layout in ("one unit", "blocks", "penalty first", "folded", "whole, folded"):
+            fold_norm = "folded" in layout
             weights, value, sigmas = alone[fold_norm]
             options = {"layout": layout, "fold_norm": fold_norm}
             others = train(network, rank=rank, processes=processes, **options)

@@ -150,7 +150,8 @@ def test_the_exact_gradient_and_that_beside_a_pinned_norm_is_that_of_the_dense_m
     if pinned:  # nothing runs after the map
         pin_norms(blocks)
     penalty = folded_penalty(blocks, fold_gradient="bounded" if pinned else "exact")
-    assert penalty.folded["hidden"] == ("before.weight", "after.weight", "after.running_var")
+    names = ("before.weight", "before.std", "after.weight", "after.running_var")
+    assert penalty.folded["hidden"] == names
     penalty().backward()
     found = {n: p.grad for n, p in blocks.named_parameters() if p.grad is not None}
     blocks.zero_grad()
@@ -202,16 +203,17 @@ CONVNEXT = {"depths": [1] * 4, "dims": [8] * 4}
     [
         ("vit_tiny_patch16_224", VIT, "blocks.0.attn.qkv.q", "blocks.0.norm1"),
         ("vit_tiny_patch16_224", VIT, "blocks.0.mlp.fc1", "blocks.0.norm2"),
-        ("convnext_atto", CONVNEXT, "stages.0.blocks.0.mlp.fc1", "stages.0.blocks.0.norm"),
+        ("convnext_atto", CONVNEXT, "stages.0.blocks.0.conv_dw", "stages.0.blocks.0.norm"),
+        ("convnext_atto", CONVNEXT, "stages.1.downsample.1", "stages.1.downsample.0"),
         (
             "convnext_atto",
             {**CONVNEXT, "conv_mlp": True},
-            "stages.0.blocks.0.mlp.fc1",
+            "stages.0.blocks.0.conv_dw",
             "stages.0.blocks.0.norm",
         ),
     ],
 )
-def test_layer_norms_of_real_networks_are_folded_into_what_they_feed(name, args, layer, norm):
+def test_layer_norms_of_real_networks_are_folded_into_the_maps_beside_them(name, args, layer, norm):
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=2, **args)
     options = {"input_size": (3, 32, 32)}

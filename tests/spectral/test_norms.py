@@ -8,7 +8,7 @@ import weakref
 import pytest
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import LayerNorm2d, LayerNorm2dFp32, freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
 from transformers import ConvNextConfig, ConvNextForImageClassification
@@ -52,6 +52,7 @@ def convolution(inputs=3, outputs=4, size=1, **options):
 
 
 AFTER = {"conv": ([], ["norm.weight", "norm.running_var"])}
+LAYER_NORM = ["norm.weight", "norm.std"]
 
 
 def test_a_batch_norm_that_takes_all_of_an_output_is_the_maps_own():
@@ -192,14 +193,21 @@ def test_the_gain_of_any_norm_is_before_each_map_that_it_feeds(norm):
     network = Net(
         lambda m, x: m.after(m.one(y := m.norm(x)) + m.two(y[:, :2].flatten(0, 1))[:1]), **parts
     )
-    name = "norm.weight" if hasattr(parts["norm"], "weight") else "norm.gain"
-    assert gains(network, size=(3, 4)) == {"one": ([name], []), "two": ([name], [])}
+    names = LAYER_NORM if hasattr(parts["norm"], "weight") else ["norm.gain"]
+    assert gains(network, size=(3, 4)) == {"one": (names, []), "two": (names, [])}
 
 
 def test_a_group_norms_gain_is_before_a_map_and_never_after_it():
     parts = {"norm": nn.GroupNorm(1, 3), "conv": convolution(), "after": nn.GroupNorm(2, 4)}
     network = Net(lambda m, x: m.after(m.conv(m.norm(x))).relu(), **parts)
     assert gains(network) == {"conv": (["norm.weight"], [])}
+
+
+@pytest.mark.parametrize("norm", [LayerNorm2d, LayerNorm2dFp32])
+def test_a_norm_between_two_maps_is_the_firsts_whose_scale_it_undoes(norm):
+    parts = {"one": convolution(), "norm": norm(4), "two": convolution(4)}
+    found = gains(Net(lambda m, x: m.two(m.norm(m.one(x))), **parts))
+    assert found == {"one": ([], LAYER_NORM)}
 
 
 def test_a_batch_norm_between_two_maps_is_the_firsts_unless_it_goes_past_it():
@@ -273,7 +281,7 @@ def test_of_attention_the_norm_before_is_of_its_inputs_and_layer_scale_of_its_ou
         "scale": Scaled(4),
     }
     network = Net(lambda m, x: attend(m, y := m.norm(x), y), **parts)
-    before, after = (["norm.weight"], []), ([], ["scale.gamma"])
+    before, after = (LAYER_NORM, []), ([], ["scale.gamma"])
     inputs = dict.fromkeys((f"attn.in_proj.{n}" for n in "qkv"), before)
     assert gains(network, size=(3, 4)) == inputs | {"attn.out_proj": after}
     across = Net(lambda m, x: attend(m, m.norm(x), x), **parts)
@@ -286,7 +294,7 @@ def test_of_attention_the_norm_before_is_of_its_inputs_and_layer_scale_of_its_ou
 def test_a_weight_that_is_handed_to_a_function_has_its_norms_too():
     parts = {"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4), "scale": Scaled(4)}
     network = Net(lambda m, x: m.scale(F.linear(m.norm(x), m.fc.weight)), **parts)
-    assert gains(network, size=(3, 4)) == {"fc": (["norm.weight"], ["scale.gamma"])}
+    assert gains(network, size=(3, 4)) == {"fc": (LAYER_NORM, ["scale.gamma"])}
 
 
 def test_a_map_that_is_used_twice_has_the_norms_that_it_has_in_both_uses():
@@ -294,7 +302,7 @@ def test_a_map_that_is_used_twice_has_the_norms_that_it_has_in_both_uses():
     apart = Net(lambda m, x: m.fc(m.one(x)) + m.fc(m.two(x)), **parts)
     assert gains(apart, size=(3, 4)) == {}
     alike = Net(lambda m, x: m.fc(m.one(x)) + m.fc(m.one(2 * x)), **parts)
-    assert gains(alike, size=(3, 4)) == {"fc": (["one.weight"], [])}
+    assert gains(alike, size=(3, 4)) == {"fc": (["one.weight", "one.std"], [])}
 
 
 def test_a_gain_in_place_counts_and_what_was_a_view_of_it_before_does_not():
@@ -321,7 +329,7 @@ def test_looking_for_norms_leaves_no_trace_on_the_model():
     drawn = torch.random.get_rng_state()
     found = gains(network, size=(3, 4))
     assert torch.equal(torch.random.get_rng_state(), drawn)
-    assert found["encoder.linear1"] == (["encoder.norm2.weight"], [])
+    assert found["encoder.linear1"] == (["encoder.norm2.weight", "encoder.norm2.std"], [])
     assert set(found) == {"encoder.linear1"} | {f"encoder.self_attn.in_proj.{n}" for n in "qkv"}
     assert modes == [m.training for m in network.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
@@ -347,7 +355,7 @@ REAL = {
     "group norms": (lambda: timm.create_model("resnet50_gn"), 0, 53),
     "layer norms": (lambda: timm.create_model("vit_tiny_patch16_224", **VIT), 4, 7),
     "rms": (lambda: timm.create_model("vit_tiny_patch16_224", norm_layer="rmsnorm", **VIT), 4, 7),
-    "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), 13, 20),
+    "windows": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), 14, 20),
     "layer scale": (lambda: ConvNextForImageClassification(ConvNextConfig(**CONVNEXT)), 12, 16),
     "beside a sum": (lambda: timm.create_model("coatnet_nano_rw_224"), 31, 76),
 }
