@@ -93,6 +93,7 @@ class SpectralPenalty:
             and a norm before it (`norms.py`). Statistics are constants: running ones of a batch
             norm, which several processes must synchronise, a layer or RMS norm's typical 1 / std
             (`typical.py`). Gains get a gradient too. `folded` says which; if few, a warning does.
+            No study shows that it makes networks harder to attack (docs/norms.md).
         fold_gradient: "exact", that of the value, or "bounded", which after a norm whose statistics
             run has factors that keep steps as long as without one, lest a strong penalty blow up,
             and after a layer norm no part along W, which the norm would undo (`folding.py`).
