@@ -128,7 +128,7 @@ def _takes_channels_first(norm: nn.Module) -> bool:
     """Whether a layer norm moves dimension 1 of images to the end: as it is, that would not fit."""
     channels = len(norm.weight)
     try:
-        norm.forward(norm.weight.new_empty(1, channels, channels + 1, channels + 1))
+        norm.forward(norm.weight.new_empty(1, channels, 1, channels + 1))
     except FAILURES:
         return False
     return True

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 
 from hf_specreg import SpectralPenalty
+from hf_specreg.spectral.typical import running_inverses
 from tests.spectral.test_norms import Net, convolution
 
 
@@ -132,3 +133,8 @@ def test_a_compiled_model_is_followed_too_and_a_copy_by_itself():
     penalty.remove_hooks()
     net(images)
     assert penalty.state_dict()["norms"] == followed
+
+
+def test_a_norm_of_many_channels_is_looked_at_on_few_positions():
+    (inverse,) = running_inverses(nn.LayerNorm(8192))  # 8192 x 8193^2 numbers are 2 TB
+    assert inverse.dim == -1
