@@ -31,7 +31,7 @@ from hf_specreg.recipes import self_supervised, supervised, transfer
 from hf_specreg.robustness.evaluate import evaluate_robustness
 from hf_specreg.robustness.images import ImageSet
 from hf_specreg.robustness.report import RobustnessReport
-from hf_specreg.study.cells import dotted
+from hf_specreg.study.config import dotted
 from hf_specreg.training.checkpoints import CheckpointError
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError

@@ -87,3 +87,15 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             for buffer, version, before in buffers:
                 if buffer._version != version:
                     buffer.copy_(before)
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a module's weight is computed from parameters of its children: parametrizations, and
+    the layers that peft wraps.
+    """
+    return hasattr(module, "parametrizations") or is_adapted(module)
+
+
+def is_adapted(module: nn.Module, by: str = "BaseTunerLayer") -> bool:
+    """Whether it is a layer that peft wraps, by the name of peft's class."""
+    return any(base.__name__ == by for base in type(module).__mro__)

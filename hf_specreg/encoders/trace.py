@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_specreg.encoders.head import fed_to, headless_output
-from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.modules import computes_weight, evaluating, left_as_it_was
 from hf_specreg.encoders.stand_ins import devices, on_meta, with_values
 
 LINEAR_FUNCTIONS = frozenset(
@@ -346,15 +346,3 @@ class _AsItIs:
     @staticmethod
     def apply(function, preserve_rng_state, *args):
         return function(*args)
-
-
-def computes_weight(module: nn.Module) -> bool:
-    """Whether a module's weight is computed from parameters of its children: parametrizations, and
-    the layers that peft wraps.
-    """
-    return hasattr(module, "parametrizations") or is_adapted(module)
-
-
-def is_adapted(module: nn.Module, by: str = "BaseTunerLayer") -> bool:
-    """Whether it is a layer that peft wraps, by the name of peft's class."""
-    return any(base.__name__ == by for base in type(module).__mro__)

@@ -15,8 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hf_specreg.encoders.modules import evaluating
-from hf_specreg.encoders.trace import is_adapted
+from hf_specreg.encoders.modules import evaluating, is_adapted
 from hf_specreg.spectral.operators import Convolution, Dense, LinearOperator, TransposedConvolution
 
 # Where timm keeps a matrix called "qkv" in which the heads interleave the three: it is treated

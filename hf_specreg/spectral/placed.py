@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_specreg.encoders.modules import without_trainers
-from hf_specreg.encoders.trace import computes_weight
+from hf_specreg.encoders.modules import computes_weight, without_trainers
 
 
 class Placed:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_specreg.configs import find_config
 from hf_specreg.robustness.attacks import ATTACKS, Attack, make_attacks
 from hf_specreg.robustness.evaluate import check_settings
-from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig
+from hf_specreg.study.config import STOPPED, MethodConfig, StudyConfig, dotted
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import TrainingResult
 
@@ -206,14 +206,3 @@ def _check_distances(attacks: Mapping[str, Any]) -> None:
 
 def _plain(run: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**run.as_dict(), "seed": 0, "output_dir": ""}))
-
-
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted keys; what is a mapping in the end stays one."""
-    found = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and key not in ("options", "args", "init_kwargs"):
-            found |= dotted(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

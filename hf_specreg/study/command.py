@@ -38,10 +38,10 @@ from hf_specreg.arguments import (
 )
 from hf_specreg.ranges import require
 from hf_specreg.recipes import self_supervised, supervised, transfer
-from hf_specreg.study.cells import Cells, Recipe, dotted
+from hf_specreg.study.cells import Cells, Recipe
 from hf_specreg.study.choice import Results
 from hf_specreg.study.cluster import Job, submit
-from hf_specreg.study.config import StudyConfig
+from hf_specreg.study.config import StudyConfig, dotted
 from hf_specreg.study.folder import StudyFolder, read_json
 from hf_specreg.study.result import Study
 from hf_specreg.study.summary import images, summarize

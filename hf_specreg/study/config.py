@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -162,3 +163,14 @@ class StudyConfig:
     def plain(self) -> str:
         """The name of the method that all are compared with."""
         return next(iter(self.methods))
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys; what is a mapping in the end stays one."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key not in ("options", "args", "init_kwargs"):
+            found |= dotted(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,9 +1,10 @@
 """A study in words and tables: the same in Markdown and on the page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hf_specreg.robustness.text import norm_name, table
+from hf_specreg.study.config import dotted
 from hf_specreg.study.tables import attacks, maybe, sections
 from hf_specreg.study.verdict import cautions, summary, verdicts
 
@@ -46,6 +47,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return of what and how it was measured, by name."""
     data, attacked = content["data"], content["attacked"]
     asked = content["settings"]
+    given = (f"{key} {value}" for key, value in dotted(asked.get("settings", {})).items())
     counts = (f"{maybe('{:,}'.format, data[k]) or 'unknown'} {k}" for k in SPLITS)
     eps = (
         f"{norm_name(norm)} {', '.join(f'{e:g}' for e in radii)}"
@@ -55,7 +57,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{data['id']}: {', '.join(counts)} images, the same in all cells"),
         ("seeds", ", ".join(map(str, content["seeds"]))),
         ("recipe", ", ".join([content["recipe"], *filter(None, [asked.get("base")])])),
-        ("settings of all cells", ", ".join(_dotted(asked.get("settings", {}))) or "the recipe's"),
+        ("settings of all cells", ", ".join(given) or "the recipe's"),
         (
             "attacks of every cell",
             f"{attacks(content, 'cells')}, on {attacked['validation']:,} validation and "
@@ -75,12 +77,3 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         final = f"{attacks(content, 'final')}, on {attacked['final']:,} test images"
         found.insert(5, ("final attacks", final))
     return found
-
-
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Settings as they are given on a command line, each with its value."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name} {value}"
