@@ -26,6 +26,11 @@ class Placed:
         self.modules = {names[module]: module for module in modules}
         self.computed = {name: computes_weight(m) for name, m in self.modules.items()}
         self.loads = Loads()
+        self._parts = {
+            (name, own): part
+            for name, module in self.modules.items()
+            for own, part in module.named_children()
+        }
         self._holders = [part for m in self.modules.values() for part in m.modules()]
         self._parameters = self._now()
 
@@ -51,10 +56,10 @@ class Placed:
             there = self._at(name, found)
             is_there = there is module or without_trainers(there) is module
             if not is_there or computes_weight(module) != self.computed[name]:
-                raise ValueError(
-                    f"layer {name!r} was replaced or reparameterised after the penalty was made: "
-                    "make the penalty last, after adapters, parametrizations and new layers"
-                )
+                raise _replaced(name)
+        for (name, own), part in self._parts.items():  # such as nn.MultiheadAttention.out_proj
+            if self.modules[name]._modules.get(own) is not part:
+                raise _replaced(f"{name}.{own}")
 
     def _at(self, name: str, found: dict[str, nn.Module | None]) -> nn.Module | None:
         """The module of that name, whatever is wrapped around those that hold it.
@@ -76,6 +81,13 @@ class Placed:
         """Put hooks on the layers that note whether weights are loaded; yield them for removal."""
         for module in self.modules.values():
             yield module.register_load_state_dict_post_hook(self.loads)
+
+
+def _replaced(name: str) -> ValueError:
+    return ValueError(
+        f"layer {name!r} was replaced or reparameterised after the penalty was made: make the "
+        "penalty last, after adapters, parametrizations and new layers"
+    )
 
 
 def remove(hooks: list[RemovableHandle]) -> None:

@@ -156,6 +156,7 @@ class Triplets:
         self.seed = seed
         self.vectors: dict[str, Tensor] = {}
         self._directions: dict[int, Tensor] = {}
+        self._not_finite: set[int] = set()
         self._noise: Tensor | None = None
         self.place(device)
 
@@ -177,8 +178,9 @@ class Triplets:
         return since >= self.renew_every or (step - self.turns[index]) % self.renew_every < since
 
     def has(self, index: int) -> bool:
-        """Whether a stack has vectors yet."""
-        return f"{self.stacks[index].operators[0].name}.v" in self.vectors
+        """Whether a stack has vectors yet, of a weight that was finite."""
+        known = f"{self.stacks[index].operators[0].name}.v" in self.vectors
+        return known and index not in self._not_finite
 
     @property
     def memory(self) -> int:
@@ -189,7 +191,7 @@ class Triplets:
 
     def load(self, vectors: dict[str, Tensor]) -> None:
         """Take over vectors."""
-        self.vectors, self._directions = vectors, {}
+        self.vectors, self._directions, self._not_finite = vectors, {}, set()
 
     def parts_along(self, index: int, weight: Tensor) -> list[float]:
         """Return what part of ||W v||^2 lies along u, of each operator of a stack.
@@ -210,7 +212,10 @@ class Triplets:
         return found
 
     def start(self, weights: Mapping[int, Tensor]) -> None:
-        """Take the best of a few Lanczos steps from random vectors, of whole weights by index."""
+        """Take the best of a few Lanczos steps from random vectors, of whole weights by index. Of
+        one that is not finite they are NaN, and started anew at the next use.
+        """
+        self._not_finite -= set(weights)
         for index, weight in weights.items():
             for place, operator in enumerate(self.stacks[index].operators):
                 generator = torch.Generator().manual_seed(self.seed + 1000 * index + place)
@@ -218,6 +223,8 @@ class Triplets:
                 v = random_vector(operator, part, generator)
                 found = top_singular_value(operator, part, v, max_products=LANCZOS_STEPS)
                 self._keep(operator, found.u, found.v)
+                if math.isnan(found.residual):
+                    self._not_finite.add(index)
             self._directions.pop(index, None)
 
     def renew(self, weights: Mapping[int, Tensor]) -> None:

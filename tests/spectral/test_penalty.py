@@ -359,6 +359,17 @@ def test_a_convolution_that_is_called_by_keyword_is_looked_at_too():
         penalty()
 
 
+def test_a_replaced_projection_of_attention_is_an_error():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 2))
+    penalty = SpectralPenalty(net, head="2", input_size=(5, 8))
+    penalty()
+    attention = layer.self_attn
+    attention.out_proj = type(attention.out_proj)(8, 8)
+    with pytest.raises(ValueError, match=r"layer '1\.self_attn\.out_proj' was replaced"):
+        penalty()
+
+
 @pytest.mark.parametrize("mistake", ["replaced", "parametrized", "adapted"])
 def test_layers_that_change_after_the_penalty_was_made_are_an_error(net, mistake):
     penalty = make(net)
@@ -589,6 +600,18 @@ def test_weights_that_were_not_finite_for_a_while_do_no_lasting_harm(net):
     assert sum(s**2 for s in penalty.sigmas().values()) == pytest.approx(
         100 * before.item(), rel=1e-3
     )
+
+
+def test_a_first_use_at_weights_that_are_not_finite_does_no_lasting_harm(net):
+    good = net.proj.weight.detach().clone()
+    before = make(net)()
+    with torch.no_grad():
+        net.proj.weight.fill_(torch.nan)
+    penalty = make(net, renew_every=100)
+    assert penalty().isnan()
+    with torch.no_grad():
+        net.proj.weight.copy_(good)
+    torch.testing.assert_close(penalty(), before, rtol=1e-3, atol=0)
 
 
 def test_a_penalty_is_not_copied_but_made_for_another_model(net):
