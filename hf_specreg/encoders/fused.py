@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.graph import (
     OperationGraph,
-    evaluation,
     example,
     is_batch_norm,
     outputs_of,
 )
+from hf_specreg.encoders.modules import examined
 from hf_specreg.encoders.pinned import BatchNorm, batch_norms, is_pinned, pin, pinnable
 
 TOLERANCE = 1e-3  # of the largest output: float32 on the CPU is far below, TF32 below
@@ -153,7 +153,7 @@ def _fuse(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> None:
 
 @torch.no_grad()
 def _outputs(network: nn.Module, inputs) -> list[Tensor]:
-    with evaluation(network):
+    with examined(network):
         return [output.clone() for output in outputs_of(network, inputs)]
 
 

@@ -5,9 +5,7 @@ it. What autograd does not show (TorchScript, functions with a backward of their
 operation, of unknown kind.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -16,7 +14,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.modules import examined, leaf
 from hf_specreg.encoders.trace import call
 
 
@@ -110,19 +108,6 @@ def example(space: FeatureSpace, *, noise: bool = False):
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-@contextlib.contextmanager
-def evaluation(network: nn.Module) -> Iterator[None]:
-    """Evaluate a network as it is, uncompiled, and leave it as it was."""
-    devices = sorted({p.device for p in network.parameters() if p.device.type == "cuda"}, key=str)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_it_was(network))
-        stack.enter_context(evaluating(network))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
 def outputs_of(network: nn.Module, inputs) -> list[Tensor]:
     """Return every tensor of real numbers that a network gives."""
     output = call(network, inputs)
@@ -132,10 +117,10 @@ def outputs_of(network: nn.Module, inputs) -> list[Tensor]:
 
 def _evaluated(space: FeatureSpace) -> tuple[list[Tensor], list[Tensor]]:
     """The images, and the outputs with their graph, in which frozen parameters are as well."""
-    inputs = tree_map_only(Tensor, _leaf, example(space))
+    inputs = tree_map_only(Tensor, leaf, example(space))
     frozen = [p for p in space.network.parameters() if not p.requires_grad]
     frozen = [p for p in frozen if p.is_floating_point()]
-    with evaluation(space.network), torch.enable_grad():
+    with examined(space.network), torch.enable_grad():
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -145,11 +130,6 @@ def _evaluated(space: FeatureSpace) -> tuple[list[Tensor], list[Tensor]]:
                 parameter.requires_grad_(False)
     leaves = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
     return leaves, [output for output in outputs if output.grad_fn is not None]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _given(node: Node) -> list[Node]:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -87,6 +87,25 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             for buffer, version, before in buffers:
                 if buffer._version != version:
                     buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def examined(network: nn.Module) -> Iterator[None]:
+    """Have a network evaluated as it is, uncompiled, and leave it as it was."""
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(left_as_it_was(network))
+        stack.enter_context(evaluating(network))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A tensor without its graph, from which one begins where it is of real numbers."""
+    tensor = tensor.detach()
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def computes_weight(module: nn.Module) -> bool:

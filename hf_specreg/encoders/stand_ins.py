@@ -1,6 +1,6 @@
 """Tensors that stand in for a network's parameters and buffers while it is traced."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,3 @@ def with_values(network: nn.Module) -> dict[str, Tensor]:
             values[id(tensor)] = value.to(default) if value.is_floating_point() else value
         found[name] = values[id(tensor)]
     return found
-
-
-def devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    """The GPUs that tensors are on."""
-    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)

@@ -19,8 +19,8 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_specreg.encoders.head import fed_to, headless_output
-from hf_specreg.encoders.modules import computes_weight, evaluating, left_as_it_was
-from hf_specreg.encoders.stand_ins import devices, on_meta, with_values
+from hf_specreg.encoders.modules import computes_weight, examined, leaf
+from hf_specreg.encoders.stand_ins import on_meta, with_values
 
 LINEAR_FUNCTIONS = frozenset(
     {
@@ -135,15 +135,12 @@ class _Trace(nn.Module):
 
     def run(self, tensors: Mapping[str, Tensor], inputs: Any) -> list[Layer]:
         """Run the network with other tensors in place of its parameters and buffers."""
-        inputs = tree_map_only(Tensor, _requiring_grad, inputs)
+        inputs = tree_map_only(Tensor, leaf, inputs)
         self.recorder.watch(tensors)
         held = {f"network.{name}": tensor for name, tensor in tensors.items()}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(left_as_it_was(self.network))
-            stack.enter_context(evaluating(self.network))
+            stack.enter_context(examined(self.network))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.random.fork_rng(devices(tensors.values())))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_one_pass())
             for hook in self.recorder.hooks():
                 stack.callback(hook.remove)
@@ -230,30 +227,34 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        owned = [self.made_of[id(t)][1] for t in tensors if id(t) in self.made_of]
-        produced = [self.produced[id(t)][1] for t in tensors if id(t) in self.produced]
-        if not owned and not produced:
-            return output
-        fed, names = _image_dependent(tensors), frozenset().union(*owned)
+        if any(id(t) in self.made_of or id(t) in self.produced for t in tensors):
+            fed = _image_dependent(tensors)
+            if fed is None:
+                self._note_making(func, tensors, output)
+            elif func in LINEAR_FUNCTIONS:
+                for tensor in tensors:
+                    self._note_use(tensor, fed, output)
+                weight = _weight(func, args, kwargs)
+                for name in sorted(_names_of(self.produced, weight)):  # of a hypernetwork
+                    self._note_parameter(self.derived, name, fed, output)
+        return output
+
+    def _note_making(self, func, tensors: Sequence[Tensor], output) -> None:
+        """Note what parameters a function's output is made of, without the image."""
+        owned = [_names_of(self.made_of, t) for t in tensors if id(t) in self.made_of]
+        produced = [_names_of(self.produced, t) for t in tensors if id(t) in self.produced]
+        names = frozenset().union(*owned)
         # A product of coordinates, or of a learned token by another module's weight, is no weight.
         activations = len(owned) < len(tensors) or len(_holders(names)) > 1
-        if fed is None:
-            is_product = bool(produced) or (func in LINEAR_FUNCTIONS and activations)
-            kept, names = self.produced if is_product else self.made_of, names.union(*produced)
-            for made in tree_leaves(output):
-                if isinstance(made, Tensor) and id(made) not in self.made_of:
-                    kept[id(made)] = made, names
-        elif func in LINEAR_FUNCTIONS:
-            for tensor in tensors:
-                self._note_use(tensor, fed, output)
-            weight = _weight(func, args, kwargs)
-            for name in sorted(self.produced.get(id(weight), (None, ()))[1]):  # of a hypernetwork
-                self._note_parameter(self.derived, name, fed, output)
-        return output
+        is_product = bool(produced) or (func in LINEAR_FUNCTIONS and activations)
+        kept = self.produced if is_product else self.made_of
+        for made in tree_leaves(output):
+            if isinstance(made, Tensor) and id(made) not in self.made_of:
+                kept[id(made)] = made, names.union(*produced)
 
     def _note_use(self, tensor: Tensor, fed: Tensor, output) -> None:
         """Note the parameters that a tensor is made of, which the image is multiplied by."""
-        for name in sorted(self.made_of.get(id(tensor), (None, ()))[1]):
+        for name in sorted(_names_of(self.made_of, tensor)):
             parameter = self.made_of[self.parameters[name]][0]
             if parameter is tensor:
                 uses = self.direct
@@ -275,17 +276,10 @@ class _Recorder(TorchFunctionMode):
         for name, shapes in self.inputs.items():
             if name in reaching:
                 parent = type(modules[name.rpartition(".")[0]])
-                found.append(
-                    Layer(
-                        name,
-                        modules[name],
-                        tuple(shapes),
-                        f"{parent.__module__}.{parent.__qualname__}",
-                        tuple(sorted(self.direct.get(name, ()))),
-                        tuple(sorted(self.derived.get(name, ()))),
-                        tuple(sorted(self.reshaped.get(name, ()))),
-                    )
-                )
+                kind = f"{parent.__module__}.{parent.__qualname__}"
+                uses = (self.direct, self.derived, self.reshaped)
+                used = (tuple(sorted(of.get(name, ()))) for of in uses)
+                found.append(Layer(name, modules[name], tuple(shapes), kind, *used))
         return found
 
 
@@ -303,6 +297,13 @@ def _weight(function, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     weight = args[1] if len(args) > 1 else kwargs.get("weight")
     is_function = function.__name__ not in ("matmul", "__matmul__", "mm")
     return weight if is_function or (isinstance(weight, Tensor) and weight.ndim == 2) else None
+
+
+def _names_of(
+    kept: Mapping[int, tuple[Tensor, frozenset[str]]], tensor: Tensor | None
+) -> frozenset[str]:
+    """The parameters that a tensor is made of, as noted by id."""
+    return kept[id(tensor)][1] if id(tensor) in kept else frozenset()
 
 
 def _holders(names: Iterable[str]) -> set[str]:
@@ -325,10 +326,6 @@ def _reaching(outputs: dict[str, list[Tensor]], targets: list) -> set[str]:
     ones = [torch.ones_like(t) for t in targets]
     gradients = torch.autograd.grad(targets, [t for _, t in named], ones, allow_unused=True)
     return {name for (name, _), g in zip(named, gradients, strict=True) if g is not None}
-
-
-def _requiring_grad(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ factor of such a product, and then there is no bound here.
 """
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,7 @@ SLOPES: dict[type[nn.Module], float] = {
 }
 _RESHAPES = {"flatten", "view", "reshape"}
 _KEEPS_LOGITS = (nn.Identity, nn.Dropout)
+_SCALINGS = (operator.mul, operator.truediv)
 
 
 class NoBoundError(ValueError):
@@ -110,37 +113,55 @@ def _chain(
     """The Lipschitz constant of every layer before the head, and what its logits are multiplied
     by.
     """
-    factors: dict[str, float] = {}
-    scale, past_head = 1.0, False
-    for node in graph.nodes:
-        if node.op == "placeholder" and list(graph.find_nodes(op="placeholder")).index(node):
-            continue
+    unused = list(graph.find_nodes(op="placeholder"))[1:]
+    nodes = [node for node in graph.nodes if node not in unused and node.op != "get_attr"]
+    for node in nodes[:-1]:
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if node.op != "output" and (len(inputs) > 1 or len(node.users) > 1):
+        if len(inputs) > 1 or len(node.users) > 1:
             raise NoBoundError(f"{node.name} joins or forks: the network is no chain")
+    names = [node.target for node in nodes]
+    if head not in names:
+        raise NoBoundError(f"{head} is not called")
+    before, after = nodes[1 : names.index(head)], nodes[names.index(head) + 1 : -1]
+    return _factors(before, modules, sigmas), _scale(after, modules)
+
+
+def _factors(
+    nodes: Sequence[fx.Node], modules: dict[str, nn.Module], sigmas: dict[str, float]
+) -> dict[str, float]:
+    """The Lipschitz constants of the layers before the head."""
+    factors: dict[str, float] = {}
+    for node in nodes:
+        if node.op != "call_module":
+            _check_reshapes(node)
+        elif node.target in sigmas:
+            if node.target in factors:  # its sigma is of one of its uses
+                raise NoBoundError(f"{node.target} is used more than once")
+            factors[node.target] = sigmas[node.target]
+        else:
+            factor = _factor(node.target, modules[node.target])
+            factors[node.target] = factors.get(node.target, 1.0) * factor
+    return factors
+
+
+def _scale(nodes: Sequence[fx.Node], modules: dict[str, nn.Module]) -> float:
+    """What logits are multiplied by after the head."""
+    scale = 1.0
+    for node in nodes:
         if node.op == "call_module":
-            module = modules[node.target]
-            past_head |= node.target == head
-            if past_head:
-                if node.target != head and not isinstance(module, _KEEPS_LOGITS):
-                    raise NoBoundError(f"{node.target} comes after the head")
-            elif node.target in sigmas:
-                if node.target in factors:  # its sigma is of one of its uses
-                    raise NoBoundError(f"{node.target} is used more than once")
-                factors[node.target] = sigmas[node.target]
-            else:
-                factor = _factor(node.target, module)
-                factors[node.target] = factors.get(node.target, 1.0) * factor
-        elif node.op == "call_function" and node.target.__name__ in ("truediv", "mul"):
-            if not past_head or not isinstance(node.args[1], int | float):
-                raise NoBoundError(f"{node.name} is not known")
-            number = node.args[1]
-            scale *= 1 / number if node.target.__name__ == "truediv" else number
-        elif node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else node.target.__name__
-            if name not in _RESHAPES:
-                raise NoBoundError(f"{node.name} is not known")
-    return factors, scale
+            if not isinstance(modules[node.target], _KEEPS_LOGITS):
+                raise NoBoundError(f"{node.target} comes after the head")
+        elif node.target in _SCALINGS and isinstance(node.args[1], int | float):
+            scale = node.target(scale, node.args[1])
+        else:
+            _check_reshapes(node)
+    return scale
+
+
+def _check_reshapes(node: fx.Node) -> None:
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    if name not in _RESHAPES:
+        raise NoBoundError(f"{node.name} is not known")
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -45,25 +45,8 @@ def class_order(
     if found is not None:
         return _in_order(found, used, classes)
     if not own or _numbers(own) or _numbers(used.values()):
-        if len(names) == classes:
-            return None, []
-        return None, [
-            f"the data set has {len(names)} classes and the model {classes}, and no names tell "
-            "which is which: labels are taken as the numbers of the model's classes"
-        ]
-    known = _unambiguous((_plain(name), i) for i, name in enumerate(own))
-    other = [name for i, name in used.items() if _plain(name) not in known]
-    moved = [name for i, name in used.items() if known.get(_plain(name), i) != i]
-    if moved or len(names) != classes:
-        raise ClassifierError(
-            f"the data set has classes {_some(other or moved)}, which are none of the model's "
-            f"{classes}, {_some(own)}: {REMEDY}"
-        )
-    there = [own[i] for i, name in used.items() if _plain(name) not in known]
-    return None, [
-        f"the data set calls {_some(other)} what the model calls {_some(there)}: labels are taken "
-        "as the numbers of the model's classes"
-    ]
+        return None, _as_numbers(len(names), classes)
+    return None, _as_numbered(used, own, same_count=len(names) == classes)
 
 
 def _found(used: Mapping[int, str], own: Sequence[str], classes: int) -> dict[int, int] | None:
@@ -94,6 +77,32 @@ def _in_order(
     return order, [
         "the data set numbers its classes otherwise than the model, so they are matched by name: "
         f"label {moved}, {used[moved]!r}, is the model's class {found[moved]}"
+    ]
+
+
+def _as_numbers(labels: int, classes: int) -> list[str]:
+    """What must be said where no names tell which class is which."""
+    if labels == classes:
+        return []
+    return [
+        f"the data set has {labels} classes and the model {classes}, and no names tell which is "
+        "which: labels are taken as the numbers of the model's classes"
+    ]
+
+
+def _as_numbered(used: Mapping[int, str], own: Sequence[str], *, same_count: bool) -> list[str]:
+    """What must be said where some names are none of the model's, and the others in its order."""
+    known = _unambiguous((_plain(name), i) for i, name in enumerate(own))
+    other = {i: name for i, name in used.items() if _plain(name) not in known}
+    moved = [name for i, name in used.items() if known.get(_plain(name), i) != i]
+    if moved or not same_count:
+        raise ClassifierError(
+            f"the data set has classes {_some([*other.values()] or moved)}, which are none of the "
+            f"model's {len(own)}, {_some(own)}: {REMEDY}"
+        )
+    return [
+        f"the data set calls {_some([*other.values()])} what the model calls "
+        f"{_some([own[i] for i in other])}: labels are taken as the numbers of the model's classes"
     ]
 
 

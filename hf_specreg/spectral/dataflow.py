@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.encoders.modules import evaluating, left_as_it_was
+from hf_specreg.encoders.modules import examined
 from hf_specreg.encoders.trace import call
 from hf_specreg.spectral.flow import (
     CONCATENATIONS,
@@ -274,14 +274,9 @@ def follow(space: FeatureSpace, layers: Mapping[str, nn.Module]) -> Dataflow:
     dataflow, inputs = Dataflow(network, layers), space.example_inputs
     if inputs is None:
         inputs = torch.zeros(1, *space.input_size, dtype=first.dtype, device=first.device)
-    devices = [first.device] if first.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_it_was(network))
-        stack.enter_context(evaluating(network))
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(examined(network))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_shortcuts())
         for hook in dataflow.hooks():
             stack.callback(hook.remove)

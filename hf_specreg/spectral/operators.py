@@ -15,10 +15,10 @@ overlap.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,44 +35,32 @@ ROWS = 64
 LARGE_PRODUCT = 2**22
 
 
-class LinearOperator(Protocol):
-    """What singular values are computed from; v is [B, *input_shape], u is [B, *output_shape]."""
+class LinearOperator(ABC):
+    """What singular values are computed from; v is [B, *input_shape], u is [B, *output_shape].
+
+    Attributes:
+        name: dotted, of its layer or of a part of it.
+        input_shape: of v, without the batch.
+        layer_weight: computes the layer's weight, with its graph.
+        groups: blocks on the diagonal of its matrix, each of which maps its own channels.
+    """
 
     name: str
     input_shape: tuple[int, ...]
     layer_weight: Callable[[], Tensor]
-    groups: int  # blocks on the diagonal of its matrix, each of which maps its own channels
+    groups: int
 
-    def repeated(self, count: int) -> "LinearOperator":
-        """So many operators of this shape as one, block diagonal: their weights below each other,
-        the channels of their v and u one after the other.
-        """
-
-    def part(self, weight: Tensor) -> Tensor:
-        """The operator's own weight, as it is in the layer's."""
-
-    def effective_weight(self) -> Tensor:
-        """The operator's own weight as it acts, with its graph."""
-
+    @abstractmethod
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
         """W v."""
 
+    @abstractmethod
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
         """W^T u."""
 
+    @abstractmethod
     def weight_gradient(self, v: Tensor, u: Tensor) -> Tensor:
         """The gradient of <u, W v> in the weight, of the weight's shape."""
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The weight, or a copy in bfloat16 to search u and v with, not to take sigma from."""
-
-
-class _OfLayer:
-    """An operator that is all of its layer."""
-
-    input_shape: tuple[int, ...]
-    layer_weight: Callable[[], Tensor]
-    groups: int
 
     def repeated(self, count: int) -> "LinearOperator":
         """So many operators of this shape as one, block diagonal: their weights below each other,
@@ -95,7 +83,7 @@ class _OfLayer:
 
 
 @dataclass(frozen=True)
-class Dense(_OfLayer):
+class Dense(LinearOperator):
     """A matrix [out, in], as in a linear layer: the rows from `rows[0]` to `rows[1]` of the layer's
     weight. With groups, so many matrices of equal size, below each other in the weight.
     """
@@ -141,7 +129,7 @@ def _joined(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Convolution(_OfLayer):
+class Convolution(LinearOperator):
     """A convolution in 1 to 3 dimensions; padding is (before, after) per dimension, first
     dimension first.
     """
@@ -265,7 +253,7 @@ class Convolution(_OfLayer):
 
 
 @dataclass(frozen=True)
-class TransposedConvolution(_OfLayer):
+class TransposedConvolution(LinearOperator):
     """A transposed convolution: the adjoint of a convolution from its output to its input."""
 
     name: str

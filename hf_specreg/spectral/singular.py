@@ -5,27 +5,23 @@ orthonormal bases U and V with W V = U B, B upper bidiagonal and small, and the 
 gives that of W. While training, a few steps from the vector of last time follow the weights
 (`bidiagonalize`, see `tracking.py`). For a value to report, it is restarted until the residual says
 that it has converged (`top_singular_value`). On large maps the bases outweigh everything else:
-there they are kept short, and restarted more often. Two exact references need no iteration: the
-dense SVD of the explicitly built matrix (any operator, small), and the Fourier transform (circular
-convolutions, any stride).
+there they are kept short, and restarted more often.
 
 A grouped convolution is block diagonal, one block a group, as are operators of equal shape that are
 worked together. Here every block has unit vectors and a small matrix of its own. One vector for all
 of them would die out exactly to 0 in every block but the leading one, and when training shrinks
 that block the iteration could never move to the next.
 
-Sources: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10; Sedghi, Gupta, Long, ICLR
-2019, for the Fourier form, extended here to strides by folding the frequencies that alias.
+Source: Golub, Van Loan, "Matrix Computations", 4th ed., ch. 8 and 10.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_specreg.spectral.operators import Convolution, LinearOperator
+from hf_specreg.spectral.operators import LinearOperator
 
 LANCZOS_STEPS = 24
 # A search's two bases are so many numbers at most, 64 MiB in float32, or of 4 steps. At 16 channels
@@ -213,50 +209,3 @@ def _unit(
     least = torch.finfo(rows.dtype).tiny / torch.finfo(rows.dtype).eps
     spent = norm <= (least if floor is None else floor)
     return torch.div(rows, norm.masked_fill(spent, torch.inf), out=out), norm
-
-
-def dense_matrix(operator: LinearOperator, weight: Tensor) -> Tensor:
-    """Build the operator's matrix, [outputs, inputs]: column i is W applied to the i-th unit
-    vector.
-    """
-    n = torch.Size(operator.input_shape).numel()
-    columns = operator.apply(weight, torch.eye(n).to(weight).reshape(n, *operator.input_shape))
-    return columns.reshape(n, -1).T
-
-
-def top_singular_value_dense(operator: LinearOperator, weight: Tensor) -> Tensor:
-    """Return sigma, 0-d, by SVD of the explicitly built matrix: exact, for small operators."""
-    return torch.linalg.matrix_norm(dense_matrix(operator, weight), ord=2)
-
-
-def top_singular_value_fft(operator: Convolution, weight: Tensor) -> Tensor:
-    """Return sigma, 0-d, of a circular convolution, by SVD of its blocks in the Fourier domain:
-    exact.
-
-    With stride s, output frequency k mixes the s aliases k + j n / s of each dimension, so its
-    block is their transfer matrices side by side, [out, in * s^d], times s^(-d/2).
-
-    Raises:
-        ValueError: the convolution is not circular, does not keep the size at stride 1, or its
-            stride does not divide the input.
-    """
-    sizes = operator.input_shape[1:]
-    spans = [(k - 1) * d for k, d in zip(operator.kernel_size, operator.dilation, strict=True)]
-    if operator.padding_mode != "circular" or [sum(p) for p in operator.padding] != spans:
-        raise ValueError(
-            f"{operator.name}: padding ({operator.padding_mode}, {operator.padding}) must be "
-            "circular and keep the size"
-        )
-    if any(n % s for n, s in zip(sizes, operator.stride, strict=True)):
-        raise ValueError(
-            f"{operator.name}: stride {operator.stride} must divide the input size {tuple(sizes)}"
-        )
-    wrapped = weight.new_zeros(*weight.shape[:2], *sizes)
-    for tap in itertools.product(*map(range, operator.kernel_size)):
-        place = [t * d % n for t, d, n in zip(tap, operator.dilation, sizes, strict=True)]
-        wrapped[(..., *place)] += weight[(..., *tap)]
-    transfer = torch.fft.fftn(wrapped, dim=tuple(range(2, wrapped.ndim)))
-    for dim, s in enumerate(operator.stride, 2):  # frequency f = alias * (n / s) + k
-        transfer = transfer.unflatten(dim, (s, -1)).movedim(dim, 2).flatten(1, 2) / s**0.5
-    matrices = transfer.unflatten(0, (operator.groups, -1)).flatten(3).movedim(3, 1)
-    return torch.linalg.matrix_norm(matrices, ord=2).max()

@@ -1,6 +1,5 @@
 """Where a run goes on from, and what of it may have changed since."""
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,19 +92,10 @@ def changes_of_the_run(
     What a setting does that did not exist then is its default.
     """
     now, default = (json.loads(json.dumps(c.as_dict())) for c in (config, type(config)()))
-    found = differences(_filled(_renamed(before), default), now)
+    found = differences(_filled(before, default), now)
     if now.get("transfer", {}).get("head") == "probe":  # the probe's weights are where it begins
         free = tuple(name for name in free if name != "probe.")
     return [difference for difference in found if not difference.startswith(tuple(free))]
-
-
-def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by the names that they have today."""
-    settings = copy.deepcopy(settings)
-    sensitivity = settings.get("regularizers", {}).get("sensitivity", {})
-    if "part" in sensitivity:
-        sensitivity["images"] = sensitivity.pop("part")
-    return settings
 
 
 def _filled(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -145,8 +145,6 @@ class RunState:
                 "name its commit as model.revision"
             )
         self._load_weights(checkpoint)
-        if any("lr_scale" not in group for group in self.optimizer.param_groups):
-            raise CheckpointError(f"{checkpoint} is of an earlier version: start the run anew")
         vectors = load_file(checkpoint / "penalty.safetensors")
         self.penalty.load_state_dict({**progress["penalty"], "vectors": vectors})
         if self.ema is not None:

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_specreg.spectral.layers import UnsupportedLayerError, linear_operators
 from hf_specreg.spectral.operators import Dense
-from hf_specreg.spectral.singular import dense_matrix, random_vector, top_singular_value
+from hf_specreg.spectral.singular import random_vector, top_singular_value
+from tests.spectral.references import dense_matrix
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -14,7 +14,7 @@ from hf_specreg import FeatureSpace
 from hf_specreg.spectral import operators
 from hf_specreg.spectral.layers import linear_operators
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.spectral.singular import dense_matrix
+from tests.spectral.references import dense_matrix
 
 
 class SmallNet(nn.Module):
