@@ -8,14 +8,16 @@ that of all.
 import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.pace import Pace
 from hf_specreg.spectral.precision import exact_float32
-from hf_specreg.spectral.sharding import local, shares, summed, whole
+from hf_specreg.spectral.sharding import is_sharded, local, shares, summed, whole
 from hf_specreg.spectral.singular import TopSingularValue, random_vector, top_singular_value
 from hf_specreg.spectral.squares import Factor, sum_of_squares
 from hf_specreg.spectral.tracking import Stack, Triplets, stacks
@@ -36,15 +38,16 @@ class FollowedSum:
         operators: in forward order, the same on all processes.
         weight: a stack's weight as it acts, with its graph, in full precision.
         every: optimizer steps from one use to the next.
-        renew_every: steps between two renewals of a layer's vectors.
-        lanczos_steps: of a renewal.
+        renew_every: steps between two renewals of a layer's vectors at most.
+        lanczos_steps: of a renewal at most.
         shared: share the layers out over the processes of torch.distributed.
         seed: of the vectors' first draw.
         device: where the weights are, until a use finds them on another.
 
     Attributes:
         stacks: of the operators, by their layers' weights.
-        triplets: their singular vectors.
+        pace: how often vectors are renewed.
+        triplets: the singular vectors.
         groups: the stacks of this process that are renewed together, by index.
         nodes: those whose terms are one node of the graph.
         uses: how many there were.
@@ -68,14 +71,9 @@ class FollowedSum:
         self.shared = shared
         self.uses = 0
         self.stacks = stacks(operators)
-        self.triplets = Triplets(
-            self.stacks,
-            renew_every=renew_every,
-            lanczos_steps=lanczos_steps,
-            seed=seed,
-            device=device,
-        )
-        self._device, self.vectors_loaded = device, False
+        self.pace = Pace(renew_every, lanczos_steps, every=every)
+        self.triplets = Triplets(self.stacks, pace=self.pace, seed=seed, device=device)
+        self._device, self._sharded, self.vectors_loaded = device, False, False
         self._arrange()
 
     def _arrange(self) -> None:
@@ -99,7 +97,7 @@ class FollowedSum:
 
     def _share_out(self) -> list[int]:
         """The process that works on each stack."""
-        all_at_once = self.every >= self.triplets.renew_every
+        all_at_once = self.every >= self.pace.slowest
         turns = [] if all_at_once else self.triplets.turns
         costs = [stack.cost for stack in self.stacks]
         return shares(costs, dist.get_world_size(), rounds=turns)
@@ -136,6 +134,8 @@ class FollowedSum:
         are due. Return the weights that it took, with their graph: some are costly to compute.
         """
         step, taken = self.uses * self.every, {}
+        together = self.shared or self._sharded
+        self.pace.adapt(step, device=self._device, together=together)
         for group in self.groups:
             started = self.triplets.has(group[0])
             due = all_due or self.triplets.is_due(group[0], step, since=self.every)
@@ -143,10 +143,11 @@ class FollowedSum:
                 continue
             weights = {index: self.weight(self.stacks[index]) for index in group}
             taken |= weights
+            self._sharded |= any(map(is_sharded, weights.values()))
             with torch.no_grad():
                 wholes = {index: whole(weight.detach()) for index, weight in weights.items()}
                 if started:
-                    self.triplets.renew(wholes)
+                    self.triplets.renew(wholes, strayed=all_due)
                 else:
                     self.triplets.start(wholes)
         return taken
@@ -188,13 +189,7 @@ class FollowedSum:
                     values[layer.name] = top_singular_value(layer, part, v, tolerance=tolerance)
         return values
 
-    def vectors(self, like: Tensor) -> dict[str, Tensor]:
-        """Return the vectors of all layers, of which there are none before the first use. Where
-        layers are shared out, all processes must call it.
-
-        Args:
-            like: has the type and the device that vectors of other processes are received in.
-        """
+    def _vectors(self, like: Tensor) -> dict[str, Tensor]:
         found = dict(self.triplets.vectors)
         if self.shared and self.uses:
             for stack, owner in zip(self.stacks, self._owners, strict=True):
@@ -204,12 +199,23 @@ class FollowedSum:
                     dist.broadcast(found[name], src=owner)
         return found
 
-    def load(self, vectors: Mapping[str, Tensor], uses: int, device: torch.device) -> None:
-        """Take over the vectors of all layers, or none.
+    def state(self, like: Tensor) -> dict[str, Any]:
+        """Return the count of uses, the pace and the vectors of all layers, of which there are none
+        before the first use. Where layers are shared out, all processes must call it.
+
+        Args:
+            like: has the type and the device that vectors of other processes are received in.
+        """
+        pace = self.pace.state(device=self._device, together=self.shared)
+        return {"uses": self.uses, "pace": pace, "vectors": self._vectors(like)}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take over a state.
 
         Raises:
             ValueError: they are those of other layers.
         """
+        vectors = state["vectors"]
         expected = {name: shape for stack in self.stacks for name, shape in stack.vectors.items()}
         unknown = vectors and set(vectors) ^ set(expected)
         if unknown:
@@ -223,7 +229,8 @@ class FollowedSum:
         self._follow_model(device)
         own = {name for index in self._own for name in self.stacks[index].vectors}
         kept = {n: torch.empty_like(v, device=device) for n, v in vectors.items() if n in own}
-        self.uses, self.vectors_loaded = uses, True
+        self.uses, self.vectors_loaded = state["uses"], True
+        self.pace.load(state["pace"], mine=not self.shared or dist.get_rank() == 0)
         self.triplets.load({name: vector.copy_(vectors[name]) for name, vector in kept.items()})
 
 

@@ -78,9 +78,9 @@ class SpectralPenalty:
         every: one call in `every` gives the penalty, the others 0.
         burn_in: the first `burn_in` calls give 0.
         ramp: calls after the burn-in in which the strength rises linearly from 0.
-        renew_every: calls between two renewals of a layer's singular vectors. Where the weights
-            move fast, fewer follow them better and cost more (`docs/penalty.md` has figures).
-        lanczos_steps: of a renewal, at least 2; each is a product with W and one with W^T.
+        renew_every: calls between two renewals of a layer's singular vectors, at most: where the
+            weights move too fast for that, they are renewed more often (`pace.py`).
+        lanczos_steps: of a renewal, at least 2, at most; each is a product with W and one with W^T.
         input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own
             configuration.
         head: dotted name or names of the head, () for a model that is all encoder; default: found
@@ -319,11 +319,11 @@ class SpectralPenalty:
         return {name: value.sigma.item() for name, value in values.items()}
 
     def state_dict(self) -> dict:
-        """Return the counts, norms' typical 1 / std and the warm vectors: with them, a resumed run
-        goes on bit for bit. Where layers are shared out, all processes must call it.
+        """Return the counts, norms' typical 1 / std, the pace and the warm vectors: with them, a
+        resumed run goes on bit for bit. Where layers are shared out, all processes must call it.
         """
-        norms, vectors = self._statistics.state(), self._sum.vectors(like=self._zero())
-        return {"step": self.step, "uses": self._sum.uses, "norms": norms, "vectors": vectors}
+        followed = self._sum.state(like=self._zero())
+        return {"step": self.step, "norms": self._statistics.state(), **followed}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts and warm vectors, before or after the weights that they are of. If
@@ -332,10 +332,10 @@ class SpectralPenalty:
         Raises:
             ValueError: the vectors are those of another model, or of an earlier version.
         """
-        if "uses" not in state:
+        if "pace" not in state:
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._statistics.load(state.get("norms", {}), like=self._zero())
-        self._sum.load(state["vectors"], state["uses"], self._device)
+        self._sum.load(state, self._device)
         self.step = state["step"]
         self._placed.changed()  # from now on
         self._watch()

@@ -107,6 +107,11 @@ def rows_of(tensor: Tensor, rows: Rows, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(here)
 
 
+def is_sharded(weight: Tensor) -> bool:
+    """Whether processes hold parts of a weight."""
+    return isinstance(weight, DTensor)
+
+
 def whole(weight: Tensor) -> Tensor:
     """Return a weight with the rows of all processes; collective for a DTensor."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

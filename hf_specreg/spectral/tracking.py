@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_specreg.spectral.operators import LinearOperator
+from hf_specreg.spectral.pace import Pace
 from hf_specreg.spectral.precision import exact_float32
 from hf_specreg.spectral.sharding import Rows, rows_of, shares
 from hf_specreg.spectral.singular import (
@@ -130,29 +131,26 @@ class Triplets:
 
     Args:
         stacks: of the operators, in an order that is the same on all processes.
-        renew_every: steps between two renewals of a layer.
-        lanczos_steps: of a renewal.
+        pace: how often layers are renewed.
         seed: of the first vectors and of the noise.
         device: that they are used on.
 
     Attributes:
         vectors: "<name>.u" and "<name>.v" of every operator that was used.
         groups: the stacks that are renewed together, by index.
-        turns: of a stack, which of the `renew_every` steps is its turn.
+        turns: of a stack, which of the steps of the slowest round is its turn.
     """
 
     def __init__(
         self,
         stacks: Sequence[Stack],
         *,
-        renew_every: int,
-        lanczos_steps: int,
+        pace: Pace,
         seed: int,
         device: torch.device,
     ):
         self.stacks = stacks
-        self.renew_every = renew_every
-        self.lanczos_steps = lanczos_steps
+        self.pace = pace
         self.seed = seed
         self.vectors: dict[str, Tensor] = {}
         self._directions: dict[int, Tensor] = {}
@@ -164,18 +162,19 @@ class Triplets:
         """Group the stacks as is best on a device, and bring the vectors there."""
         self.vectors = {name: vector.to(device) for name, vector in self.vectors.items()}
         self.groups = renewed_together(
-            self.stacks, steps=self.lanczos_steps, on_cpu=device.type == "cpu"
+            self.stacks, steps=self.pace.most_lanczos_steps, on_cpu=device.type == "cpu"
         )
         costs = [sum(self.stacks[index].cost for index in group) for group in self.groups]
         self.turns = [0] * len(self.stacks)
-        turns = shares(costs, min(self.renew_every, len(costs)))
+        turns = shares(costs, min(self.pace.slowest, len(costs)))
         for group, turn in zip(self.groups, turns, strict=True):
             for index in group:
                 self.turns[index] = turn
 
     def is_due(self, index: int, step: int, since: int) -> bool:
         """Whether a stack's turn fell on the step or the `since` - 1 before it."""
-        return since >= self.renew_every or (step - self.turns[index]) % self.renew_every < since
+        renew_every = self.pace.renew_every
+        return since >= renew_every or (step - self.turns[index]) % renew_every < since
 
     def has(self, index: int) -> bool:
         """Whether a stack has vectors yet, of a weight that was finite."""
@@ -227,28 +226,43 @@ class Triplets:
                     self._not_finite.add(index)
             self._directions.pop(index, None)
 
-    def renew(self, weights: Mapping[int, Tensor]) -> None:
+    def renew(self, weights: Mapping[int, Tensor], *, strayed: bool = False) -> None:
         """Bring the vectors of stacks of one kind closer to the top ones of their weights, by
         index, which are whole.
+
+        Args:
+            weights: the stacks', by index.
+            strayed: these are not what training made of those that the vectors were of.
         """
         places: dict[tuple, list[int]] = {}
         for index, weight in weights.items():
             places.setdefault((weight.device, weight.dtype), []).append(index)
         for indices in places.values():
-            self._renew_together(indices, [weights[index] for index in indices])
+            followed, found = self._renew_together(indices, [weights[index] for index in indices])
+            if not strayed:
+                self.pace.note(followed, found)
 
-    def _renew_together(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
+    def _renew_together(
+        self, indices: Sequence[int], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Renew, and return the sums of sigma^2 by the vectors before and by those after."""
         operators = [operator for index in indices for operator in self.stacks[index].operators]
         one, together = operators[0], operators[0].repeated(len(operators))
-        v = torch.cat([self.vectors[f"{o.name}.v"] for o in operators]).to(weights[0])
-        v = v.nan_to_num(0, 0, 0)  # anew, after a NaN
+        u, v = (
+            torch.cat([self.vectors[f"{o.name}.{side}"] for o in operators]).to(weights[0])
+            for side in "uv"
+        )
         noise = self._noise_like(v[:1]) * NOISE * (v[0].numel() / one.groups) ** -0.5
-        v = (v + noise).reshape(1, *together.input_shape)
         searched = [one.rounded(weight) for weight in weights]
-        weight = torch.cat(searched) if len(searched) > 1 else searched[0]
-        steps = steps_that_fit(len(indices) * self.stacks[indices[0]].size, most=self.lanczos_steps)
-        for _ in range(math.ceil(self.lanczos_steps / steps)):
-            _, u, v, _ = bidiagonalize(together, together.part(weight), v, steps=steps)
+        weight = together.part(torch.cat(searched) if len(searched) > 1 else searched[0])
+        image = together.apply(weight, v.reshape(1, *together.input_shape).to(weight.dtype))
+        followed = (image.reshape(u.shape).to(u) * u).reshape(together.groups, -1).sum(1)
+        v = v.nan_to_num(0, 0, 0)  # anew, after a NaN
+        v = (v + noise).reshape(1, *together.input_shape)
+        most = self.pace.lanczos_steps
+        steps = steps_that_fit(len(indices) * self.stacks[indices[0]].size, most=most)
+        for _ in range(math.ceil(most / steps)):
+            found, u, v, _ = bidiagonalize(together, weight, v, steps=steps)
         count = len(operators)
         of_each = u.reshape(count, 1, -1, *u.shape[2:]), v.reshape(count, 1, *one.input_shape)
         # Of weights that are not finite they stay, or these could not be put back without a trace.
@@ -258,6 +272,8 @@ class Triplets:
             self._keep(operator, *map(partial(torch.where, finite), vectors, before))
         for index in indices:
             self._directions.pop(index, None)
+        tops = (s.abs().reshape(count, -1).amax(1).square().sum() for s in (followed, found))
+        return tuple(tops)
 
     def direction(self, index: int, weight: Tensor, rows: Rows) -> Tensor:
         """Return of a stack's D the rows of the weight that are on this process."""

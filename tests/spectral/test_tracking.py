@@ -86,7 +86,7 @@ def test_layers_of_equal_weights_but_another_geometry_are_renewed_apart():
 def test_turns_are_as_even_as_groups_can_be(name):
     triplets = make(network(name))._sum.triplets
     costs = [sum(triplets.stacks[i].cost for i in group) for group in triplets.groups]
-    loads = [0] * triplets.renew_every
+    loads = [0] * triplets.pace.slowest
     for group, cost in zip(triplets.groups, costs, strict=True):
         assert len({triplets.turns[i] for i in group}) == 1
         loads[triplets.turns[group[0]]] += cost
