@@ -57,7 +57,9 @@ def warm(penalty, device=DEVICE):
     """Give a penalty, within `fake_device`, the vectors that its first use would find there."""
     shapes = {n: s for stack in penalty._sum.stacks for n, s in stack.vectors.items()}
     vectors = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-    penalty.load_state_dict({**penalty.state_dict(), "step": 1, "uses": 1, "vectors": vectors})
+    state = {**penalty.state_dict(), "step": 1, "uses": 1, "vectors": vectors}
+    state["pace"]["look_at"] = 1000  # for which the host does wait
+    penalty.load_state_dict(state)
 
 
 @contextmanager

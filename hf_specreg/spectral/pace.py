@@ -83,6 +83,8 @@ class Pace:
 
     def _read(self, device: torch.device, together: bool) -> list[float]:
         """What was followed and found since the last look, by all processes."""
+        if self._sums is None and not together:
+            return [0.0, 0.0]
         sums = torch.zeros(2, device=device) if self._sums is None else self._sums.clone()
         if together:
             dist.all_reduce(sums)

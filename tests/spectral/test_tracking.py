@@ -255,9 +255,9 @@ def test_a_resumed_penalty_goes_on_bit_for_bit_where_layers_are_renewed_together
 def test_every_layer_has_its_turn_once_in_a_round(every, monkeypatch):
     renewed, renew = [], Triplets.renew
 
-    def watched(self, weights):
+    def watched(self, weights, **strayed):
         renewed.extend(weights)
-        renew(self, weights)
+        renew(self, weights, **strayed)
 
     monkeypatch.setattr(Triplets, "renew", watched)
     penalty = make(network("resnet20_cifar"), renew_every=5, every=every)
