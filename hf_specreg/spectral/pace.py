@@ -60,7 +60,7 @@ class Pace:
             followed: the sum of <D, W>^2 of the layers, by the vectors that they had; 0-d.
             found: the sum of sigma^2, by those that they were given.
         """
-        sums = torch.stack([followed, found])
+        sums = torch.stack([followed, found]).float()  # alike on all processes
         self._sums = sums if self._sums is None else self._sums.to(sums) + sums
 
     def adapt(self, step: int, *, device: torch.device, together: bool) -> None:
@@ -85,7 +85,8 @@ class Pace:
         """What was followed and found since the last look, by all processes."""
         if self._sums is None and not together:
             return [0.0, 0.0]
-        sums = torch.zeros(2, device=device) if self._sums is None else self._sums.clone()
+        sums = torch.zeros(2) if self._sums is None else self._sums
+        sums = sums.to(device, copy=True)
         if together:
             dist.all_reduce(sums)
         return sums.tolist()
