@@ -10,13 +10,16 @@ is computed once an optimizer step; its gradient is kept and given to each micro
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.loss import BinaryCrossEntropy, PolyBinaryCrossEntropy
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hf_specreg.encoders.modules import unwrap, without_trainers
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -46,9 +49,11 @@ def regularize_task(
     beside the "loss", which contains them. Its checkpoint (`task_state`) has the step and the
     penalty's vectors. In evaluation mode it adds nothing.
 
-    An optimizer step begins when `update_ema` was called, whose count it follows, or else when a
-    weight has changed. So a step that fp16's scaler skips counts as in timm's train.py, and in a
-    loop that does not call `update_ema` not at all. A gradient of the penalised weights is kept.
+    An optimizer step begins when `update_ema` was called, whose count it follows, or else when an
+    optimizer of torch that holds one of the weights has stepped, or a weight was changed in place.
+    So a step that fp16's scaler skips counts as in timm's train.py, and in a loop that does not
+    call `update_ema` only where the optimizer is fused, and skips it itself. A gradient of the
+    penalised weights is kept.
 
     Args:
         task: of timm; its model is a timm network on normalised images, or a `SpecRegModel`.
@@ -113,6 +118,9 @@ class _Regularized(TrainingTask):
         self._terms = Terms(model, config, pixel_std=pixel_std, **known)
         self._step, self._next, self._seen = 0, 0, None
         self._value, self._gradients, self._weights = torch.zeros(()), (), ()
+        # A fused optimizer, or one that writes to `.data`, leaves a weight's version as it was.
+        hook = register_optimizer_step_post_hook(partial(_note_step, weakref.ref(self)))
+        weakref.finalize(self, hook.remove)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return what the task returns, with the regularizers in its loss and beside it."""
@@ -180,6 +188,15 @@ class _Regularized(TrainingTask):
             self.penalty.load_state_dict(own["penalty"])
         elif self.penalty:
             logger.warning("the checkpoint has no state of the penalty: its vectors start anew")
+
+
+@torch.compiler.disable
+def _note_step(of: weakref.ref[_Regularized], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Have a task begin a step, once an optimizer of one of its network's weights has stepped."""
+    task = of()
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if task is not None and any(id(p) in stepped for p in task._network[0].parameters()):
+        task._seen = None
 
 
 class _Known(torch.autograd.Function):
