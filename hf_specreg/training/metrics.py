@@ -169,20 +169,24 @@ class MetricsFile:
 
     def mean(self, key: str) -> float | None:
         """Return the mean of a value over the lines that have it, None if none has."""
-        lines = map(json.loads, self.path.read_text().splitlines() if self.path.exists() else ())
-        values = [line[key] for line in lines if key in line]
+        values = [line[key] for line in map(json.loads, self._lines()) if key in line]
         return sum(values) / len(values) if values else None
 
     def cut_after(self, step: int) -> None:
-        """Remove the lines of later steps, and one cut short: the run goes on from `step`."""
+        """Remove the lines of later steps, and one cut short: the run goes on from `step`. A file
+        that was lost is begun anew.
+        """
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self._lines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(f"{line}\n")
             except ValueError:
                 continue
         self.path.write_text("".join(kept))
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
 
 
 @torch.no_grad()
