@@ -47,8 +47,8 @@ class RunningInverse:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Look at what the norm is fed, in training mode."""
-        if not module.training:
+        """Look at what the norm is fed, in training mode; once where activations are recomputed."""
+        if not module.training or _is_recomputed():
             return
         x = full_precision(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         squares = x.var(self.dim, correction=0) if self.is_centred else x.square().mean(self.dim)
@@ -121,6 +121,11 @@ def running_inverses(network: nn.Module) -> Iterator[RunningInverse]:
         gain = module.weight if isinstance(module, nn.LayerNorm | nn.RMSNorm) else None
         if gain is not None and gain.ndim == 1:
             yield RunningInverse(name, module)
+
+
+def _is_recomputed() -> bool:
+    """Whether this is a second forward pass, of activation checkpointing within the backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.autograd.functional import jacobian
+from torch.utils.checkpoint import checkpoint
 
 from hf_specreg import SpectralPenalty
 from hf_specreg.spectral.typical import running_inverses
@@ -133,6 +134,22 @@ def test_a_compiled_model_is_followed_too_and_a_copy_by_itself():
     penalty.remove_hooks()
     net(images)
     assert penalty.state_dict()["norms"] == followed
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pass_that_checkpointing_repeats_is_counted_once(reentrant):
+    def recomputed(m, x):
+        return checkpoint(plain.compute, m, x, use_reentrant=reentrant)
+
+    plain, again = build("layer"), build("layer")
+    again.compute = recomputed
+    images = torch.rand(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    penalties = [make(net) for net in (plain, again)]
+    for _ in range(2):
+        for net, penalty in zip((plain, again), penalties, strict=True):
+            (net(images).square().sum() + penalty()).backward()
+    assert torch.equal(plain.conv.weight.grad, again.conv.weight.grad)
+    assert penalties[0].state_dict()["norms"] == penalties[1].state_dict()["norms"]
 
 
 def test_a_norm_of_many_channels_is_looked_at_on_few_positions():
