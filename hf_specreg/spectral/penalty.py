@@ -1,5 +1,4 @@
-"""rep-spectral: strength * sum of sigma^2 over the linear maps up to the feature space, never the
-head.
+"""rep-spectral: strength * sum of sigma^2 over the linear maps up to the features, not the head.
 
     penalty = lambda * sum_{l < L} sigma_max(W_l)^2,     d sigma^2 / d W = 2 sigma u v^T
 
@@ -47,20 +46,19 @@ class SpectralPenalty:
         penalty = SpectralPenalty(model, strength=1e-2)
         loss = criterion(model(images), labels) + penalty()
 
-    With gradient accumulation, call it in one of the micro-batches only (the last, say), and undo
-    the division by their number where the loop divides its loss: `every` and `burn_in` count calls,
-    hence optimizer steps.
+    With gradient accumulation, call it in the last micro-batch only, and undo the division where
+    the loop divides its loss: `every` and `burn_in` count calls, hence optimizer steps.
 
     Every layer's singular vectors are warm: they are kept between calls, and the layers take turns
     to have theirs renewed (`tracking.py`), so that a use costs little more than reading weights.
     For that a copy of the weights that are penalised is kept, and an input and an output of each
     layer for one image, which on large maps outweigh it (`memory`); with layers shared out or
-    weights sharded, each process's part of the copy.
-    The arithmetic is float32 also under autocast and for half-precision weights. Only the search of
-    singular vectors is rounded, of which sigma feels little: to TF32 on a GPU where torch is told
-    to allow it, and to bfloat16 for large convolutions on a processor that multiplies in it.
-    Frozen layers add their value and no gradient. A weight that acts in several ways, shared by
-    layers or used at several sizes, counts once, as the one with the largest sigma.
+    weights sharded, each process's part of the copy. The arithmetic is float32 also under autocast
+    and for half-precision weights. Only the search of singular vectors is rounded, of which sigma
+    feels little: to TF32 on a GPU where torch is told to allow it, and to bfloat16 for large
+    convolutions on a processor that multiplies in it. Frozen layers add their value and no
+    gradient. A weight that acts in several ways, shared by layers or used at several sizes, counts
+    once, as the one with the largest sigma.
 
     Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it
     (with layer norms to fold in, its making), to see that images of the measured size are trained
@@ -100,9 +98,11 @@ class SpectralPenalty:
         shared: share the layers out over the processes of torch.distributed, by their cost; for
             training that averages gradients over processes that all hold all weights, as
             DistributedDataParallel with the default group does. All processes must then call it
-            and `state_dict()` together, and its value must go into the same backward pass as the
-            loss, which is the one that averages. With one process it changes nothing. Sharded
-            weights (FSDP2) need it not: there all processes work on all layers.
+            and `state_dict()` together, and its value must go into the backward pass of the loss,
+            which averages. Where layers are skipped at random (find_unused_parameters=True) torch
+            refuses that ("Expected to mark a variable ready only once"): add the gradient after the
+            pass, by `add_gradient` (`gradient.py`), not shared. With one process it changes
+            nothing. Sharded weights (FSDP2) need it not: there all work on all layers.
         seed: of the vectors' first draw.
 
     Attributes:
