@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_specreg.encoders.head import check_head, fed_to, flat, headless_output
 from hf_specreg.encoders.input_size import find_input_size
-from hf_specreg.encoders.modules import unwrap, without_trainers
+from hf_specreg.encoders.modules import check_not_fsdp1, unwrap, without_trainers
 from hf_specreg.encoders.trace import Layer, call, trace_layers
 
 
@@ -68,7 +68,8 @@ class FeatureSpace:
                 Maps are measured at the shapes that these give.
 
         Raises:
-            ValueError: the head or the input size is not known or no tuple, or a name is wrong.
+            ValueError: the head or the input size is not known or no tuple, a name is wrong, or
+                FSDP1 hides the weights.
         """
         if input_size is not None and not hasattr(input_size, "__len__"):
             raise ValueError(f"input_size ({input_size}) must be (channels, height, width)")
@@ -85,6 +86,7 @@ class FeatureSpace:
             if input_size or example_inputs is not None:
                 given["input_size"] = tuple(input_size or _size_of(example_inputs))
             return replace(model, **given) if given else model
+        check_not_fsdp1(model)
         network = unwrap(model)
         head = check_head(network, head)
         if input_size is None and example_inputs is not None:

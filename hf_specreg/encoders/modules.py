@@ -48,6 +48,15 @@ def _trained(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def check_not_fsdp1(model: nn.Module) -> None:
+    """Raise ValueError if FSDP1 is around a model, or modules in it, whose weights it hides."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "FSDP1 (FullyShardedDataParallel) hides the weights: shard them with FSDP2 "
+            "(fully_shard), or train with DistributedDataParallel"
+        )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and back into its own afterwards."""

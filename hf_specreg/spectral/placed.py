@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_specreg.encoders.modules import computes_weight, without_trainers
+from hf_specreg.encoders.modules import check_not_fsdp1, computes_weight, without_trainers
 
 
 class Placed:
@@ -48,18 +48,25 @@ class Placed:
         return loaded or any(a is not b for a, b in zip(before, self._parameters, strict=False))
 
     def check(self) -> None:
-        """Raise ValueError if a layer was replaced, wrapped by an adapter or reparameterised: its
-        gradient would go to weights that are not used any more.
+        """Raise ValueError if a layer was replaced, wrapped by an adapter or FSDP1, or
+        reparameterised: its gradient would go to weights that are not used any more.
         """
         found: dict[str, nn.Module | None] = {"": self.network}
         for name, module in self.modules.items():
             there = self._at(name, found)
             is_there = there is module or without_trainers(there) is module
             if not is_there or computes_weight(module) != self.computed[name]:
-                raise _replaced(name)
+                raise self._replaced(name)
         for (name, own), part in self._parts.items():  # such as nn.MultiheadAttention.out_proj
             if self.modules[name]._modules.get(own) is not part:
-                raise _replaced(f"{name}.{own}")
+                raise self._replaced(f"{name}.{own}")
+
+    def _replaced(self, name: str) -> ValueError:
+        check_not_fsdp1(self.network)
+        return ValueError(
+            f"layer {name!r} was replaced or reparameterised after the penalty was made: make the "
+            "penalty last, after adapters, parametrizations and new layers"
+        )
 
     def _at(self, name: str, found: dict[str, nn.Module | None]) -> nn.Module | None:
         """The module of that name, whatever is wrapped around those that hold it.
@@ -81,13 +88,6 @@ class Placed:
         """Put hooks on the layers that note whether weights are loaded; yield them for removal."""
         for module in self.modules.values():
             yield module.register_load_state_dict_post_hook(self.loads)
-
-
-def _replaced(name: str) -> ValueError:
-    return ValueError(
-        f"layer {name!r} was replaced or reparameterised after the penalty was made: make the "
-        "penalty last, after adapters, parametrizations and new layers"
-    )
 
 
 def remove(hooks: list[RemovableHandle]) -> None:

@@ -115,6 +115,25 @@ def test_a_model_that_is_sharded_already_is_an_error_with_the_remedy(alone):
         SpectralPenalty(net, head="2", input_size=(3, 2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD")
+def test_fsdp1_is_refused_with_the_remedy_whether_the_penalty_comes_first_or_last(alone):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def wrapped(module):
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+    known = {"head": "2", "input_size": (3, 2, 2)}
+    penalty = SpectralPenalty(net, **known)
+    net[1] = wrapped(net[1])
+    with pytest.raises(ValueError, match=r"FSDP1 .* FSDP2 \(fully_shard\), or .*DistributedData"):
+        penalty()
+    whole = wrapped(nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2)))
+    for model in (net, whole):
+        with pytest.raises(ValueError, match="FSDP1"):
+            SpectralPenalty(model, **known)
+
+
 def test_a_folder_is_not_written_from_shards(alone, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
