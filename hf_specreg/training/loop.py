@@ -292,7 +292,8 @@ class TrainingLoop:
     def _measure(self, epochs_done: int) -> None:
         """Say how good the encoder is and how large its sigmas are; keep the best."""
         scores = self.evaluate("validation", self.validation)
-        sigmas = self.penalty.sigmas()
+        with self.state.averaged():
+            sigmas = self.penalty.sigmas()
         self.state.check_finite("sigma of ", sigmas)
         top = sorted(sigmas.items(), key=lambda item: -item[1])[:3]
         self.state.metrics = {

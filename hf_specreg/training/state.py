@@ -3,7 +3,8 @@ the penalty's warm vectors, the counts; and the model that it gives.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.optim import Optimizer
 
 from hf_specreg.data.datasets import place
@@ -89,6 +91,25 @@ class RunState:
     def model(self) -> SpecRegModel:
         """The encoder with its averaged weights, if any."""
         return self.ema.module if self.ema else self.objective.encoder
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights, if any, where those that are trained are, which the penalty
+        measures; and back afterwards.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        if self.ema is None:
+            return
+        ours, averaged = self.objective.encoder, self.ema.module
+        for of in (nn.Module.parameters, nn.Module.buffers):
+            for own, other in zip(of(ours), of(averaged), strict=True):
+                own.data, other.data = other.data, own.data
 
     @cached_property
     def metrics_file(self) -> MetricsFile:

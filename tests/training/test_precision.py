@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import hf_specreg.encoders.small  # noqa: F401  registers resnet20_cifar
-from hf_specreg import SpectralPenalty
+from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
@@ -161,6 +161,14 @@ def test_clipping_says_by_what_the_gradient_and_the_penaltys_in_it_are_multiplie
             torch.testing.assert_close(
                 moved[0.5][name], narrow["clipped_to"] * by, rtol=1e-3, atol=1e-6
             )
+
+
+def test_the_sum_of_sigma_squared_is_of_the_averaged_weights_which_are_saved(tmp_path):
+    run(tmp_path, ema_decay=0.99, lr=0.2)
+    model = SpecRegModel.from_pretrained(tmp_path / "model")
+    sigmas = SpectralPenalty(model).sigmas()
+    expected = sum(sigma**2 for sigma in sigmas.values())
+    assert model.metadata["metrics"]["sum_sigma2"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_averaged_weights_are_the_average_of_those_that_train_as_without_it(tmp_path):
