@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import safe_open
@@ -32,6 +31,7 @@ from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import load_penalty, save_penalty
+from hf_specreg.training.classifier import Classifier
 from hf_specreg.training.distributed import averages_gradients
 from hf_specreg.training.terms import Terms, check_settings, latest
 
@@ -100,7 +100,7 @@ class SpecRegTrainer(Trainer):
 
     def _as_trainer_takes_it(self, model: nn.Module | None) -> nn.Module | None:
         if isinstance(model, SpecRegModel):
-            return _Classifier(model)
+            return Classifier(model)
         if hasattr(model, "pretrained_cfg") and not self._own_loss:
             raise ValueError(
                 f"Trainer calls its model with pixel_values and labels, which timm's "
@@ -112,7 +112,7 @@ class SpecRegTrainer(Trainer):
     @property
     def _trained(self) -> nn.Module:
         """What the user gave."""
-        return self.model.model if isinstance(self.model, _Classifier) else self.model
+        return self.model.model if isinstance(self.model, Classifier) else self.model
 
     @property
     def penalty(self) -> SpectralPenalty | None:
@@ -127,7 +127,7 @@ class SpecRegTrainer(Trainer):
             return
         _check_shards(
             self.accelerator,
-            ours=isinstance(self.model, _Classifier),
+            ours=isinstance(self.model, Classifier),
             terms=list(self._config.terms()),
         )
         self._penalty = None
@@ -195,7 +195,7 @@ class SpecRegTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        ours = isinstance(self.model, _Classifier)
+        ours = isinstance(self.model, Classifier)
         config = getattr(self.model, "config", None)
         if hasattr(config, "label_names"):  # TimmWrapper would write those that it was loaded with
             config.label_names = list(config.id2label.values())
@@ -222,14 +222,14 @@ class SpecRegTrainer(Trainer):
         return {"penalty": settings, **({"regularizers": regularizers} if regularizers else {})}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, _Classifier):
+        if isinstance(self.model, Classifier):
             _load_network(unwrap(self._trained), Path(resume_from_checkpoint))
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, _Classifier):
+        if isinstance(self.model, Classifier):
             _load_network(unwrap(self._trained), Path(self.state.best_model_checkpoint))
             return
         super()._load_best_model()
@@ -270,21 +270,6 @@ class _FromTheStart(TrainerCallback):
         if self.trainer.penalty is not None:
             self.trainer.penalty.step = state.global_step
         self.trainer._last = {}
-
-
-class _Classifier(nn.Module):
-    """A SpecRegModel as Trainer calls models: by keywords, for the loss and the logits."""
-
-    def __init__(self, model: SpecRegModel):
-        super().__init__()
-        if not model.head:
-            raise ValueError("the SpecRegModel has no head to train: load it with num_classes")
-        self.model = model
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.model(pixel_values)
-        loss = {} if labels is None else {"loss": F.cross_entropy(logits.float(), labels)}
-        return {**loss, "logits": logits}
 
 
 def _load_network(network: nn.Module, folder: Path) -> None:

@@ -1,0 +1,38 @@
+"""Settings of Trainer that a SpecRegModel takes."""
+
+import pytest
+import torch
+
+from hf_specreg import SpecRegTrainer
+from tests.tiny import tiny
+from tests.training.test_trainer import Digits, arguments, of_timm, of_transformers, trained
+
+
+@pytest.mark.parametrize("make", [of_timm, of_transformers])
+def test_activation_checkpointing_reaches_the_network_and_changes_no_weight(tmp_path, make):
+    plain, again = make(), make()
+    trained(tmp_path, plain, learning_rate=0.01)
+    trained(tmp_path, again, learning_rate=0.01, gradient_checkpointing=True)
+    switched = [getattr(m, "grad_checkpointing", False) for m in again.network.modules()]
+    switched += [getattr(m, "gradient_checkpointing", False) for m in again.network.modules()]
+    assert any(switched)
+    for (name, weight), other in zip(plain.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, msg=name)
+
+
+def test_a_network_without_checkpointing_is_named(tmp_path):
+    model = tiny("resnet20_cifar", num_classes=10)
+    with pytest.raises(ValueError, match="has no activation checkpointing: leave gradient_check"):
+        trained(tmp_path, model, gradient_checkpointing=True)
+
+
+def test_label_smoothing_is_that_of_the_cross_entropy(tmp_path):
+    model = of_timm().eval()
+    images = torch.stack([Digits(8)[i]["pixel_values"] for i in range(8)])
+    labels = torch.tensor([Digits(8)[i]["labels"] for i in range(8)])
+    args = arguments(tmp_path, label_smoothing_factor=0.1, per_device_eval_batch_size=8)
+    trainer = SpecRegTrainer(model, args, train_dataset=Digits(), penalty={})
+    expected = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+    assert trainer.evaluate(Digits(8))["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    assert trainer.state.log_history[-2]["penalty"] > 0
