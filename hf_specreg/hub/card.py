@@ -174,7 +174,7 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
         if penalty.get("fold_norm"):
             scope += ", with the norms beside them folded in"
         if penalty.get("skip"):
-            scope += f", but for {', '.join(map(str, penalty['skip']))}"
+            scope += f", but for {listed(penalty['skip'])}"
         strength = f"{penalty['strength']:g} x sum of sigma^2 of {scope}"
         rows.append(("penalty", f"{strength}, {_when(penalty)}"))
     elif penalty:
@@ -223,7 +223,9 @@ def _when(settings: Mapping[str, Any]) -> str:
         start = f"{100 * fraction:g} % of the training"
     else:
         start = f"epoch {settings.get('burn_in_epochs') or 0:g}"
-    return f"{often} from {start} on"
+    steps, epochs = settings.get("ramp_steps"), settings.get("ramp_epochs")
+    length = f"{steps:g} steps" if steps else f"{epochs:g} epochs" if epochs else ""
+    return f"{often} from {start} on" + (f", rising from 0 for {length}" if length else "")
 
 
 def _limits(content: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,8 @@ _REGULARIZER = {
     "burn_in_epochs": _NUMBER,
     "burn_in_steps": _NUMBER,
     "burn_in_fraction": _NUMBER,
+    "ramp_epochs": _NUMBER,
+    "ramp_steps": _NUMBER,
 }
 _RUN = {  # of what is read here of specreg.json; all of it may be missing
     **_OBJECT,
@@ -66,7 +68,12 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                 "penalty": {
                     **_OBJECT,
                     "required": ["strength", "scope"],
-                    "properties": {**_REGULARIZER, "scope": {"enum": ["features", "all"]}},
+                    "properties": {
+                        **_REGULARIZER,
+                        "scope": {"enum": ["features", "all"]},
+                        "fold_norm": {"type": "boolean"},
+                        "skip": {"type": "array", "items": _TEXT, "maxItems": 1000},
+                    },
                 },
                 "regularizers": {
                     **_OBJECT,

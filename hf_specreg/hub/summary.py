@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_specreg.hub.encoder import Encoder
-from hf_specreg.robustness.text import norm_name
+from hf_specreg.robustness.text import listed, norm_name
 
 KEY = "hf_specreg"
 SSL = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL"}
@@ -32,7 +32,7 @@ def training_ms_per_image(run: Mapping[str, Any]) -> float | None:
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Return how a run's settings trained: "SimCLR, sensitivity 0.1".
+    """Return how a run's settings trained: "SimCLR, rep-spectral 0.1 (folded, without stem)".
 
     Args:
         config: of specreg.json, as `Encoder.config` has it.
@@ -45,7 +45,10 @@ def method(config: Mapping[str, Any]) -> str:
     penalty = config.get("penalty", {})
     if penalty.get("strength"):
         name = "ll-spectral" if penalty.get("scope") == "all" else "rep-spectral"
-        found.append(f"{name} {penalty['strength']:g}")
+        which = ["folded"] if penalty.get("fold_norm") else []
+        which += [f"without {listed(penalty['skip'])}"] if penalty.get("skip") else []
+        which = f" ({', '.join(which)})" if which else ""
+        found.append(f"{name} {penalty['strength']:g}{which}")
     for name, settings in config.get("regularizers", {}).items():
         if isinstance(settings, Mapping) and settings.get("strength"):
             found.append(f"{name.replace('_', ' ')} {settings['strength']:g}")

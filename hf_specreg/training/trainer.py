@@ -214,10 +214,13 @@ class SpecRegTrainer(Trainer):
         """What `specreg.json` says of the penalty and the regularizers."""
         penalty, terms = self.penalty, self._terms.settings.items()
         names = ("strength", "scope", "every", "renew_every", "lanczos_steps")
+        names += ("fold_norm", "fold_gradient")
         settings = {"strength": 0.0, "scope": "features"}
         if penalty is not None:
             settings = {name: getattr(penalty, name) for name in names}
-            settings["burn_in_steps"] = penalty.burn_in
+            settings |= {"burn_in_steps": penalty.burn_in, "ramp_steps": penalty.ramp}
+            settings["skip"] = list(self._settings.get("skip", ()))
+            settings["split_qkv"] = self._settings.get("split_qkv", True)
         regularizers = {name: asdict(of) for name, of in terms}
         return {"penalty": settings, **({"regularizers": regularizers} if regularizers else {})}
 

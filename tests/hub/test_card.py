@@ -183,10 +183,13 @@ def test_attacks_at_fixed_eps_alone_are_compared_too(folder):
 
 def test_folded_and_skipped_layers_are_told(tmp_path):
     model = make_model()
-    model.metadata["config"]["penalty"] |= {"fold_norm": True, "skip": ["conv1"]}
+    folded = {"fold_norm": True, "skip": ["conv1", "bn1"], "ramp_epochs": 4.0}
+    model.metadata["config"]["penalty"] |= folded
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
-    assert "with the norms beside them folded in, but for conv1, at every step" in card
+    assert "with the norms beside them folded in, but for conv1 and bn1, at every step" in card
+    assert "at every step from epoch 2 on, rising from 0 for 4 epochs |" in card
+    assert "method: supervised, rep-spectral 0.01 (folded, without conv1 and bn1)\n" in card
 
 
 def test_that_batch_norms_are_pinned_is_told(folder, tmp_path):

@@ -1,11 +1,32 @@
-"""Settings of Trainer that a SpecRegModel takes."""
+"""What SpecRegTrainer records of the penalty, and settings of Trainer that a SpecRegModel takes."""
+
+import json
 
 import pytest
 import torch
 
 from hf_specreg import SpecRegTrainer
+from hf_specreg.hub.card import card_files
+from hf_specreg.hub.encoder import Encoder
 from tests.tiny import tiny
 from tests.training.test_trainer import Digits, arguments, of_timm, of_transformers, trained
+
+
+def test_all_that_shapes_the_penalty_is_recorded_and_told(tmp_path):
+    shape = {"fold_norm": True, "fold_gradient": "exact", "skip": ["conv1"], "split_qkv": False}
+    trainer = SpecRegTrainer(
+        tiny("resnet20_cifar", num_classes=10),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05, "burn_in": 2, "ramp": 3, **shape},
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    recorded = json.loads((tmp_path / "specreg.json").read_text())["config"]["penalty"]
+    assert recorded.items() >= {**shape, "burn_in_steps": 2, "ramp_steps": 3}.items()
+    card = card_files(Encoder.open(tmp_path, license="mit"), "me/m")["README.md"].decode()
+    assert "folded in, but for conv1, at every step from step 2 on, rising from 0 for 3 ste" in card
+    assert "method: supervised, rep-spectral 0.05 (folded, without conv1)\n" in card
 
 
 @pytest.mark.parametrize("make", [of_timm, of_transformers])
