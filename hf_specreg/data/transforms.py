@@ -53,15 +53,17 @@ class AugmentConfig:
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Return a picture of any mode as 8-bit grey (1 channel) or RGB (3).
 
-    16-bit grey keeps its upper byte. What is transparent stands on white.
+    16-bit grey keeps its upper byte. Wider integers do so too, but for a picture of them in which
+    none is above 255: it is of 8 bits. What is transparent stands on white.
 
     Raises:
-        ValueError: a picture of floats, or another number of channels.
+        ValueError: a picture of floats or of integers beyond 16 bits, or another number of
+            channels.
     """
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image), stated=image.mode != "I"))
     elif image.mode == "F":
         raise ValueError(
             "a picture of floating-point pixels has no stated range: store it with 8 or 16 bits"
@@ -70,6 +72,17 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bits(pixels: np.ndarray, *, stated: bool) -> np.ndarray:
+    """Integer pixels as 8 bits, uint8; `stated`: whether they are stored as 16 bits."""
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high >= 2**16:
+        raise ValueError(
+            f"its pixels go from {low} to {high}, beyond the 0 to 65535 of 16 bits: store it with "
+            "8 or 16 bits"
+        )
+    return (pixels if high < 2**8 and not stated else pixels >> 8).astype(np.uint8)
 
 
 def evaluation_transform(

@@ -270,6 +270,28 @@ def test_transparent_pixels_stand_on_white_and_floats_are_refused():
         to_channels(Image.new("F", (2, 2)), 3)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_8_bit_pixels_are_the_same_in_integers_of_every_width(dtype):
+    pixels = np.arange(64).reshape(8, 8).astype(np.uint8) * 4
+    rows = table([0], pictures=[pixels.astype(dtype)])
+    images = LabelledImages(rows, input_size=(1, 8, 8), evaluate=evaluation_transform((1, 8, 8)))
+    assert np.array_equal(images[0][0][0], pixels)
+
+
+@pytest.mark.parametrize(("value", "says"), [(65536, "0 to 65536"), (-1, "-1 to 0")])
+def test_pixels_beyond_16_bits_are_refused_with_their_range(value, says):
+    pixels = np.zeros((8, 8), np.int32)
+    pixels[0, 0] = value
+    rows = table([0], pictures=[pixels])
+    with pytest.raises(DataError, match=f"go from {says}, .* store it with 8 or 16 bits"):
+        LabelledImages(rows, input_size=(1, 8, 8), evaluate=evaluation_transform((1, 8, 8)))
+
+
+def test_dark_pictures_stored_as_16_bits_stay_dark():
+    dark = Image.fromarray(np.full((2, 2), 255, np.uint16))
+    assert to_channels(dark, 1).getpixel((0, 0)) == 0
+
+
 def test_unreadable_images_are_counted_and_named_and_left_out_only_on_demand(tmp_path):
     good = io.BytesIO()
     random_picture(1).save(good, "PNG")
