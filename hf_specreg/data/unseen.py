@@ -1,14 +1,14 @@
 """Which images of a named set a model has not seen: the split, cut as its training cut it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from hf_specreg.data.datasets import DIGITS, load_splits, place
+from hf_specreg.data.datasets import DIGITS, DataConfig, build_splits, load_splits, place
 from hf_specreg.data.labels import DataError
 
 # What a run's configuration calls the arguments of load_splits.
@@ -22,6 +22,7 @@ SETTINGS = {
     "validation_fraction": "validation_fraction",
     "split_seed": "seed",
 }
+TABLE = ("configuration", "revision")  # another of them may number its rows in another way
 CUT_BY = ("configuration", "revision", "ignore_splits", "classes", "validation_fraction", "seed")
 
 
@@ -45,47 +46,71 @@ def unseen_split(
     *,
     split: str = "test",
     options: Mapping[str, Any] | None = None,
-    trained: Mapping[str, Any] | None = None,
+    trainings: Sequence[Mapping[str, Any]] = (),
 ) -> Unseen:
-    """Load a split as a model's training cut it, so that no image that it was trained on is in it.
+    """Load a split as a model's last training on this set cut it, so that no image of that training
+    is in it; how many an earlier one saw, or may have seen, is a flag.
 
     Args:
         source: of the image set, as for `load_splits`.
         split: train, validation or test.
         options: arguments of `load_splits`, before those of the training.
-        trained: the model's `DataConfig` as a mapping; nothing where it is not known.
+        trainings: of the model, the last first, each by its `DataConfig` as a mapping; empty of one
+            where that is not known.
 
     Raises:
         DataError: the set cannot be loaded, or has no such split that was not trained on.
     """
     if split not in ("train", "validation", "test"):
         raise DataError(f"split ({split!r}) must be train, validation or test")
-    trained, given = trained or {}, dict(options or {})
-    known = _same_source(trained.get("source"), source)
-    own = {
-        argument: trained[setting]
-        for setting, argument in SETTINGS.items()
-        if known and trained.get(setting) not in (None, (), [])
-    }
+    known = [t for t in trainings if _same_source(t.get("source"), source)]
+    trained, given = known[0] if known else {}, dict(options or {})
+    own = _cut_by(trained)
     options = {**own, **given}
     try:
         found = load_splits(source, **options)
     except TypeError as error:
         raise DataError(f"splits ({options}) must be arguments of load_splits: {error}") from error
-    if split in found.cut and known and trained.get("streaming"):
+    rows = getattr(found, split)
+    if split not in found.cut:
+        return Unseen(rows, options)
+    if any(t.get("streaming") for t in known):
         raise DataError(
             f"the model was trained on a stream of {source}, which has no {split} split: what "
             "would be cut now was trained on; take one that it has"
         )
-    flags = []
     cut_as_trained = known and not any(_differs(given, own, argument) for argument in CUT_BY)
     chosen = not known and {"validation_fraction", "seed"} <= set(given)
-    if split in found.cut and not (cut_as_trained or chosen):
+    earlier = [t for t in known[1:] if _cut_by(t) != own]
+    countable = [t for t in earlier if all(t.get(k) == options.get(k) for k in TABLE)]
+    sure = cut_as_trained and all(t.get("source") for t in trainings) and countable == earlier
+    flags = []
+    if not (sure or chosen):
         flags.append(
             f"the {split} split was cut from the training split of {_shown(source)}: a model that "
             "was trained on another cut has seen some of its images"
         )
-    return Unseen(getattr(found, split), options, flags)
+    if seen := set(rows["row"]) & {row for t in countable for row in _rows_of(t, source)}:
+        flags.append(
+            f"an earlier training of the model saw {len(seen)} of the {len(rows)} images of the "
+            f"{split} split of {_shown(source)}"
+        )
+    return Unseen(rows, options, flags)
+
+
+def _cut_by(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_splits` that a training loaded its images with."""
+    return {
+        argument: trained[setting]
+        for setting, argument in SETTINGS.items()
+        if trained.get(setting) not in (None, (), [])
+    }
+
+
+def _rows_of(trained: Mapping[str, Any], source: str) -> list[int]:
+    """Which rows of the source a training saw."""
+    settings = {f.name: trained[f.name] for f in fields(DataConfig) if f.name in trained}
+    return build_splits(DataConfig(**{**settings, "source": source})).train["row"][:]
 
 
 def _shown(source: str) -> str:

@@ -101,8 +101,8 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
     },
 }
 
-# Of a transfer: what was known of the encoder before.
-RUN_SCHEMA = {**_RUN, "properties": {**_RUN["properties"], "before": _RUN}}
+# Of a transfer: what was known of the encoder before, which may have been transferred too.
+RUN_SCHEMA = {**_RUN, "properties": {**_RUN["properties"], "before": {"$ref": "#"}}}
 
 
 class CardError(ValueError):

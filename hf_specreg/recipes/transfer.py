@@ -43,7 +43,7 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     check_evaluation(config.report.attacks, config.report.eps, samples=config.report.samples)
     accelerator, splits = begin(config, resume=resume)
     encoder = build_encoder(config.model, splits.label_names, config.regularizers)
-    came_with = {key: value for key, value in encoder.metadata.items() if key != "before"}
+    came_with = dict(encoder.metadata)
     images = build_images(splits, encoder, config)
     probed, before = {}, Path(config.output_dir) / "before"
     if config.report.samples or config.transfer.head == "probe":

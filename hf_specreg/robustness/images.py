@@ -71,7 +71,7 @@ class Images:
                 dataset,
                 split=image_set.split,
                 options=image_set.options,
-                trained=subject.trained_on,
+                trainings=subject.trained_on,
             )
             options, self.flags = dict(found.options), found.flags
             about = {"id": place(dataset), "revision": options.pop("revision", None)}

@@ -94,12 +94,17 @@ class Subject:
         return getattr(self.model, "preprocessing", {})
 
     @property
-    def trained_on(self) -> Mapping[str, Any]:
-        """How a saved model's training loaded its images; empty where it is not known."""
-        found = getattr(self.model, "metadata", None)
-        for key in ("config", "data"):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+    def trained_on(self) -> list[Mapping[str, Any]]:
+        """How each of a saved model's trainings loaded its images, the last first; empty of one
+        where that is not known, and no training of a model of which nothing is known.
+        """
+        trainings, run = [], getattr(self.model, "metadata", None)
+        while run and isinstance(run, Mapping):
+            config = run.get("config")
+            data = config.get("data") if isinstance(config, Mapping) else None
+            trainings.append(data if isinstance(data, Mapping) else {})
+            run = run.get("before")
+        return trainings
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

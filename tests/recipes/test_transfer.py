@@ -92,6 +92,14 @@ def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
     assert not torch.equal(before["fc.weight"], other["fc.weight"])
 
 
+def test_all_trainings_of_an_encoder_are_kept(source, tmp_path):
+    more = ["--epochs", "1"]
+    once = train(parse(arguments(source, tmp_path / "once", *more))[0]).model_folder
+    twice = train(parse(arguments(once, tmp_path / "twice", *more))[0]).model_folder
+    metadata = SpecRegModel.from_pretrained(twice).metadata
+    assert metadata["before"]["before"]["config"]["data"]["classes"] == list("01234")
+
+
 @pytest.mark.parametrize("mode", ["l2_sp and bss", "lora and average", "spectral_norm", "fused"])
 def test_a_stopped_transfer_goes_on_to_the_weights_of_the_whole_one(
     source, tmp_path, monkeypatch, mode

@@ -532,6 +532,26 @@ def test_a_cut_that_may_not_be_the_models_own_is_said():
         evaluate_robustness(model, ImageSet("digits", options={"fraction": 0.2}), **arguments)
 
 
+def test_images_that_an_earlier_training_saw_are_counted():
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=8)
+    arguments = {"attacks": QUICK, "samples": 5, "progress": False}
+    last, first = ({"config": {"data": {"source": "digits", "split_seed": s}}} for s in (1, 0))
+    between = {"config": {"data": {"source": "org/images"}}}
+    model.metadata = {**last, "before": {**between, "before": first}}
+    flags = evaluate_robustness(model, "digits", **arguments).content["flags"]
+    before, now = load_splits("digits", seed=0), load_splits("digits", seed=1)
+    seen = len(set(before.train["row"]) & set(now.test["row"]))
+    said = f"an earlier training of the model saw {seen} of the {len(now.test)} images of the test"
+    assert [f.startswith(said) for f in flags if "seen" in f or "saw" in f] == [True]
+    model.metadata = {**between, "before": last}
+    report = evaluate_robustness(model, "digits", **arguments)
+    assert report.content["data"]["splits"] == {"seed": 1}
+    assert not any("seen" in f or "saw" in f for f in report.content["flags"])
+    model.metadata = {"config": {"seed": 0}, "before": last}
+    flags = evaluate_robustness(model, "digits", **arguments).content["flags"]
+    assert any("cut from the training split of digits" in f for f in flags)
+
+
 def test_what_is_given_of_the_split_adds_to_what_the_training_says():
     model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=8)
     settings = {"source": "digits", "validation_fraction": 0.3, "split_seed": 1}
