@@ -109,6 +109,7 @@ class Comparison:
             Compared(
                 name,
                 report.content["clean"]["accuracy"]["value"],
+                paired_difference(report.images["correct"], self.reports[0].images["correct"]),
                 report.content["flags"],
                 [row for row in self.nearest if row["model"] == name],
                 [{**point, **point["models"][i]} for point in self.robust_accuracy],

@@ -3,7 +3,9 @@
 By the nearest adversarial images that all attacks together found, on the same images. Where there
 is one for every image, the interval of the mean difference decides; where not, a mean would leave
 out the farthest, and the sign test decides: on how many images they are farther, and on how many
-nearer. Nothing is said where gradients look masked.
+nearer. Nothing is said where gradients look masked. A model that has learnt less is often harder to
+attack: of one that is shown to be less accurate by more than a margin it is said that its images
+are farther, not that it is harder to attack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_specreg.robustness.flags import is_masked
-from hf_specreg.robustness.statistics import binomial_interval
+from hf_specreg.robustness.statistics import Estimate, binomial_interval
 from hf_specreg.robustness.text import listed, norm_name, number, points
+
+MARGIN = 0.005  # of accuracy; as studies allow (`StudyConfig.accuracy_margin`)
 
 
 class Compared(NamedTuple):
@@ -22,6 +26,7 @@ class Compared(NamedTuple):
     Attributes:
         name: as it is called.
         accuracy: on all images, in [0, 1].
+        gain: of accuracy over the first's, on the same images.
         flags: of its report.
         nearest: its rows of `Comparison.nearest`, one a norm.
         robust_accuracy: for every norm and eps: "norm", "eps", and "difference" from the first's.
@@ -29,6 +34,7 @@ class Compared(NamedTuple):
 
     name: str
     accuracy: float
+    gain: Estimate
     flags: Sequence[str]
     nearest: Sequence[Mapping[str, Any]]
     robust_accuracy: Sequence[Mapping[str, Any]]
@@ -42,7 +48,7 @@ def verdict(model: Compared, first: Compared) -> list[str]:
             f"gradients of {listed(masked)} look masked (see below)."
         ]
     said = [
-        _by_distance(model.name, first.name, row, before)
+        _by_distance(model, first, row, before)
         for row, before in zip(model.nearest, first.nearest, strict=True)
     ]
     differences = ", ".join(
@@ -74,12 +80,22 @@ def direction(row: Mapping[str, Any]) -> int:
     return int(low > 0) - int(high < 0)
 
 
-def _by_distance(model: str, first: str, row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+def _by_distance(
+    model: Compared, first: Compared, row: Mapping[str, Any], before: Mapping[str, Any]
+) -> str:
     shown, difference = direction(row), row["difference"]
-    if shown:
-        said = f"{model} is {'harder' if shown > 0 else 'easier'} to attack than {first}"
+    harder = "harder" if shown > 0 else "easier"
+    low, high = sorted(-shown * 100 * end for end in model.gain["ci"])
+    if not shown:
+        said = f"No difference between {model.name} and {first.name} is shown"
+    elif low > 100 * MARGIN:
+        said = (
+            f"{model.name} is {'less' if shown > 0 else 'more'} accurate than {first.name} by "
+            f"{100 * abs(model.gain['value']):.1f} points ({low:.1f} to {high:.1f}); whether it is "
+            f"{harder} to attack at equal accuracy is not known (`hf-specreg study` asks that)"
+        )
     else:
-        said = f"No difference between {model} and {first} is shown"
+        said = f"{model.name} is {harder} to attack than {first.name}"
     if difference["ci"][0] is None:
         how = (
             f"are farther on {row['farther']} and nearer on {row['nearer']} of the same "

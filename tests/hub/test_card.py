@@ -134,6 +134,16 @@ def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
         assert "comparisons with the baseline are stated; each holds at 95 % by itself" in card
 
 
+def test_a_card_says_of_a_less_accurate_encoder_what_the_comparison_says(folder):
+    report = RobustnessReport.load(folder)
+    own, baseline = without_pgd(report), without_pgd(report, 0.5)
+    baseline.images["correct"] = np.ones(report.content["n"], bool)
+    own.images["correct"] = report.images["correct"] & (np.arange(report.content["n"]) % 3 > 0)
+    card = card_of(folder, report=own, baseline=baseline)
+    assert "resnet is less accurate than the baseline by " in card
+    assert "is harder to attack than the baseline" not in card
+
+
 def test_nothing_is_said_to_be_harder_where_gradients_look_masked(folder):
     report = without_pgd(RobustnessReport.load(folder))
     masked = without_pgd(report, 0.5)

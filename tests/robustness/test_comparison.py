@@ -121,6 +121,27 @@ def test_where_something_was_found_for_all_the_mean_difference_decides(reports):
     assert "are 0.100 (0.100 to 0.100) farther on average" in comparison.verdicts[0][0]
 
 
+@pytest.mark.parametrize(("swap", "less", "harder"), [(0, "less", "harder"), (1, "more", "easier")])
+def test_at_another_accuracy_farther_is_not_said_to_be_harder(reports, swap, less, harder):
+    before = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    a, b = (with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1)))
+    b.images["correct"][:40] = False
+    comparison = RobustnessReport.compare([b, a] if swap else [a, b])
+    verdict, both = comparison.verdicts[0][0], ("a", "b") if swap else ("b", "a")
+    assert verdict.startswith(f"{both[0]} is {less} accurate than {both[1]} by 40.0 points (")
+    assert f"whether it is {harder} to attack at equal accuracy is not known (`hf-sp" in verdict
+    assert f"{'nearer' if swap else 'farther'} on average, on the same 60 images" in verdict
+    assert f"is {harder} to attack than" not in verdict
+
+
+def test_an_accuracy_that_is_not_shown_to_be_less_leaves_the_verdict(reports):
+    before = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    a, b = (with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1)))
+    b.images["correct"][:3] = False
+    verdict = RobustnessReport.compare([a, b]).verdicts[0][0]
+    assert verdict.startswith("b is harder to attack than a: ")
+
+
 def test_the_verdict_is_of_the_nearest_that_any_attack_found(reports):
     """An attack that does worse on one model does not make it harder to attack."""
     weak = copy.deepcopy(reports[0])
