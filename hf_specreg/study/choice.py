@@ -12,7 +12,7 @@ from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
-from hf_specreg.study.measure import nearest
+from hf_specreg.study.measure import kept_report, nearest
 from hf_specreg.study.statistics import paired_ratio
 
 Key = tuple[str, float | None]  # method, strength
@@ -138,19 +138,27 @@ class Results:
         return self.attacked(key, split, seeds), self.attacked(reference, split, seeds)
 
     def has(self, key: Key, split: str) -> bool:
-        """Whether the attacks of a split were made on all networks of a method and strength."""
-        own = [
-            self.folder.cell(cell.name) / split / "robustness.json" for cell in self.cells_of(key)
-        ]
-        return bool(own) and all(path.exists() for path in own)
+        """Whether the attacks of a split were made on all networks of a method and strength, the
+        final ones as they are set now.
+        """
+        own = self.cells_of(key)
+        return bool(own) and all(self._has(cell, split) for cell in own)
+
+    def _has(self, cell: Cell, split: str) -> bool:
+        folder, evaluation = self.folder.cell(cell.name) / split, self.config.evaluation
+        if split != "final":
+            return (folder / "robustness.json").exists()
+        attacks = {**evaluation.attacks, **evaluation.final_attacks}
+        count = min(evaluation.final, self.records[cell.name]["test"]["images"])
+        return kept_report(folder, attacks, count) is not None
 
     def reports(self, cell: Cell) -> list[RobustnessReport]:
-        """Return what the attacks of every cell, and the final ones if it had them, found on the
-        test images of a cell.
+        """Return what the attacks of every cell, and final ones if it had any, also others than are
+        set now, found on the test images of a cell.
         """
         folder = self.folder.cell(cell.name)
         paths = [folder / split / "robustness.json" for split in ("test", "final")]
-        return [self._report(path) for path in paths if path.exists()]
+        return [RobustnessReport.load(path) for path in paths if path.exists()]
 
     def _report(self, path: Path) -> RobustnessReport:
         """The report of a cell, of the very images that the others are of."""

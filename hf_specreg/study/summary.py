@@ -95,7 +95,11 @@ def _asked(results: Results) -> Content:
             if evaluation.final_attacks
             else {},
         },
-        "attacked": {key: getattr(evaluation, key) for key in ("validation", "test", "final")},
+        "attacked": {
+            "validation": first["validation"]["attacked"] if first else evaluation.validation,
+            "test": first["test"]["attacked"] if first else evaluation.test,
+            "final": min(evaluation.final, first["test"]["images"]) if first else evaluation.final,
+        },
         "eps": {"l2": list(evaluation.eps)},
         "ood": evaluation.ood,
     }

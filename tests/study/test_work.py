@@ -268,6 +268,33 @@ def test_final_attacks_can_be_changed_and_are_then_made_anew(whole, tmp_path):
     assert report.content["attacks"]["tangent"]["settings"]["iterations"] == 3
 
 
+@pytest.mark.parametrize(
+    "change", [{"final_attacks": {"tangent": {"iterations": 3}}}, {"final": 15}]
+)
+def test_final_attacks_that_were_made_by_other_settings_are_not_reported(whole, tmp_path, change):
+    config = copied(whole, tmp_path)
+    folder(config).begin(config)
+    config = replace(config, evaluation=replace(config.evaluation, **change))
+    run(config, HowConfig(report=True), "command")
+    assert Study.load(tmp_path).content["final"] == []
+    cell, attacks = folder(config).cell("none_seed0"), config.evaluation.attacks
+    attacks = {**attacks, **config.evaluation.final_attacks}
+    evaluation, count = Worker(cells(config), folder(config)).evaluation, config.evaluation.final
+    evaluation.attack(cell / "run/model", cell / "final", "test", attacks, samples=count)
+    run(config, HowConfig(report=True), "command")  # when some are made anew
+    assert Study.load(tmp_path).content["final"] == []
+
+
+def test_a_study_on_few_images_says_how_many_were_attacked(whole, tmp_path):
+    """The split has 360."""
+    config = copied(whole, tmp_path)
+    evaluation = replace(config.evaluation, final=1000)
+    results = Results(cells(config), folder(config))
+    results.config = replace(config, evaluation=evaluation)
+    found = summarize(results, name="a", command="b", timing=None)
+    assert found["attacked"]["final"] == 360
+
+
 def test_without_final_attacks_there_is_no_table_of_them_but_masked_gradients_are_seen(
     whole, tmp_path
 ):
