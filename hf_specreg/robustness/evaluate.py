@@ -71,8 +71,9 @@ def evaluate_robustness(
         model: from images [B, C, H, W] in [0, 1] to logits [B, K], left as it was; or its
             `FeatureSpace`, where head or input size cannot be found; a folder, Hub id or timm name.
         dataset: a `datasets.Dataset` with columns "image" and "label", a torch dataset of (image
-            [C, H, W] in [0, 1], label), images [N, C, H, W] in [0, 1] with labels [N], the name of
-            an image set (`data/datasets.py`), of which the test split is taken, or an `ImageSet`.
+            [C, H, W] in [0, 1], label), images [N, C, H, W] in [0, 1] with labels [N], integers, as
+            a pair of tensors or arrays, the name of an image set (`data/datasets.py`), of which the
+            test split is taken, or an `ImageSet`.
         attacks: names (`ATTACKS`), or a mapping from a name to settings unlike its default.
         eps: where robust accuracy is stated, in [0, 1] pixels: a list for attacks of one norm, or
             {"l2": [...], "linf": [...]}. Default: 0.1, 0.25, 0.5 in L2; 1, 4, 8 / 255 in Linf.

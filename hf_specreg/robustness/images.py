@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import datasets
@@ -57,7 +58,8 @@ class Images:
         flags: what must be said of them.
 
     Raises:
-        EvaluationError: there are no images, or they have other columns.
+        EvaluationError: there are no images, they have other columns, or their labels are not an
+            integer each.
         DataError: the image set cannot be loaded, or not split as its options say.
     """
 
@@ -105,7 +107,7 @@ class Images:
                     "[0, 1]: give it a transform such as torchvision's ToTensor"
                 )
             images = torch.stack([image for image, _ in pairs])
-            labels = torch.tensor([int(label) for _, label in pairs])
+            labels = torch.tensor([_integer(label) for _, label in pairs])
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if images.is_floating_point():
@@ -144,14 +146,61 @@ def _readable(dataset: Any, subject: Subject) -> Any:
                 f"the data set has columns {dataset.column_names}, but not {sorted(missing)}: "
                 "rename_columns gives them these names"
             )
+        _check_label_column(dataset)
         size = subject.input_size
         transform = evaluation_transform(size, **subject.preprocessing)
         return LabelledImages(dataset, input_size=size, evaluate=transform)
-    if isinstance(dataset, tuple) and all(isinstance(part, Tensor) for part in dataset):
-        lengths = [len(part) for part in dataset]
-        if len(set(lengths)) > 1:
-            raise EvaluationError(
-                f"images and labels must be as many, not {' and '.join(map(str, lengths))}"
-            )
-        return TensorDataset(*dataset)
+    pair = isinstance(dataset, tuple | list) and len(dataset) == 2
+    if pair and isinstance(dataset[0], Tensor | np.ndarray):
+        dataset = _tensors(*dataset)
+    if isinstance(dataset, TensorDataset):
+        _check_label_tensor(dataset.tensors[-1])
     return dataset
+
+
+def _tensors(images: Tensor | np.ndarray, labels: Any) -> TensorDataset:
+    if len(images) != len(labels):
+        raise EvaluationError(
+            f"images and labels must be as many, not {len(images)} and {len(labels)}"
+        )
+    try:
+        return TensorDataset(torch.as_tensor(images), torch.as_tensor(labels))
+    except (TypeError, ValueError, RuntimeError) as error:  # of names, or of None
+        raise EvaluationError(f"images and labels must be numbers: {error}") from error
+
+
+def _check_label_tensor(labels: Tensor) -> None:
+    if labels.ndim == 1 and not labels.is_floating_point():
+        return
+    remedy = "labels.long() makes whole ones so"
+    if labels.ndim > 1:
+        remedy = f"give labels.{'squeeze' if labels.shape[1] == 1 else 'argmax'}(1)"
+    raise EvaluationError(
+        f"labels must be integers [N], not {labels.dtype} {tuple(labels.shape)}: {remedy}"
+    )
+
+
+def _check_label_column(dataset: datasets.Dataset) -> None:
+    feature = dataset.features["label"]
+    kind = feature.dtype if isinstance(feature, datasets.ClassLabel | datasets.Value) else "list"
+    if "int" not in kind and kind != "bool":
+        raise EvaluationError(
+            f"the labels must be integers, not {feature}: cast_column('label', ClassLabel(names)) "
+            "makes classes of names, class_encode_column('label') those of their alphabetical order"
+        )
+    column = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
+    if column.null_count:
+        raise EvaluationError(
+            f"{column.null_count} of the {len(dataset)} images have no label: filter leaves them "
+            "out"
+        )
+
+
+def _integer(label: Any) -> int:
+    try:
+        return index(label)
+    except TypeError as error:
+        raise EvaluationError(
+            f"labels must be integers, one of each image, not {label!r}: give the data set a "
+            "target_transform"
+        ) from error
