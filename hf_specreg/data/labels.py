@@ -43,12 +43,18 @@ def find_label_column(features: Features, stated: str | None, source: str) -> st
     "fine_label".
 
     Raises:
-        DataError: it does not exist, or there is not exactly one.
+        DataError: it does not exist, holds no single values, or there is not exactly one.
     """
     if stated is not None:
         if stated not in features:
             raise DataError(
                 f"label_column {stated!r} is no column of {source}; columns: {sorted(features)}"
+            )
+        if not isinstance(features[stated], ClassLabel | Value):
+            plain = [n for n, f in features.items() if isinstance(f, ClassLabel | Value)]
+            raise DataError(
+                f"label_column {stated!r} of {source} holds {type(features[stated]).__name__}, not "
+                f"an integer or a name of each image; columns that do: {sorted(plain)}"
             )
         return stated
     labels = [n for n, f in features.items() if isinstance(f, ClassLabel)]
@@ -77,9 +83,10 @@ def with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Data
     if isinstance(splits["train"].features["label"], ClassLabel):
         return splits
     values = splits["train"].unique("label")
-    if not all(isinstance(v, int | str) for v in values):
+    if wrong := [v for v in values if not isinstance(v, int | str)]:
         raise DataError(
-            f"the labels of {source} must be integers or names, but are such as {values[:3]}"
+            f"the labels of {source} must be integers or names, but are such as {wrong[:3]}: name "
+            "another column as label_column, or leave such rows out"
         )
     values = sorted(values)
     names = ClassLabel(names=[str(v) for v in values])
@@ -89,7 +96,8 @@ def with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Data
         if unknown:
             raise DataError(
                 f"split {name!r} of {source} has labels that the training split lacks: "
-                f"{sorted(unknown)[:3]}"
+                f"{sorted(unknown, key=str)[:3]}; to do without that split, name it in "
+                "ignore_splits"
             )
         column = _column(split)
         places = pc.index_in(column, value_set=pa.array(values, column.type))

@@ -212,6 +212,35 @@ def test_an_unlabelled_split_is_named_and_can_be_ignored(tmp_path):
     assert len(splits.test) == 4
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_unlabelled_split_of_plain_labels_is_named_too(tmp_path, label):
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    train, test = (table(rows, features=features) for rows in ([3, 7] * 20, [label, 9]))
+    folder = save_parquet(tmp_path / "set", train=train, test=test)
+    with pytest.raises(DataError, match=rf"'test' .* lacks: \[.*{label}.*; .*ignore_splits"):
+        load_splits(folder)
+    assert load_splits(folder, ignore_splits=["test"]).label_names == ["3", "7"]
+
+
+def test_labels_of_which_some_are_missing_are_refused(tmp_path):
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    train = table([3, None, 7, 3] * 10, features=features)
+    with pytest.raises(DataError, match=r"such as \[None\]: .* leave such rows out"):
+        load_splits(save_parquet(tmp_path / "set", train=train))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [("image", "Image"), ("mask", "Image"), ("all", "List")]
+)
+def test_a_label_column_without_a_value_of_each_image_is_refused_by_name(tmp_path, column, kind):
+    pictures = [random_picture(i) for i in range(40)]
+    columns = {"image": pictures, "mask": pictures, "label": [0, 1] * 20, "all": [[0, 1]] * 40}
+    folder = save_parquet(tmp_path / "set", train=datasets.Dataset.from_dict(columns))
+    says = rf"label_column '{column}' of .* holds {kind}, .* that do: \['label'\]"
+    with pytest.raises(DataError, match=says):
+        load_splits(folder, image_column="image", label_column=column)
+
+
 def test_pictures_stand_upright():
     rotated = random_picture(0, size=(4, 8))
     exif = rotated.getexif()
