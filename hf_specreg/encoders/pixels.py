@@ -45,7 +45,7 @@ def find_pixel_std(
         channels: of its images.
         pixel_std: what it was, in [0, 1] pixels: a number, or one of each channel. Default: of a
             timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing. That the first
-            images do not look like the former is a warning (`PixelModel.check`).
+            images do not look like it is a warning (`PixelModel.check`).
 
     Raises:
         ValueError: it is not known and not given, out of range, of another number of channels, or
@@ -99,13 +99,16 @@ class PixelModel(nn.Module):
         self.model = model
         self.std = None if std is None else torch.tensor(std).reshape(-1, 1, 1)
         self._takes_pixels = std is None or min(std) == 1
-        self._to_check = self._takes_pixels or not said
+        self._said_by = "pixel_std"
+        if not said:
+            self._said_by = f"the pretrained_cfg of {type(model).__name__}"
+        self._to_check = True
 
     def check(self, images: Tensor) -> None:
-        """Warn, of the first images only, if they are in [0, 1] though the model's configuration
-        says that they are divided by less: then what is per pixel would be too little; or if they
-        are `FAR` from [0, 1] where it takes that. Images in [-1, 1] are as near as noisy ones, and
-        pass. Asks the device once.
+        """Warn, of the first images only, if they are in [0, 1] though the user or the model's
+        configuration says that they are divided by less: then what is per pixel would be too
+        little; or if they are `FAR` from [0, 1] where it takes that. Images in [-1, 1] are as near
+        as noisy ones, and pass. Asks the device once.
 
         Args:
             images: [B, C, H, W], as the model takes them.
@@ -126,9 +129,9 @@ class PixelModel(nn.Module):
         elif ((images >= 0) & (images <= 1)).all():
             std = [round(value, 4) for value in self.std.flatten().tolist()]
             warnings.warn(
-                f"the images lie in [0, 1], but the pretrained_cfg of {type(self.model).__name__} "
-                f"says that they are normalised, divided by {std}, and the strength counts on "
-                "that: pass pixel_std=1 for images in [0, 1], or that std if they are normalised",
+                f"the images lie in [0, 1], but {self._said_by} says that they are normalised, "
+                f"divided by {std}, and the strength counts on that: pass pixel_std=1 for images "
+                "in [0, 1], or the std that they were divided by",
                 stacklevel=2,
             )
 

@@ -71,6 +71,18 @@ def test_images_in_0_1_are_warned_of_once_where_timm_says_that_they_are_normalis
     assert reads["PixelModel.check"] == 1 + 2 * 2  # and of each penalty on images in [0, 1]
 
 
+@pytest.mark.parametrize("kind", [InputGradientPenalty, SensitivityPenalty])
+def test_images_in_0_1_are_warned_of_where_a_std_is_stated_too(kind):
+    labels = [LABELS] if kind is InputGradientPenalty else []
+    known = {"strength": 1, "head": "2", "input_size": (1, 8, 8), "burn_in": 9}
+    with pytest.warns(UserWarning, match=r"but pixel_std says .* \[0\.25\].*pass pixel_std=1"):
+        kind(own(), **known, pixel_std=STD)(images(), *labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind(own(), **known, pixel_std=STD)((images() - 0.1) / 0.25, *labels)
+        kind(own(), **known, pixel_std=1)(images(), *labels)
+
+
 @pytest.mark.parametrize(
     ("make", "given", "says"),
     [
