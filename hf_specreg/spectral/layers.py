@@ -37,6 +37,13 @@ STANDARDISED_CONVOLUTIONS = frozenset(
         "ScaledStdConv2dSame",
     }
 )
+NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 # What a parameter of two or more dimensions is called when it is added, looked up or a gain.
 POSITIONS = r"embed|token|bias|pos|(?:^|_)rel(?:_|$)|latent|query"
 GAINS = r"gamma|beta|alpha|scale|gain|temperature|mask|norm|layer_?scale|ls\d"
@@ -124,7 +131,8 @@ def _check_unknown(
         elif isinstance(module, nn.Embedding):  # looked up, unless the table itself is multiplied
             acts = parameter_name in used_directly
         else:
-            acts = used or not NO_LINEAR_MAP.search(parameter_name)
+            is_gain = _forward_is(module, *NORMS) or NO_LINEAR_MAP.search(parameter_name)
+            acts = used or not is_gain
         if acts:
             raise unsupported(name, module, parameter_name)
 

@@ -276,6 +276,21 @@ def test_norms_embeddings_and_layer_scale_are_no_linear_maps():
         assert linear_operators("layer", layer, (4,)) == []
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_over_several_dimensions_is_no_linear_map(norm):
+    module = norm([4, 8, 8])
+    assert linear_operators("norm", module, (4, 8, 8)) == []
+    with pytest.raises(UnsupportedLayerError, match="'norm'"):  # a matrix that is multiplied too
+        linear_operators("norm", module, (4, 8, 8), used_directly=["weight"])
+
+    class Own(norm):
+        def forward(self, x):
+            return x * self.weight
+
+    with pytest.raises(UnsupportedLayerError, match="'norm'"):
+        linear_operators("norm", Own([4, 8, 8]), (4, 8, 8))
+
+
 def test_unknown_weights_are_an_error_that_names_layer_class_and_remedy():
     class Mixture(nn.Module):
         def __init__(self):
