@@ -206,7 +206,8 @@ class FollowedSum:
         Args:
             like: has the type and the device that vectors of other processes are received in.
         """
-        pace = self.pace.state(device=self._device, together=self.shared)
+        together = self.shared and self.uses > 0  # before, the model may be on another device
+        pace = self.pace.state(device=self._device, together=together)
         return {"uses": self.uses, "pace": pace, "vectors": self._vectors(like)}
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:

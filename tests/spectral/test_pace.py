@@ -124,6 +124,12 @@ def test_weights_that_were_replaced_say_nothing_of_the_pace():
     assert penalty.state_dict()["pace"]["sums"] == [0, 0]
 
 
+def test_a_state_from_before_the_first_use_asks_no_other_process(monkeypatch):
+    penalty = make(network())
+    monkeypatch.setattr(penalty._sum, "shared", True)  # of processes that are not there
+    assert penalty.state_dict()["pace"]["sums"] == [0, 0]
+
+
 def test_a_resumed_penalty_goes_on_bit_for_bit_at_its_pace():
     model = network()
     penalty = make(model)
