@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Mapping[str, np.ndarray]]  # by stage and array
 Grid = Mapping[str, Sequence[float]]
 MASKED = "gradient masking"  # how the flags of masked gradients begin
+MANY = 0.05  # of the images: not found at all, or in the second half of the budget alone
 CONVERGED = 1.05  # the mean distance with half of the queries, over that with all, at most
 
 
@@ -59,8 +60,9 @@ def is_masked(said: Sequence[str]) -> bool:
     return any(flag.startswith(MASKED) for flag in said)
 
 
-def _many(count: int, total: int) -> bool:
-    return count > max(2, 0.05 * total)
+def is_many(count: int, total: int) -> bool:
+    """Whether so many images are too many to be left out."""
+    return count > max(2, MANY * total)
 
 
 def _of_attacks(results: Results, attacks: Mapping[str, "Attack"]) -> Iterator[str]:
@@ -89,7 +91,7 @@ def _of_budgets(results: Results, attacks: Mapping[str, "Attack"]) -> Iterator[s
         full = results[name]["distances"][correct]
         half = at_half_budget(steps[correct])
         late = int((np.isinf(half) & np.isfinite(full)).sum())
-        if _many(late, len(full)):
+        if is_many(late, len(full)):
             yield (
                 f"not converged: {name} found nothing for {late} of {len(full)} images with half "
                 "of its queries, and something with all of them"
@@ -121,14 +123,14 @@ def _between_boxes(
     n, missed = len(black), {}
     for e in grid:
         only = int(((black <= e) & (white > e)).sum())
-        if _many(only, n):
+        if is_many(only, n):
             yield (
                 f"{MASKED}: at eps {e:g} ({norm}) black-box attacks break {only} of {n} images "
                 "that no white-box attack breaks"
             )
         missed[e] = int(((white <= e) & (black > e)).sum())
     worst = max(missed, key=lambda e: missed[e])
-    if _many(missed[worst], n):
+    if is_many(missed[worst], n):
         yield (
             f"not converged: at eps {worst:g} ({norm}) white-box attacks break {missed[worst]} of "
             f"{n} images for which {listed(boxes[True])} found nothing as near: the distances and "
@@ -151,7 +153,7 @@ def _of_gradients(
     looked = masking["looked"]
     total = int(looked.sum())
     few, many = (int(masking[k][looked].sum()) for k in ("stands_10", "stands_100"))
-    if _many(many - few, total):
+    if is_many(many - few, total):
         yield (
             f"{MASKED}: PGD with 100 steps breaks {total - many} of {total} images, with 10 steps "
             f"{total - few}: more steps do not help"
@@ -160,18 +162,18 @@ def _of_gradients(
     if of_l2:
         broken = looked & np.any(of_l2, axis=0)
         few, many = (int((masking[k] & broken).sum()) for k in ("stands_10", "stands_100"))
-        if _many(many, total) and many > 0.8 * few:
+        if is_many(many, total) and many > 0.8 * few:
             yield (
                 f"{MASKED}: PGD does not improve with steps: of {int(broken.sum())} images that "
                 f"are broken at eps {largest:g} (l2), it misses {few} with "
                 f"10 steps and {many} with 100"
             )
     unbounded = int(masking["stands_unbounded"][looked].sum())
-    if _many(unbounded, total):
+    if is_many(unbounded, total):
         yield (
             f"{MASKED}: {unbounded} of {total} images withstand PGD of unbounded eps (Linf 1), "
             "which only a constant classifier could"
         )
     flat = int(masking["no_gradient"][looked].sum())
-    if _many(flat, total):
+    if is_many(flat, total):
         yield f"{MASKED}: {flat} of {total} images have a gradient of exactly zero"

@@ -3,9 +3,10 @@
 By the nearest adversarial images that all attacks together found, on the same images. Where there
 is one for every image, the interval of the mean difference decides; where not, a mean would leave
 out the farthest, and the sign test decides: on how many images they are farther, and on how many
-nearer. Nothing is said where gradients look masked. A model that has learnt less is often harder to
-attack: of one that is shown to be less accurate by more than a margin it is said that its images
-are farther, not that it is harder to attack.
+nearer. Nothing is said where gradients look masked, or attacks found nothing for many images: they
+may have failed, and not the model withstood. A model that has learnt less is often harder to
+attack: of one that is less accurate by more than a margin it is said that its images are farther,
+not that it is harder to attack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_specreg.robustness.flags import is_masked
+from hf_specreg.robustness.flags import MANY, is_many, is_masked
 from hf_specreg.robustness.statistics import Estimate, binomial_interval
 from hf_specreg.robustness.text import listed, norm_name, number, points
 
@@ -59,7 +60,7 @@ def verdict(model: Compared, first: Compared) -> list[str]:
         said.append(f"Robust accuracy against that of {first.name}: {differences}.")
     said.append(
         f"Accuracy is {100 * model.accuracy:.1f} %, that of {first.name} "
-        f"{100 * first.accuracy:.1f} %."
+        f"{100 * first.accuracy:.1f} %: {points(model.gain)}."
     )
     return said
 
@@ -85,10 +86,16 @@ def _by_distance(
 ) -> str:
     shown, difference = direction(row), row["difference"]
     harder = "harder" if shown > 0 else "easier"
-    low, high = sorted(-shown * 100 * end for end in model.gain["ci"])
-    if not shown:
+    missing = [r["n"] - r["found"] for r in (row, before)]
+    if is_many(max(missing), row["n"]):
+        said = (
+            f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the "
+            f"attacks found nothing for more than {100 * MANY:g} % of a model's images"
+        )
+    elif not shown:
         said = f"No difference between {model.name} and {first.name} is shown"
-    elif low > 100 * MARGIN:
+    elif -shown * model.gain["value"] > MARGIN:
+        low, high = sorted(-shown * 100 * end for end in model.gain["ci"])
         said = (
             f"{model.name} is {'less' if shown > 0 else 'more'} accurate than {first.name} by "
             f"{100 * abs(model.gain['value']):.1f} points ({low:.1f} to {high:.1f}); whether it is "
@@ -101,7 +108,6 @@ def _by_distance(
             f"are farther on {row['farther']} and nearer on {row['nearer']} of the same "
             f"{row['n']} images, medians {_median(row)} and {_median(before)}"
         )
-        missing = [r["n"] - r["found"] for r in (row, before)]
         if any(missing):
             how += f" (for {missing[0]} and {missing[1]} nothing was found, which is farthest)"
     elif shown:

@@ -87,7 +87,7 @@ def test_a_model_for_which_less_was_found_is_not_easier_to_attack(reports):
     assert row["mean"]["value"] is row["difference"]["value"] is None
     assert row["median"]["value"] == pytest.approx(np.sort(after)[49])
     verdict = comparison.verdicts[0][0]
-    assert verdict.startswith("No difference between new and old is shown")
+    assert verdict.startswith("Whether new is harder to attack than old cannot be said")
     assert "farther on 50 and nearer on 50 of the same 100 images" in verdict
     assert "(for 50 and 0 nothing was found, which is farthest)" in verdict
 
@@ -97,15 +97,25 @@ def test_who_is_harder_to_attack_is_decided_by_images_where_nothing_was_found_fo
     reports, swap, word
 ):
     near = np.random.default_rng(0).lognormal(0, 0.3, 100)
-    far = np.where(
-        np.arange(100) < 40, np.inf, np.where(np.arange(100) < 70, near + 0.1, near - 0.1)
-    )
-    near[:5] = np.inf  # a tie
+    far = np.where(np.arange(100) < 67, near + 0.1, near - 0.1)
+    far[:5] = near[:2] = np.inf  # two ties
     models = [with_distances(reports[0], n, d) for n, d in (("near", near), ("far", far))]
     verdict = RobustnessReport.compare(models[::-1] if swap else models).verdicts[0][0]
     subject, reference = ("near", "far") if swap else ("far", "near")
     assert verdict.startswith(f"{subject} is {word} to attack than {reference}: ")
-    assert f"farther on {30 if swap else 65} and nearer on {65 if swap else 30}" in verdict
+    assert f"farther on {33 if swap else 65} and nearer on {65 if swap else 33}" in verdict
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_nothing_is_said_where_attacks_found_nothing_for_many_images(reports, swap):
+    near = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    failed = np.where(np.arange(100) < 6, np.inf, near + 0.1)
+    models = [with_distances(reports[0], n, d) for n, d in (("near", near), ("failed", failed))]
+    verdict = RobustnessReport.compare(models[::-1] if swap else models).verdicts[0][0]
+    assert "cannot be said, where the attacks found nothing for more than 5 % of a m" in verdict
+    assert f"(for {'0 and 6' if swap else '6 and 0'} nothing was found" in verdict
+    assert "er to attack than" in verdict.partition("cannot be said")[0]
+    assert "er to attack than" not in verdict.partition("cannot be said")[2]
 
 
 def test_where_something_was_found_for_all_the_mean_difference_decides(reports):
@@ -134,12 +144,16 @@ def test_at_another_accuracy_farther_is_not_said_to_be_harder(reports, swap, les
     assert f"is {harder} to attack than" not in verdict
 
 
-def test_an_accuracy_that_is_not_shown_to_be_less_leaves_the_verdict(reports):
+def test_few_images_are_no_proof_of_equal_accuracy(reports):
     before = np.random.default_rng(0).lognormal(0, 0.3, 100)
     a, b = (with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1)))
-    b.images["correct"][:3] = False
+    b.images["correct"][:3] = a.images["correct"][3:6] = False
     verdict = RobustnessReport.compare([a, b]).verdicts[0][0]
     assert verdict.startswith("b is harder to attack than a: ")
+    a.images["correct"][3] = True
+    verdict, *_, accuracy = RobustnessReport.compare([a, b]).verdicts[0]
+    assert verdict.startswith("b is less accurate than a by 1.0 points (-")
+    assert accuracy.endswith(" %: -1.0 points (-6.7 to +4.4).")
 
 
 def test_the_verdict_is_of_the_nearest_that_any_attack_found(reports):
