@@ -9,7 +9,7 @@ from hf_specreg.robustness.text import table
 from hf_specreg.study.plots import picture
 from hf_specreg.study.tables import sections
 from hf_specreg.study.text import caution, facts
-from hf_specreg.study.verdict import at_strength, verdict
+from hf_specreg.study.verdict import at_strength, cautions, verdict
 
 PICTURE = "plots/study.png"
 
@@ -36,7 +36,7 @@ def citation(encoder: Encoder) -> dict[str, Any] | None:
         "note": equal.note if equal else "",
         "table": table(equal.header, equal.rows) if equal else "",
         "facts": [(key, value) for key, value in settings.items() if value] + facts(content),
-        "flags": content["flags"],
+        "flags": cautions(content),
         "command": content["command"],
         "path": PICTURE,
     }

@@ -101,6 +101,10 @@ class Results:
         """Whether all seeds are done."""
         return len(self.cells_of(key)) == len(self.config.seeds)
 
+    def unfinished(self, method: str) -> list[Key]:
+        """Return a method's strengths that are not done with all seeds."""
+        return [key for key in self.keys if key[0] == method and not self.whole(key)]
+
     def values(self, key: Key, *path: str) -> np.ndarray:
         """Return a number of each training's record, [S], such as "test", "accuracy"."""
         found = []

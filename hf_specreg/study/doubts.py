@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from hf_specreg.robustness.flags import CONVERGED, is_masked
+from hf_specreg.robustness.flags import CONVERGED, MANY, is_masked
 from hf_specreg.robustness.statistics import Estimate
 from hf_specreg.robustness.text import listed
 from hf_specreg.study.choice import Attacked, Choice, Key, Results
+from hf_specreg.study.config import STOPPED
 from hf_specreg.study.verdict import side
 
 PLAIN, STOPPED_PLAIN = "the plain network", "the plain network stopped"
-MANY = 0.05  # of the images: found in the second half of the budget alone, or not at all
 
 
 def doubts(
@@ -38,6 +38,11 @@ def doubts(
         compared.append((STOPPED_PLAIN, row["control"], final and final["control"]))
     found = [said for network, of, _ in compared for said in _unpaired(of, f"it or for {network}")]
     found += _of_attacks(results, networks)
+    if missing := [f"{key[1]:g}" for key in results.unfinished(STOPPED)]:
+        found.append(
+            f"the plain networks stopped at {listed(missing)} epochs are not done with all seeds: "
+            "one of them may be nearer to its accuracy"
+        )
     found += [
         f"by the final attacks it is the other way round: {again['ratio']['value']:.3f} times the "
         f"distance of {network}, by those of every cell {of['ratio']['value']:.3f} times"

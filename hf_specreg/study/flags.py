@@ -77,7 +77,7 @@ def _contradicted(table: Sequence[Content], final: Sequence[Content]) -> list[st
     if not nearer:
         return []
     return [
-        "farther by the attacks of all cells; by the final ones, on fewer images, no difference is "
+        "farther by the attacks of all cells; by the final ones, on other images, no difference is "
         f"shown or it is nearer: {', '.join(nearer)}"
     ]
 

@@ -149,6 +149,8 @@ def mean_over_seeds(
     if _few(mask):
         return {"value": mean, "ci": [None, None]}
     error, df = _error(u)
+    if error == 0 and values.dtype != bool:  # all alike, of which no width can be told
+        return {"value": mean, "ci": [None, None]}
     if values.dtype == bool:
         size = _independent_images(mean, error, df, mask)
         low, high = binomial_interval(np.array(mean * size), size)

@@ -52,6 +52,7 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         again = next((r for r in final if r["method"] == row["method"]), None)
         row["withdrawn"] = doubts(results, compared_with[row["method"]], row, again)
     pairs = [_pair(results, choices, pair) for pair in results.config.pairs]
+    points = frontier(results)
     return {
         "schema": FORMAT.versions[-1],
         "name": name,
@@ -59,12 +60,13 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         **_asked(results),
         "methods": methods,
         "cells": [_cell(results, cell) for cell in results.cells],
-        "frontier": frontier(results),
+        "frontier": points,
         "chosen": chosen,
         "table": table,
         "final": final,
         "pairs": pairs,
-        "comparisons": sum(_comparisons(row) for row in table + final + pairs),
+        "comparisons": sum(map(_comparisons, table + final + pairs))
+        + sum(point["over_plain"] is not None for point in points),
         "flags": flags(results, choices, table, final) + untried(chosen, methods),
     }
 
@@ -154,7 +156,7 @@ def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: 
     found, plain = results.attacked(key, split), results.plain
     answers = results.answers(key, "test")
     robust = [
-        (eps, found.correct & (found.distances > eps))
+        (eps, found.correct & (found.distances > np.float32(eps)))  # as attacks give them
         for eps in sorted(results.config.evaluation.eps)
     ]
     row: Content = {

@@ -39,7 +39,8 @@ def caution(content: Mapping[str, Any]) -> str:
         "interval of the ratio lies above 1 against the plain network and against the one stopped "
         "earlier, or not, that is as accurate as the method on validation images, within "
         f"{100 * content['accuracy_margin']:g} points; where none is, against two that the method "
-        "lies between, or the best where it lies above all."
+        "lies between, or the best where it lies above all; and against the curve of all these at "
+        "its accuracy on test images."
     )
 
 

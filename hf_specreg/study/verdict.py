@@ -1,9 +1,10 @@
 """Whether a method makes networks harder to attack at equal accuracy, in words.
 
-Harder only where the interval of the mean distance's ratio lies above 1 twice: against the plain
-network, and against the plain network, stopped earlier or not, whose accuracy is nearest. A network
-that has learnt less is often harder to attack, so that the first alone shows nothing of the method.
-Easier where either interval lies below 1. All else is no difference that was shown.
+Harder only where the interval of the mean distance's ratio lies above 1 three times: against the
+plain network, against the plain network, stopped earlier or not, whose accuracy is nearest, and
+against the curve of these at the very accuracy on test images. A network that has learnt less is
+often harder to attack, so that the first alone shows nothing of the method. Easier where one of
+the first two intervals lies below 1. All else is no difference that was shown.
 
 Where the nearest is not as accurate within the margin, nothing is known at equal accuracy, but for
 a method that lies between that one and the network trained to the end, or above all: harder or
@@ -38,8 +39,18 @@ def outcome(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         agreed = {(1, 1): HARDER, (-1, -1): EASIER} if _is_between(row, content) else {}
         return agreed.get(tuple(sides), UNMATCHED)
     if sides == [1, 1]:
-        return HARDER
+        return HARDER if _is_beyond_curve(row, content) else NEITHER
     return EASIER if -1 in sides else NEITHER
+
+
+def _is_beyond_curve(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether a method is farther than plain networks of its accuracy on test images, stopped
+    between two epochs as it were; True where that is not known.
+    """
+    key = row["method"], row["strength"]
+    points = (p for p in content["frontier"] if (p["method"], p["strength"]) == key)
+    over = next((point.get("over_plain") for point in points), None)
+    return over is None or None in over["ci"] or side(over) > 0
 
 
 def _is_between(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
@@ -63,13 +74,16 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     order = HARDER, NEITHER, EASIER, UNMATCHED, WITHDRAWN, UNKNOWN
     found: dict[str, list[str]] = {shown: [] for shown in order}
     for row in _compared(content):
-        found[outcome(row, content)].append(at_strength(row))
+        shown = outcome(row, content)
+        doubt = shown == HARDER and _not_by_final_attacks(row, content)
+        said = f"{at_strength(row)} (the final attacks do not show it)" if doubt else None
+        found[shown].append(said or at_strength(row))
     found[UNKNOWN] += [entry["method"] for entry in not_chosen(content)]
     titles = {
         HARDER: "Harder to attack than the plain network at equal accuracy",
         NEITHER: "No difference shown",
         EASIER: "Easier to attack",
-        UNMATCHED: "Not known at equal accuracy, until there are stopped_epochs nearer to it",
+        UNMATCHED: "Not known at equal accuracy, since no plain network near to it was compared",
         WITHDRAWN: "Withdrawn, since something speaks against the distances",
         UNKNOWN: "Not compared at equal accuracy",
     }
@@ -78,6 +92,12 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         for shown, names in found.items()
         if names or shown == HARDER
     ]
+
+
+def _not_by_final_attacks(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether the final attacks, where there were any, show nothing for a method."""
+    again = (r for r in content["final"] if r["method"] == row["method"])
+    return any(side(r["ratio"]) <= 0 for r in again)
 
 
 def verdicts(content: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from hf_specreg.robustness.text import table
 from hf_specreg.study.plots import picture
 from hf_specreg.study.result import Study, StudyError
 from hf_specreg.study.tables import sections
-from hf_specreg.study.verdict import verdict
+from hf_specreg.study.verdict import cautions, verdict
 from tests.study.example import make_content
 
 
@@ -59,6 +59,14 @@ def test_a_card_cites_the_study_that_its_encoder_is_a_cell_of(folder):
     ):
         assert said in card, said
     assert files["plots/study.png"] == picture(content)
+
+
+def test_a_card_says_all_that_the_study_warns_of(folder):
+    study = study_of(folder)
+    study.content["attacks"]["final"] = study.content["attacks"]["cells"]
+    for said in cautions(study.content):
+        assert f"- {said}" in card_of(folder, study=study)
+    assert len(cautions(study.content)) > len(study.content["flags"])
 
 
 @pytest.mark.parametrize(

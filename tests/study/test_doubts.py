@@ -41,8 +41,12 @@ class Found:
 
     plain = PLAIN
 
-    def __init__(self, test, final=None):
+    def __init__(self, test, final=None, unfinished=()):
         self.splits = {"test": test, "final": final or {}}
+        self.keys_unfinished = unfinished
+
+    def unfinished(self, method):
+        return [key for key in self.keys_unfinished if key[0] == method]
 
     def has(self, key, split):
         return key in self.splits[split]
@@ -78,6 +82,12 @@ def test_a_verdict_on_sound_distances_stands():
     final = row({"value": 1.01, "ci": [0.9, 1.1]})
     assert doubts(Found(SOUND, SOUND), CHOICE, row(), final) == []
     assert doubts(Found(SOUND), CHOICE, row(), None) == []
+
+
+def test_a_nearer_plain_network_that_is_not_done_withdraws_it():
+    (said,) = doubts(Found(SOUND, unfinished=[(STOPPED, 4), (STOPPED, 5)]), CHOICE, row(), None)
+    assert said.startswith("the plain networks stopped at 4 and 5 epochs are not done with all")
+    assert doubts(Found(SOUND, unfinished=[("b", 4)]), CHOICE, row(), None) == []
 
 
 def test_images_that_are_compared_for_one_of_both_alone_withdraw_it_and_are_counted():

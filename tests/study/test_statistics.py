@@ -77,7 +77,7 @@ def test_equal_networks_have_ratio_one_without_doubt(seeds):
     own, correct, *_ = distances(seeds, 50)
     pair = own, correct, own, correct
     assert paired_ratio(*pair) == {"value": 1.0, "ci": [1.0, 1.0]}
-    assert paired_difference(*pair) == {"value": 0.0, "ci": [0.0, 0.0]}
+    assert paired_difference(*pair) == {"value": 0.0, "ci": [None, None]}
     assert signs(*pair) == [0] * seeds
 
 
@@ -145,6 +145,12 @@ def test_few_images_and_one_seed_have_no_interval():
     mask = np.arange(20) < 9
     assert mean_over_seeds(np.ones((3, 20)), mask & np.ones((3, 1), bool))["ci"] == [None, None]
     assert over_seeds(np.array([2.0])) == {"value": 2.0, "ci": [None, None]}
+
+
+def test_answers_that_all_agree_have_no_interval_of_their_difference():
+    assert mean_over_seeds(np.zeros((3, 100))) == {"value": 0.0, "ci": [None, None]}
+    low, high = mean_over_seeds(np.zeros((3, 100), bool))["ci"]
+    assert low == 0 < high
 
 
 def test_nothing_to_average_or_not_of_all():

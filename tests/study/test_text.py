@@ -78,12 +78,40 @@ def test_harder_needs_both_intervals_above_one(content, plain, control, matched,
     assert ("cannot be said" in said) == (shown == UNKNOWN)
 
 
+@pytest.mark.parametrize(
+    ("over", "shown"),
+    [
+        (ABOVE, HARDER),
+        (AROUND, NEITHER),
+        (BELOW, NEITHER),
+        (ALONE, HARDER),  # of the networks before intervals were taken
+        (None, HARDER),
+    ],
+)
+def test_harder_is_farther_than_the_curve_of_plain_networks_too(content, over, shown):
+    row = row_of(content)
+    row["ratio"] = row["control"]["ratio"] = ABOVE
+    for point in content["frontier"]:
+        if (point["method"], point["strength"]) == (row["method"], row["strength"]):
+            point["over_plain"] = over
+    assert outcome(row, content) == shown
+
+
+def test_a_gain_that_the_final_attacks_do_not_show_is_said_to_be_so(content):
+    row = next(r for r in content["table"] if r["method"] == "jacobian")
+    row["ratio"] = row["control"]["ratio"] = ABOVE
+    content["final"].append(again := {**row, "ratio": ABOVE})
+    assert "jacobian at 0.01 (" not in summary(content)[0]
+    again["ratio"] = AROUND
+    assert "jacobian at 0.01 (the final attacks do not show it)" in summary(content)[0]
+
+
 def test_what_is_not_known_at_equal_accuracy_is_said_everywhere_with_its_remedy(content):
     row = next(row for row in content["table"] if row["method"] == "jacobian")
     row["ratio"], row["control"] = BELOW, {**row["control"], "ratio": ABOVE, "matched": False}
     listed = [said for said in summary(content) if "jacobian" in said]
     assert listed == [
-        "Not known at equal accuracy, until there are stopped_epochs nearer to it: "
+        "Not known at equal accuracy, since no plain network near to it was compared: "
         "jacobian at 0.01."
     ]
     assert "stopped_epochs whose accuracy is nearer would decide" in verdict(row, content)
