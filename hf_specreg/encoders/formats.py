@@ -24,10 +24,9 @@ from hf_specreg.encoders.labels import (
     transformers_labels,
     wrapper_entries,
 )
+from hf_specreg.encoders.processor import RESAMPLING, processor_data
 
 logger = logging.getLogger(__name__)
-
-RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
 
 
 def renew_head(network: nn.Module) -> None:
@@ -163,8 +162,7 @@ def load_transformers(
         token: for private repositories.
 
     Returns:
-        The network, its label names, and what its image processor says of mean, std, interpolation,
-        crop_pct and size (height, width).
+        The network, its label names, and what its image processor does, see `processor_data`.
     """
     from transformers import (
         AutoConfig,
@@ -184,13 +182,13 @@ def load_transformers(
         network, label_names = _load_headless(name_or_config, config, **where), None
     else:
         fresh = {}
-        if num_classes and (bare or num_classes != config.num_labels):
+        if num_classes:
             fresh = {**class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
         network, info = AutoModelForImageClassification.from_pretrained(
             name_or_config, use_safetensors=True, output_loading_info=True, **fresh, **where
         )
         _check_is_complete(info, name_or_config, find_head(network) if fresh else ())
-        if num_classes:
+        if fresh:
             renew_head(network)
         else:
             label_names = label_names or transformers_labels(config)
@@ -202,7 +200,7 @@ def load_transformers(
             "normalisation is not known: save the processor beside the model, with Trainer as "
             "processing_class"
         ) from error
-    return network, label_names, _processor_data(processor)
+    return network, label_names, processor_data(processor, name_or_config)
 
 
 def _create_transformers(
@@ -299,22 +297,3 @@ def _check_is_complete(info: dict[str, Any], name: Any, fresh: Sequence[str]) ->
             f"{name}: {len(lost)} weights of the network are not in the file, or have another "
             f"shape: {', '.join(lost[:3])}"
         )
-
-
-def _processor_data(processor: Any) -> dict[str, Any]:
-    names = {number: name for name, number in RESAMPLING.items()}
-    resample = getattr(processor, "resample", None)
-    data = {"interpolation": names.get(int(3 if resample is None else resample), "bicubic")}
-    for key in ("mean", "std"):
-        if getattr(processor, f"image_{key}", None):
-            data[key] = tuple(getattr(processor, f"image_{key}"))
-    size, crop = (dict(getattr(processor, k, None) or {}) for k in ("size", "crop_size"))
-    edge = size.get("shortest_edge")
-    if getattr(processor, "do_center_crop", False) and crop.get("height"):
-        if edge:
-            data["crop_pct"] = crop["height"] / edge
-        size = crop
-    height, width = size.get("height") or edge, size.get("width") or edge
-    if height and width:
-        data["size"] = (height, width)
-    return data

@@ -211,8 +211,8 @@ class SpecRegModel(nn.Module):
         Args:
             name_or_config: a Hub id or a local folder (pretrained weights), or a `PretrainedConfig`
                 (random weights).
-            num_classes: of the head, a fresh one if it differs; 0 for none; default: what the
-                checkpoint has, which is none where it was saved without a head.
+            num_classes: give it a fresh head of that many classes; 0 for none; default: the
+                checkpoint's head, which is none where it was saved without.
             revision: branch, tag or commit on the Hub.
             token: for private repositories.
             input_size: (C, H, W); default: what the checkpoint's image processor makes of images,

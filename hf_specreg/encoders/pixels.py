@@ -44,8 +44,8 @@ def find_pixel_std(
         model: without what is put around it for training.
         channels: of its images.
         pixel_std: what it was, in [0, 1] pixels: a number, or one of each channel. Default: of a
-            timm model what its `pretrained_cfg` says, of a `SpecRegModel` nothing. That the first
-            images do not look like it is a warning (`PixelModel.check`).
+            timm model, in transformers too, what its `pretrained_cfg` says, of a `SpecRegModel`
+            nothing. That the first images do not look like it is a warning (`PixelModel.check`).
 
     Raises:
         ValueError: it is not known and not given, out of range, of another number of channels, or
@@ -54,7 +54,8 @@ def find_pixel_std(
     name = type(model).__name__
     inside = getattr(type(model), "takes_pixels", False)
     if pixel_std is None:
-        stated = (getattr(model, "pretrained_cfg", None) or {}).get("std")
+        own = model.config if hasattr(model, "timm_model") else model  # timm's, in transformers
+        stated = (getattr(own, "pretrained_cfg", None) or {}).get("std")
         if not inside and not stated:
             raise ValueError(
                 f"{name} does not say how its images are normalised, and this term is per [0, 1] "

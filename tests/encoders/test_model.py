@@ -112,6 +112,16 @@ def test_fine_tuning_starts_from_the_encoder_with_a_fresh_head(maker, tmp_path, 
     assert len(names) == len(SpectralPenalty(model).layers)
 
 
+def test_a_fresh_head_of_as_many_classes_has_no_names_of_the_old_ones(tmp_path, images):
+    model = make_transformers()
+    model.save_pretrained(tmp_path)
+    fresh = SpecRegModel.from_transformers(str(tmp_path), num_classes=4).eval()
+    assert torch.equal(fresh.features(images), model.features(images))
+    assert not torch.equal(fresh(images), model(images))
+    assert fresh.label_names is None
+    assert set(fresh.network.config.id2label.values()).isdisjoint(LABELS)
+
+
 @pytest.mark.parametrize("maker", [make_timm, make_transformers], ids=["timm", "transformers"])
 def test_pictures_of_another_shape_are_cut_alike_here_and_by_the_saved_processor(maker, tmp_path):
     model = maker()

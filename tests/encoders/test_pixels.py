@@ -7,7 +7,11 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import ViTForImageClassification
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTForImageClassification,
+)
 
 from hf_specreg import InputGradientPenalty, SensitivityPenalty
 from hf_specreg.encoders.pixels import find_pixel_std
@@ -50,6 +54,12 @@ def test_timm_says_by_what_images_were_divided_and_an_argument_overrides_it():
     colour = timm.create_model("test_vit", img_size=32)
     assert find_pixel_std(colour, 3) == tuple(colour.pretrained_cfg["std"])
     assert find_pixel_std(colour, 3, np.array([0.1, 0.2, 0.3])) == (0.1, 0.2, 0.3)
+
+
+def test_a_timm_network_in_transformers_says_it_too():
+    config = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {"std": [0.2] * 3}}
+    model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(config))
+    assert find_pixel_std(model, 3) == pytest.approx((0.2,) * 3)
 
 
 @pytest.mark.parametrize("kind", [InputGradientPenalty, SensitivityPenalty])

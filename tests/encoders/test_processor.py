@@ -1,0 +1,64 @@
+"""That images are normalised as a saved image processor does it, whatever it says of itself."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.encoders.processor import processor_data
+
+STATED = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+TIMM = {"input_size": [3, 32, 32], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+PROCESSORS = {
+    "plain": lambda: transformers.ViTImageProcessor(**STATED),
+    "its std divided by twice": lambda: transformers.EfficientNetImageProcessor(**STATED),
+    "an offset": lambda: transformers.EfficientNetImageProcessor(
+        include_top=False, do_normalize=False, rescale_factor=1 / 127.5, rescale_offset=True
+    ),
+    "stated and not used": lambda: transformers.ViTImageProcessor(**STATED, do_normalize=False),
+    "of 8 bits": lambda: transformers.ViTImageProcessor(do_rescale=False, do_normalize=False),
+    "of timm": lambda: transformers.TimmWrapperImageProcessor(TIMM),
+}
+
+
+@pytest.mark.parametrize("maker", PROCESSORS.values(), ids=PROCESSORS)
+def test_mean_and_std_are_what_it_does(maker):
+    processor = maker()
+    data = processor_data(processor, "folder")
+    colour = np.array([10, 120, 250], np.uint8)
+    picture = Image.fromarray(np.broadcast_to(colour, (40, 40, 3)).copy())
+    done = processor(picture, return_tensors="pt")["pixel_values"][0, :, 8, 8].float()
+    mean, std = (torch.tensor(data[key]) for key in ("mean", "std"))
+    torch.testing.assert_close(
+        (torch.tensor(colour) / 255 - mean) / std, done, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_what_it_says_is_kept_to_the_digit_where_it_does_it():
+    for maker in (PROCESSORS["plain"], PROCESSORS["of timm"]):
+        data = processor_data(maker(), "folder")
+        assert (data["mean"], data["std"]) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert data["size"] == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "crop_pct"),
+    [("ConvNext", 224, 224 / 256), ("ConvNext", 384, None), ("PoolFormer", 224, 0.9)],
+)
+def test_a_crop_that_its_class_makes_is_known(kind, size, crop_pct):
+    processor = getattr(transformers, f"{kind}ImageProcessor")(size={"shortest_edge": size})
+    data = processor_data(processor, "folder")
+    assert data.get("crop_pct") == crop_pct
+    assert data["size"] == (size, size)
+
+
+def test_one_that_reorders_channels_is_refused():
+    with pytest.raises(FolderError, match="image processor of some/model reorders or mixes the ch"):
+        processor_data(transformers.MobileViTImageProcessor(), "some/model")
+
+
+def test_one_of_grey_images_is_taken_at_its_word():
+    processor = transformers.ViTImageProcessor(image_mean=[0.1], image_std=[0.3])
+    assert processor_data(processor, "folder")["mean"] == (0.1,)
