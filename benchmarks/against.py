@@ -13,7 +13,7 @@
   of a batch, for networks; another number than sigma, so it has no error here.
 
 A use is the value and its gradient. The weights move by 1e-3 of their norm after every use, in a
-random direction. Ours, "fft, power" and "torch" are warm: 24 uses, of which the last 16 count; the
+random direction. Ours, "fft, power" and "torch" are warm: 48 uses, of which the last 16 count; the
 others begin anew each time: 3 uses, of which the last 2 count. The time is their mean; the error is
 that of the last use, of the worst layer, against the converged sigma of the true operator in
 float64. Memory is by how much a warm use raises the peak of a process of its own.
@@ -38,7 +38,7 @@ from hf_specreg.spectral.operators import Convolution, LinearOperator
 from hf_specreg.spectral.regularizers.jacobian import jacobian_norm
 
 DRIFT, GRAM = 1e-3, 5
-WARM, ANEW = (24, 16), (3, 2)  # uses, and how many of the last count
+WARM, ANEW = (48, 16), (3, 2)  # uses, and how many of the last count
 
 
 class Only(nn.Module):
@@ -292,7 +292,7 @@ def main() -> None:
         ["layer or network", "method", "a use, ms", "times ours", "peak, MiB", "error of sigma"],
         rows,
         "A use is the value and its gradient, of random weights that move by 0.1 % of their norm "
-        "between uses; the error is that of the worst layer in the last use, after 24 uses of the "
+        "between uses; the error is that of the worst layer in the last use, after 48 uses of the "
         "warm methods (ours, fft power, torch). The Fourier methods take convolutions for "
         "circular; torch takes kernels for matrices.",
     )

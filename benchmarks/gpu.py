@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from recipe_cost import loops
-from results import network, record, seconds, spread
+from results import network, record, seconds, settle, spread
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,6 +85,7 @@ def of_penalties(name: str, size: int, batch: int, arithmetic: str, rounds: int)
         for _ in range(penalty.renew_every):
             penalty().backward()
 
+    settle(penalty)
     steps, cycles, senses = in_turn(rounds, step, cycle, lambda: sensitivity(images).backward())
     uses = [t / penalty.renew_every for t in cycles]
     shares = [f"{ratio(uses, steps):.2%}", f"{ratio(senses, steps):.2%}"]

@@ -52,7 +52,9 @@ def warm(name: str) -> tuple[torch.nn.Module, SpectralPenalty]:
         parameter.grad = torch.empty_like(parameter)
     shapes = {n: s for stack in penalty._sum.stacks for n, s in stack.vectors.items()}
     vectors = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
-    penalty.load_state_dict({"step": 1, "uses": 1, "vectors": vectors})
+    state = {**penalty.state_dict(), "step": 1, "uses": 1, "vectors": vectors}
+    state["pace"] |= {"halvings": 0, "wait": math.inf}  # settled: "meta" has no numbers to look at
+    penalty.load_state_dict(state)
     return model, penalty
 
 

@@ -16,7 +16,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from results import network, record, seconds, spread
+from results import network, record, seconds, settle, spread
 
 from hf_specreg import SpectralPenalty
 
@@ -53,6 +53,7 @@ def measure(
             torch.dot(w.flatten(), d.flatten())
             torch.mul(d, 2.0, out=out)
 
+    settle(penalty)
     times = []
     for _ in range(rounds + 1):  # in turn, so that all see the same machine; the first warms up
         cycle_time = seconds(cycle, device) / penalty.renew_every

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import hf_specreg.encoders.small  # noqa: F401  registers the CIFAR networks
+from hf_specreg import SpectralPenalty
 
 RESULTS = Path(__file__).with_suffix(".md")
 HEADING = (
@@ -31,6 +32,14 @@ def network(name: str, device: torch.device | str = "cpu") -> nn.Module:
     """Return a timm network with random weights, in training mode."""
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=10).to(device).train()
+
+
+def settle(penalty: SpectralPenalty) -> None:
+    """Use a penalty until it renews its vectors as rarely as it was asked to: at first it does so
+    at every use.
+    """
+    while penalty._sum.uses == 0 or penalty._sum.pace.renew_every < penalty.renew_every:
+        penalty().backward()
 
 
 def seconds(work: Callable[[], object], device: torch.device | str = "cpu") -> float:

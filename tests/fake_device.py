@@ -58,7 +58,7 @@ def warm(penalty, device=DEVICE):
     shapes = {n: s for stack in penalty._sum.stacks for n, s in stack.vectors.items()}
     vectors = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
     state = {**penalty.state_dict(), "step": 1, "uses": 1, "vectors": vectors}
-    state["pace"]["look_at"] = 1000  # for which the host does wait
+    state["pace"] |= {"halvings": 0, "wait": 1000}  # for which the host does wait
     penalty.load_state_dict(state)
 
 

@@ -48,6 +48,14 @@ def _trained(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile is around a model, or modules in it, or has compiled them in place."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def check_not_fsdp1(model: nn.Module) -> None:
     """Raise ValueError if FSDP1 is around a model, or modules in it, whose weights it hides."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

@@ -7,6 +7,7 @@ that of all.
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,7 @@ class FollowedSum:
         self.pace = Pace(renew_every, lanczos_steps, every=every)
         self.triplets = Triplets(self.stacks, pace=self.pace, seed=seed, device=device)
         self._device, self._sharded, self.vectors_loaded = device, False, False
+        self._is_frozen_said = False
         self._arrange()
 
     def _arrange(self) -> None:
@@ -115,7 +117,19 @@ class FollowedSum:
         weights = self._follow(changed and not (resumed and self._fit()))
         squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
         self.uses += 1
+        if self._own and torch.is_grad_enabled() and not squares.requires_grad:
+            self._warn_of_frozen()
         return summed(squares) if self.shared else squares
+
+    def _warn_of_frozen(self) -> None:
+        if not self._is_frozen_said:
+            warnings.warn(
+                "no weight that the spectral penalty is of requires a gradient, so that it costs "
+                "time and changes nothing: leave it out while they are frozen, or set its strength "
+                "to 0",
+                stacklevel=4,
+            )
+        self._is_frozen_said = True
 
     @torch.no_grad()
     def _fit(self) -> bool:
@@ -135,7 +149,7 @@ class FollowedSum:
         """
         step, taken = self.uses * self.every, {}
         together = self.shared or self._sharded
-        self.pace.adapt(step, device=self._device, together=together)
+        self.pace.adapt(device=self._device, together=together)
         for group in self.groups:
             started = self.triplets.has(group[0])
             due = all_due or self.triplets.is_due(group[0], step, since=self.every)
@@ -144,6 +158,8 @@ class FollowedSum:
             weights = {index: self.weight(self.stacks[index]) for index in group}
             taken |= weights
             self._sharded |= any(map(is_sharded, weights.values()))
+            if started and not all_due:  # else they are what they were
+                weights = {i: weight for i, weight in weights.items() if weight.requires_grad}
             with torch.no_grad():
                 wholes = {index: whole(weight.detach()) for index, weight in weights.items()}
                 if started:

@@ -6,10 +6,11 @@ costs accuracy for nothing. A renewal tells: what was followed until then is the
 
     sum <D, W>^2 / sum sigma^2
 
-of what it finds. Where that is small, layers are renewed twice as often, by half as many Lanczos
-steps, down to a few, which a warm vector needs where others are almost as large; where it is large
-again, half as often. It is read after one round of renewals, then after 2, 4 and 8, and at every
-8th from there on, since on a GPU to read a number is to wait for all work before it.
+of what it finds. At first, and where the strength was raised, layers are renewed at every use, by a
+few Lanczos steps, which a warm vector needs where others are almost as large. Where the share is
+large they are renewed half as often, by twice as many steps; where it is small, twice as often. It
+is read at every round of renewals; on a GPU, where to read a number is to wait for all work before
+it, after one round, then 2, 4 and 8, and at every 8th from there on.
 """
 
 import math
@@ -25,7 +26,7 @@ from torch import Tensor
 # 8th step 36.6 and 83.3 %, at every step 8.8 and 89.2 %.
 TOO_SMALL, LARGE = 0.8, 0.95
 FEW_STEPS = 4
-ROUNDS = 8  # at most, between two looks
+ROUNDS = 8  # at most, between two looks on a GPU
 
 
 class Pace:
@@ -39,7 +40,13 @@ class Pace:
 
     def __init__(self, slowest: int, most_lanczos_steps: int, *, every: int):
         self.slowest, self.most_lanczos_steps, self._every = slowest, most_lanczos_steps, every
-        self._halvings, self._rounds, self._look_at = 0, 1, slowest
+        self.quicken()
+        self._wait += every  # the first use is after none
+
+    def quicken(self) -> None:
+        """Renew at every use from now on, until a look tells that it need not be."""
+        self._halvings = max(self.slowest // self._every, 1).bit_length() - 1
+        self._rounds, self._wait = 1, self.slowest  # steps until the next look
         self._sums: Tensor | None = None
 
     @property
@@ -63,23 +70,24 @@ class Pace:
         sums = torch.stack([followed, found]).float()  # alike on all processes
         self._sums = sums if self._sums is None else self._sums.to(sums) + sums
 
-    def adapt(self, step: int, *, device: torch.device, together: bool) -> None:
-        """Renew more often from now on, or less, where it is time to look.
+    def adapt(self, *, device: torch.device, together: bool) -> None:
+        """Count a use; renew more often from now on, or less, where it is time to look.
 
         Args:
-            step: optimizer steps since the first use.
             device: where the layers are.
             together: all processes call it, and must renew alike.
         """
-        if step < self._look_at:
+        self._wait -= self._every
+        if self._wait > 0:
             return
         followed, found = self._read(device, together)
         share = followed / found if found else math.nan
         faster = share < TOO_SMALL and self.renew_every > self._every
         slower = share > LARGE and self._halvings > 0
         self._halvings += int(faster) - int(slower)
-        self._rounds = 1 if faster or slower else min(2 * self._rounds, ROUNDS)
-        self._look_at, self._sums = step + self._rounds * self.slowest, None
+        most = 1 if device.type == "cpu" else ROUNDS
+        self._rounds = 1 if faster or slower else min(2 * self._rounds, most)
+        self._wait, self._sums = self._rounds * self.slowest, None
 
     def _read(self, device: torch.device, together: bool) -> list[float]:
         """What was followed and found since the last look, by all processes."""
@@ -102,7 +110,7 @@ class Pace:
         return {
             "halvings": self._halvings,
             "rounds": self._rounds,
-            "look_at": self._look_at,
+            "wait": self._wait,
             "sums": sums,
         }
 
@@ -114,5 +122,5 @@ class Pace:
             mine: whether the sums are to count on this process, as they must on one.
         """
         self._halvings, self._rounds = state["halvings"], state["rounds"]
-        self._look_at = state["look_at"]
+        self._wait = state["wait"]
         self._sums = torch.tensor(state["sums"]) if mine and any(state["sums"]) else None

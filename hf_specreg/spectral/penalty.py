@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.modules import is_compiled
 from hf_specreg.ranges import WHOLE, require, require_choices
 from hf_specreg.spectral.folding import acting
 from hf_specreg.spectral.followed import FollowedSum
@@ -61,12 +61,12 @@ class SpectralPenalty:
     once, as the one with the largest sigma.
 
     Making it leaves the model as it is. Its first use, or a state that is loaded, puts hooks on it
-    (with layer norms to fold in, its making), to see that images of the measured size are trained
-    on, and whether weights are loaded into it: then all vectors are renewed, as where parameters
-    are replaced. Call `renew()` where they are changed in place by other than training. The hooks
-    go with the penalty, or by `remove_hooks()`. The first use warns if norms make most layers
-    scale-invariant (`free_scale`), which are penalised for little then. Make it last: new layers,
-    adapters and the like after it are errors.
+    (of compiled models, or with layer norms to fold in, its making), to see that images of the
+    measured size are trained on, and whether weights are loaded into it: then all vectors are
+    renewed, as where parameters are replaced. Call `renew()` where they are changed in place by
+    other than training. The hooks go with the penalty, or by `remove_hooks()`. The first use warns
+    if norms make most layers scale-invariant (`free_scale`), which are penalised for little then.
+    Make it last: new layers, adapters and the like after it are errors.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together
@@ -139,11 +139,11 @@ class SpectralPenalty:
         shared: bool = False,
         seed: int = 0,
     ):
-        self.strength, self.scope = strength, scope
+        self._strength, self.scope = strength, scope
         self.fold_norm, self.fold_gradient = fold_norm, fold_gradient
         self.every, self.burn_in, self.ramp = every, burn_in, ramp
         self.renew_every, self.lanczos_steps = renew_every, lanczos_steps
-        require(self, "not negative", "burn_in", "ramp")
+        require(self, "not negative", "strength", "burn_in", "ramp")
         require(self, "at least 1", "every", "renew_every")
         require(self, "at least 2", "lanczos_steps")
         require(self, WHOLE, "every", "burn_in", "ramp", "renew_every", "lanczos_steps")
@@ -151,10 +151,9 @@ class SpectralPenalty:
         self.shared = shared and dist.is_initialized() and dist.get_world_size() > 1
         self.seed, self.step = seed, 0
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
-        self._network = self.space.network
-        self._which = {"skip": skip, "split_qkv": split_qkv}
-        self._seen = SeenInput()
-        self._hooks: list[RemovableHandle] = []
+        self._network, self._which = self.space.network, {"skip": skip, "split_qkv": split_qkv}
+        self._compiled = isinstance(model, nn.Module) and is_compiled(model)
+        self._seen, self._hooks = SeenInput(), []
         weakref.finalize(self, remove, self._hooks)
         self._measure()
         at_once = strength > 0 and not fold_norm
@@ -187,6 +186,8 @@ class SpectralPenalty:
     def strength(self, value: float) -> None:
         if not value >= 0:
             raise ValueError(f"strength ({value}) must not be negative")
+        if value > self._strength:
+            self._sum.pace.quicken()
         self._strength = value
 
     @property
@@ -229,7 +230,7 @@ class SpectralPenalty:
         beside = [self._network.get_submodule(name) for name in gains]
         self._placed = Placed(self._network, [*self._modules.values(), *beside])
         self._seen.expect(owners)
-        if followed:  # before the first pass, which may be compiled
+        if followed or self._compiled:  # before the first pass
             self._watch()
 
     @torch.compiler.disable  # the count of steps must not be compiled in
@@ -244,12 +245,11 @@ class SpectralPenalty:
             self._free_scales.warn_once()
         if since % self.every:
             return self._zero()
-        if since >= self.ramp:
-            return self.value()
-        if since >= 0:
-            return self.value() * (since / self.ramp)
-        self._check()  # the burn-in need not end for a mistake to be known
-        return self._zero()
+        risen = min(since / self.ramp, 1) if self.ramp else since >= 0
+        if risen <= 0 or not self.strength:
+            self._check()  # a mistake is known before it counts
+            return self._zero()
+        return self.value() if risen == 1 else self.value() * risen
 
     def _watch(self) -> None:
         if not self._hooks:

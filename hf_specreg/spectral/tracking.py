@@ -238,14 +238,16 @@ class Triplets:
         for index, weight in weights.items():
             places.setdefault((weight.device, weight.dtype), []).append(index)
         for indices in places.values():
-            followed, found = self._renew_together(indices, [weights[index] for index in indices])
+            most = self.pace.most_lanczos_steps if strayed else self.pace.lanczos_steps
+            whole = [weights[index] for index in indices]
+            followed, found = self._renew_together(indices, whole, most)
             if not strayed:
                 self.pace.note(followed, found)
 
     def _renew_together(
-        self, indices: Sequence[int], weights: Sequence[Tensor]
+        self, indices: Sequence[int], weights: Sequence[Tensor], most: int
     ) -> tuple[Tensor, Tensor]:
-        """Renew, and return the sums of sigma^2 by the vectors before and by those after."""
+        """Renew by at most so many Lanczos steps; return the sums of sigma^2 before and after."""
         operators = [operator for index in indices for operator in self.stacks[index].operators]
         one, together = operators[0], operators[0].repeated(len(operators))
         u, v = (
@@ -259,7 +261,6 @@ class Triplets:
         followed = (image.reshape(u.shape).to(u) * u).reshape(together.groups, -1).sum(1)
         v = v.nan_to_num(0, 0, 0)  # anew, after a NaN
         v = (v + noise).reshape(1, *together.input_shape)
-        most = self.pace.lanczos_steps
         steps = steps_that_fit(len(indices) * self.stacks[indices[0]].size, most=most)
         for _ in range(math.ceil(most / steps)):
             found, u, v, _ = bidiagonalize(together, weight, v, steps=steps)

@@ -52,6 +52,16 @@ def test_a_strength_that_is_set_later_acts_and_is_checked():
     torch.testing.assert_close(penalty(images(), LABELS), 10 * before)
 
 
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 0.5, "ramp": 4}])
+def test_where_its_strength_is_0_it_computes_nothing(options, monkeypatch):
+    model = tiny()
+    penalty = InputGradientPenalty(model, images=3, **options)
+    monkeypatch.setattr(model, "forward", None)
+    value = penalty(images(), LABELS)
+    assert value.item() == 0
+    assert not value.requires_grad
+
+
 def test_it_takes_a_step_that_lowers_what_it_is_of_and_leaves_the_model_as_it_was():
     model = tiny("resnet20_cifar", drop_rate=0.5).train()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.parametrizations import spectral_norm
 
 from hf_specreg import SpectralPenalty
+from hf_specreg.spectral.pace import Pace
 from tests.spectral.test_norms import Net, convolution
 from tests.spectral.test_penalty import SmallNet, exact_sum, make
 
@@ -40,7 +41,7 @@ def test_a_block_that_is_wrapped_later_has_the_terms_of_its_weights(wrap, is_use
     torch.manual_seed(0)
     net = Blocks()
     expected = make(net, strength=1)()
-    penalty = make(net, strength=1, renew_every=100)
+    penalty = make(net, strength=1)
     if is_used:
         penalty()
     net.block = wrap(net.block)
@@ -93,7 +94,7 @@ def test_weights_that_are_others_are_penalised_in_full_at_once_where_it_is_seen_
     net = SmallNet()
     weight = torch.outer(torch.randn(16), torch.randn(8))
     penalty = make(net, strength=1)
-    for _ in range(3):
+    for _ in range(30):  # until few are renewed at once
         penalty()
     change(net.proj, weight)
     if change is _averaged_in_place:
@@ -161,11 +162,12 @@ def test_a_state_that_is_loaded_before_its_weights_goes_on_to_the_same_bits():
     assert [resumed().item() for _ in range(4)] == expected
 
 
-def test_a_block_is_copied_and_pickled_without_the_network_around_it():
+def test_a_block_is_copied_and_pickled_without_the_network_around_it(monkeypatch):
+    monkeypatch.setattr(Pace, "renew_every", 100)
     net = Blocks()
     net.rest = nn.Linear(500, 500)  # 1 MB
     size = len(pickle.dumps(net.block))
-    penalty = make(net, strength=1, renew_every=100)
+    penalty = make(net, strength=1)
     for _ in range(3):
         penalty()
     assert len(pickle.dumps(net.block)) < size + 2000
@@ -209,4 +211,13 @@ def test_the_warning_of_free_scales_waits_for_the_training_mode_that_frees_them(
     penalty()
     net.train()
     with pytest.warns(UserWarning, match="make 2 of the 2 maps"):
+        penalty()
+
+
+def test_a_model_that_was_compiled_before_the_first_use_is_seen_at_another_size_too():
+    net = SmallNet()
+    compiled = torch.compile(net, backend="eager")
+    penalty = make(compiled)
+    compiled(torch.rand(2, 3, 24, 24))
+    with pytest.raises(ValueError, match="a convolution was trained on inputs of"):
         penalty()

@@ -46,7 +46,7 @@ def test_a_strong_penalty_is_followed_by_more_frequent_renewals(monkeypatch):
     adapted = descend(penalty, model, part=0.2, steps=120)
     assert penalty._sum.pace.renew_every < 8
     assert sum(adapted[40:]) / 80 > 0.9
-    monkeypatch.setattr(pace, "TOO_SMALL", 0)
+    monkeypatch.setattr(pace.Pace, "renew_every", 8)
     model = network()
     fixed = descend(make(model), model, part=0.2, steps=120)
     assert sum(fixed[40:]) / 80 < 0.8
@@ -69,50 +69,106 @@ def test_renewals_become_rare_again_when_the_weights_slow_down():
     assert penalty._sum.pace.renew_every == 8
 
 
+CPU = {"device": torch.device("cpu"), "together": False}
+GPU = {"device": torch.device("meta"), "together": False}  # as of any but the CPU
+
+
+def read(one, share, *, rounds, **where):
+    """The pace after each round in which so much had been followed."""
+    found = []
+    for _ in range(rounds):
+        one.note(torch.tensor(share), torch.tensor(1.0))
+        for _ in range(one.slowest // one._every):
+            one.adapt(**where)
+        found.append((one.renew_every, one.lanczos_steps))
+    return found
+
+
 @pytest.mark.parametrize(
     ("asked", "seen"),
     [
-        ((8, 8), [(8, 8), (4, 4), (2, 4), (1, 4), (1, 4)]),
-        ((3, 6), [(3, 6), (1, 4), (1, 4)]),
-        ((4, 2), [(4, 2), (2, 2), (1, 2)]),
+        ((8, 8), [(2, 4), (4, 4), (8, 8), (8, 8)]),
+        ((3, 6), [(3, 6), (3, 6)]),
+        ((4, 2), [(2, 2), (4, 2)]),
     ],
 )
-def test_it_is_halved_with_the_lanczos_steps_down_to_each_step(asked, seen):
-    one, found = pace.Pace(*asked, every=1), []
-    for step in range(0, asked[0] * len(seen), asked[0]):
-        one.adapt(step, device=torch.device("cpu"), together=False)
-        one.note(torch.tensor(0.5), torch.tensor(1.0))
-        found.append((one.renew_every, one.lanczos_steps))
-    assert found == seen
+def test_it_is_every_use_at_first_then_halved_down_to_what_was_asked_for(asked, seen):
+    one = pace.Pace(*asked, every=1)
+    assert (one.renew_every, one.lanczos_steps) == (1, min(4, asked[1]))
+    one.adapt(**CPU)  # the first use
+    assert read(one, 1.0, rounds=len(seen), **CPU) == seen
+    assert read(one, 0.5, rounds=4, **CPU)[-1][0] == 1
 
 
-def test_it_is_not_halved_below_the_cadence_of_uses():
+def test_it_is_not_more_often_than_uses_are():
     one = pace.Pace(8, 8, every=4)
-    for step in range(0, 80, 8):
-        one.adapt(step, device=torch.device("cpu"), together=False)
-        one.note(torch.tensor(0.5), torch.tensor(1.0))
     assert one.renew_every == 4
+    one.adapt(**CPU)
+    assert read(one, 1.0, rounds=1, **CPU) == [(8, 8)]
+    assert read(one, 0.5, rounds=9, **CPU)[-1] == (4, 4)
+
+
+def test_a_raised_strength_is_followed_at_every_use_again():
+    model = network()
+    penalty = make(model)
+    descend(penalty, model, part=0.001, steps=60)
+    assert penalty._sum.pace.renew_every == 8
+    penalty.strength = 0.5
+    assert penalty._sum.pace.renew_every == 8
+    penalty.strength = 200.0
+    assert min(descend(penalty, model, part=0.001 * 200, steps=4)) > 0.9
+    assert penalty._sum.pace.renew_every == 1
 
 
 @pytest.mark.parametrize("found", [0.0, torch.nan, torch.inf])
 def test_weights_of_zeros_or_not_finite_leave_it_as_it_is(found):
     one = pace.Pace(2, 8, every=1)
+    one.adapt(**CPU)
+    read(one, 1.0, rounds=1, **CPU)
     one.note(torch.tensor(found), torch.tensor(found))
-    one.adapt(2, device=torch.device("cpu"), together=False)
+    for _ in range(2):
+        one.adapt(**CPU)
     assert one.renew_every == 2
-    one.note(torch.tensor(0.1), torch.tensor(1.0))
-    one.adapt(6, device=torch.device("cpu"), together=False)
-    assert one.renew_every == 1
+    assert read(one, 0.1, rounds=1, **CPU) == [(1, 4)]
 
 
-def test_it_looks_after_one_round_then_after_two_four_and_eight():
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [(CPU, [4, 8, 12, 16, 20, 24, 28, 32]), (GPU, [4, 12, 28, 60, 92, 124])],
+)
+def test_it_looks_at_every_round_but_on_a_gpu_more_and_more_rarely(where, expected, monkeypatch):
+    monkeypatch.setattr(pace.Pace, "_read", lambda *_: [0.9, 1.0])
     one, looks = pace.Pace(4, 4, every=1), []
-    for step in range(130):
+    for step in range(expected[-1] + 1):
         one.note(torch.tensor(0.9), torch.tensor(1.0))
-        one.adapt(step, device=torch.device("cpu"), together=False)
+        one.adapt(**where)
         if one._sums is None:  # read, to begin anew
             looks.append(step)
-    assert looks == [4, 12, 28, 60, 92, 124]
+    assert looks == expected
+
+
+def test_layers_that_are_frozen_are_neither_renewed_nor_counted(monkeypatch):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    penalty = make(model)
+    penalty()
+    before = {name: v.clone() for name, v in penalty._sum.triplets.vectors.items()}
+    model.zero_grad()
+    penalty().backward()
+    after = penalty._sum.triplets.vectors
+    assert all(torch.equal(before[n], after[n]) == n.startswith("0") for n in before)
+    top = torch.linalg.matrix_norm(model[2].weight.detach(), 2) ** 2
+    assert penalty.state_dict()["pace"]["sums"][1] == pytest.approx(top.item(), rel=0.01)
+
+
+def test_a_penalty_on_frozen_weights_alone_says_so_once():
+    model = network().requires_grad_(False)
+    penalty = make(model)
+    with pytest.warns(UserWarning, match="no weight that the spectral penalty is of requires a g"):
+        penalty()
+    model[2].weight.requires_grad_(True)
+    penalty().backward()
+    assert model[2].weight.grad.any()
 
 
 def test_weights_that_were_replaced_say_nothing_of_the_pace():

@@ -482,6 +482,17 @@ def test_gradient_accumulation_with_one_call_a_step_gives_the_full_batch_gradien
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 0.5, "ramp": 4}])
+def test_where_its_strength_is_0_it_computes_nothing(net, options):
+    penalty = make(net, **options)
+    assert penalty().item() == 0
+    assert penalty._sum.uses == 0
+    penalty.strength = 0.5
+    penalty().backward()
+    assert penalty._sum.uses == 1
+    assert net.stem.weight.grad.any()
+
+
 def test_inside_a_compiled_step_it_gives_the_eager_gradient(net):
     net.norm.eval()
     images = torch.randn(4, *SIZE)
@@ -499,7 +510,7 @@ def test_inside_a_compiled_step_it_gives_the_eager_gradient(net):
 
     step(images).backward()
     torch.testing.assert_close(net.proj.weight.grad, expected, rtol=1e-3, atol=1e-6)
-    step(images)  # compiled once more, for the hook of the first use
+    step(images)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(10):
             net.zero_grad()

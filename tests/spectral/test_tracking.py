@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_specreg.encoders.small  # noqa: F401  registers the CIFAR networks
-from hf_specreg.spectral import followed, singular, tracking
+from hf_specreg.spectral import followed, pace, singular, tracking
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.tracking import Triplets, renewed_together, stacks
 
@@ -224,6 +224,7 @@ def test_the_memory_that_is_kept_is_the_weights_and_a_vector_on_each_side(name):
 @pytest.mark.parametrize("most", [1, 60, 2**20])
 def test_nodes_of_the_graph_hold_consecutive_layers_of_so_many_weights(most, monkeypatch):
     monkeypatch.setattr(followed, "ONE_NODE", most)
+    monkeypatch.setattr(pace, "FEW_STEPS", 20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 20), nn.Linear(20, 2))
     model[1].requires_grad_(False)
@@ -260,6 +261,7 @@ def test_every_layer_has_its_turn_once_in_a_round(every, monkeypatch):
         renew(self, weights, **strayed)
 
     monkeypatch.setattr(Triplets, "renew", watched)
+    monkeypatch.setattr(pace.Pace, "renew_every", 5)
     penalty = make(network("resnet20_cifar"), renew_every=5, every=every)
     penalty.value()
     assert not renewed  # they have only been started

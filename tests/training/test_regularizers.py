@@ -137,7 +137,7 @@ def test_the_strength_rises_in_a_run_and_the_terms_labels_are_those_of_its_image
     pairs = {
         (p.numpy().tobytes(), int(label)) for p, label in map(pictures.__getitem__, range(256))
     }
-    assert len(seen) == 3 * 64
+    assert len(seen) == 2 * 64  # not where the ramp begins
     assert {(p.numpy().tobytes(), label) for p, label in seen} <= pairs
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [line["input_gradient"] for line in lines if "input_gradient" in line]

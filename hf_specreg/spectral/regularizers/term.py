@@ -122,7 +122,8 @@ class Regularizer:
 
     def due(self, step: int) -> bool:
         """Whether it enters the optimizer step after `step` others."""
-        return step >= self.burn_in and (step - self.burn_in) % self.every == 0
+        is_turn = step >= self.burn_in and (step - self.burn_in) % self.every == 0
+        return is_turn and self.strength_at(step) > 0
 
     def strength_at(self, step: int) -> float:
         """Return the strength in the optimizer step after `step` others."""
