@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 REPO = "me/resnet"
 TRAINING = [
     *("--config", str(ROOT / "recipes/configs/digits.yaml")),
+    *("--penalty.strength", "0.01", "--regularizers.sensitivity.strength", "0"),
     *("--epochs", "2", "--penalty.burn_in_epochs", "0", "--data.train_samples", "256"),
     *("--model.args", '{"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}'),
     *("--checkpoint.every_steps", "2", "--log_every", "2"),

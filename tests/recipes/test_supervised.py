@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 TINY = [
     *("--config", str(ROOT / "recipes/configs/digits.yaml")),
+    *("--penalty.strength", "0.01", "--regularizers.sensitivity.strength", "0"),
     *(
         "--epochs",
         "2",

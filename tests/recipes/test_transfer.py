@@ -25,7 +25,8 @@ def source(tmp_path_factory):
     """A small ResNet, trained on the digits 0 to 4."""
     folder = tmp_path_factory.mktemp("source")
     arguments = ["--config", str(ROOT / "recipes/configs/digits.yaml"), "--epochs", "2"]
-    arguments += ["--model.name", "resnet20_cifar", "--model.args", ARGS, "--penalty.strength", "0"]
+    arguments += ["--model.name", "resnet20_cifar", "--model.args", ARGS]
+    arguments += ["--regularizers.sensitivity.strength", "0"]
     arguments += ["--model.input_size", "[1, 8, 8]", "--data.classes", "['0', '1', '2', '3', '4']"]
     config, _ = supervised.parse([*arguments, "--output_dir", str(folder)])
     return supervised.train(config).model_folder

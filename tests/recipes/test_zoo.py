@@ -12,11 +12,11 @@ from recipes import zoo
 SMALL = {
     "evaluation": {"attacks": {"fmn-l2": {"steps": 4}}, "samples": 12, "eps": {"digits": [0.5]}},
     "encoders": {
-        "plain": {"config": "digits.yaml", "settings": {"penalty.strength": 0}},
-        "sensitive": {
-            **{"config": "digits.yaml", "baseline": "plain"},
-            "settings": {"penalty.strength": 0, "regularizers.sensitivity.strength": 0.1},
+        "plain": {
+            "config": "digits.yaml",
+            "settings": {"regularizers.sensitivity.strength": 0},
         },
+        "sensitive": {"config": "digits.yaml", "baseline": "plain"},
         "elsewhere": {"config": "mnist_mlp.yaml", "data": "mnist"},
         "moved": {
             "config": "digits_transfer.yaml",
@@ -27,7 +27,7 @@ SMALL = {
 }
 TINY = {
     **{"epochs": 1, "data.train_samples": 64, "log_every": 1, "optimizer.warmup_epochs": 0},
-    "penalty.burn_in_epochs": 0,
+    **{"penalty.burn_in_epochs": 0, "regularizers.sensitivity.burn_in_epochs": 0},
     "model": {
         **{"name": "mlp_2000", "input_size": [1, 8, 8]},
         "args": {"img_size": 8, "hidden_features": 8},

@@ -25,6 +25,7 @@ ALONE = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 ROOT = Path(__file__).parents[2]
 TINY = [
     *("--config", str(ROOT / "recipes/configs/digits.yaml"), "--log_every", "1"),
+    *("--penalty.strength", "0.01", "--regularizers.sensitivity.strength", "0"),
     *("--epochs", "2", "--penalty.burn_in_epochs", "0", "--data.train_samples", "512"),
     *("--model.args", '{"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}'),
 ]

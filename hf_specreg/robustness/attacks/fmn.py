@@ -11,6 +11,7 @@ Mean L2 distances of 48 digits, and seconds on one of 2 shared cores:
 | deepfool-l2 | 1.155 | | 6 |
 
     python recipes/supervised.py --config recipes/configs/digits.yaml --epochs 10 --output_dir RUN
+        --regularizers.sensitivity.strength 0
     hf-specreg evaluate RUN/model digits --attacks '[fmn-l2, deepfool-l2, cw-l2, tangent]'
         --samples 50 --output RUN/report
 """
