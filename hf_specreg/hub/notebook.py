@@ -13,8 +13,11 @@ from hf_specreg.hub.encoder import Encoder, hub_data
 
 NOTEBOOK_FILE = "notebook.ipynb"
 INSTALL = """\
-# hf_specreg with the extra attacks is installed from a clone of its repository:
-# pip install 'PATH_OF_THE_CLONE[attacks]'"""
+try:
+    import hf_specreg
+except ImportError:
+    said = "hf_specreg is not installed, and is in no registry: in a clone of its repository run "
+    raise ImportError(said + "pip install '.[attacks]', then this notebook again.") from None"""
 LOAD = """\
 import torch
 from PIL import Image

@@ -1,6 +1,7 @@
 import ast
 import json
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +53,13 @@ def test_a_notebook_is_valid_and_its_cells_run(folder, capsys):
     assert f"L2 distance {names['found'].distance:.3f}" in said
     assert f"which is within eps {names['found'].distance:.3g}." in said
     assert names["pair"].size == (512, 256)
+
+
+def test_a_notebook_without_the_package_says_so_at_once(folder, monkeypatch):
+    first, *_ = cells(json.loads(notebook(Encoder.open(folder), str(folder))), "code")
+    monkeypatch.setitem(sys.modules, "hf_specreg", None)
+    with pytest.raises(ImportError, match=r"not installed.* clone .* pip install '.\[attacks\]'"):
+        exec(compile(first, "cell", "exec"), {})
 
 
 def test_a_picture_is_attacked_as_shown(folder, tmp_path, monkeypatch, capsys):
