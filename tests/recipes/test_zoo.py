@@ -47,6 +47,7 @@ def test_every_entry_is_a_run_and_comes_after_what_it_needs():
         assert (run.penalty.strength > 0) == name.endswith(("rep-spectral", "both"))
         assert (terms.input_gradient.strength > 0) == name.endswith(("input-gradient", "both"))
         assert (terms.sensitivity.strength > 0) == name.endswith("sensitivity")
+        assert (run.augment.noise > 0) == name.endswith("noise")
         assert run.data.source == data.get(entry.data, "digits")
         for needed in filter(None, (entry.start, entry.baseline)):
             assert needed in names[:i]
