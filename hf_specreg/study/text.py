@@ -34,13 +34,14 @@ def caution(content: Mapping[str, Any]) -> str:
     over = "seeds and images" if len(content["seeds"]) > 1 else "images of one training alone"
     return (
         f"In brackets: 95 % intervals, over {over}. {content['comparisons']} paired comparisons "
-        "are stated; each holds at 95 % by itself, and knows nothing of the choice of a strength, "
-        "which was made by validation images of the same trainings. Harder is said only where the "
-        "interval of the ratio lies above 1 against the plain network and against the one stopped "
-        "earlier, or not, that is as accurate as the method on validation images, within "
-        f"{100 * content['accuracy_margin']:g} points; where none is, against two that the method "
-        "lies between, or the best where it lies above all; and against the curve of all these at "
-        "its accuracy on test images."
+        "are stated; each holds at 95 % by itself. They do not allow for the choice of a strength, "
+        "which was made by validation images of the same trainings. Harder is said where the "
+        "interval of the ratio lies above 1 three times: against the plain network trained to the "
+        "end; against one, stopped earlier or not, that is as accurate on validation images, "
+        f"within {100 * content['accuracy_margin']:g} points; and against the line between all of "
+        "these at the method's accuracy on test images, where that is known. Where none is as "
+        "accurate, it must lie above 1 against two that the method's accuracy lies between, or "
+        "against the most accurate where the method is more accurate than all."
     )
 
 
