@@ -4,8 +4,8 @@
 
 Two runs of recipes/supervised.py with recipes/configs/digits.yaml, a small ConvNeXt: without any
 penalty, and as it is, with the one on how far the features move with the image, since layer norms
-make the scale of what the spectral penalty is of free. For each a robustness report on the same test images;
-what they leave is in runs/demo/.
+make the scale of what the spectral penalty is of free. For each a robustness report on the same
+test images; what they leave is in runs/demo/.
 """
 
 import shutil
