@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Renewed more often below the first share, less often above the second. `benchmarks/pace.py` says
-# what that is worth: on MNIST at strength 0.03, sigma^2 12.4 and 89.5 % of the test images; every
+# what that is worth: on MNIST at strength 0.03, sigma^2 11.3 and 89.5 % of the test images; every
 # 8th step 36.6 and 83.3 %, at every step 8.8 and 89.2 %.
 TOO_SMALL, LARGE = 0.8, 0.95
 FEW_STEPS = 4
