@@ -242,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Work on a study as the command line says."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config, how = parse(arguments)
-    command = " ".join([f"{PROGRAM} study", *arguments])
+    trains = [argument for argument in arguments if argument != "--report"]
+    command = " ".join([f"{PROGRAM} study", *trains])
     with errors_in_one_line(CheckpointError, UnfinishedError):
         page = run(config, how, command)
     if page is not None:

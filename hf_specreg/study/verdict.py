@@ -83,7 +83,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         HARDER: "Harder to attack than the plain network at equal accuracy",
         NEITHER: "No difference shown",
         EASIER: "Easier to attack",
-        UNMATCHED: "Not known at equal accuracy, since no plain network near to it was compared",
+        UNMATCHED: "Not known at equal accuracy",
         WITHDRAWN: "Withdrawn, since something speaks against the distances",
         UNKNOWN: "Not compared at equal accuracy",
     }
@@ -120,7 +120,8 @@ def cautions(content: Mapping[str, Any]) -> list[str]:
     if any("withdrawn" not in row for row in _compared(content)):
         said.append(
             "made before verdicts could be withdrawn: whether the attacks speak against these "
-            "distances was not looked at"
+            "distances was not looked at, and a plain network that was more accurate than a method "
+            "by however little was not taken for its equal"
         )
     if content["final"] and content["attacks"]["final"] == content["attacks"]["cells"]:
         said.append("the final attacks are those of every cell: no other confirms the distances")

@@ -110,10 +110,7 @@ def test_what_is_not_known_at_equal_accuracy_is_said_everywhere_with_its_remedy(
     row = next(row for row in content["table"] if row["method"] == "jacobian")
     row["ratio"], row["control"] = BELOW, {**row["control"], "ratio": ABOVE, "matched": False}
     listed = [said for said in summary(content) if "jacobian" in said]
-    assert listed == [
-        "Not known at equal accuracy, since no plain network near to it was compared: "
-        "jacobian at 0.01."
-    ]
+    assert listed == ["Not known at equal accuracy: jacobian at 0.01."]
     assert "stopped_epochs whose accuracy is nearer would decide" in verdict(row, content)
     equal = sections(content)["distances"]
     shown = {r[0]: r[equal.header.index("verdict")] for r in equal.rows}

@@ -16,6 +16,7 @@ import yaml
 
 from hf_specreg.robustness.flags import MASKED
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.study import command as study_command
 from hf_specreg.study import folder as study_folder
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.choice import Results
@@ -374,6 +375,14 @@ def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path, capsys):
     assert "rep-spectral 0.01, seed 1" in said
     assert "no time is known" in said
     assert not (tmp_path / "study").exists()
+
+
+def test_what_a_report_says_of_a_study_names_the_command_that_trains_it(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(study_command, "parse", lambda arguments: (None, None))
+    monkeypatch.setattr(study_command, "run", lambda config, how, said: commands.append(said))
+    main(["--config", "digits", "--report", "--workers", "2"])
+    assert commands == ["hf-specreg study --config digits --workers 2"]
 
 
 def test_a_full_disk_is_named_and_what_is_done_stays(whole, tmp_path, monkeypatch):
