@@ -219,7 +219,7 @@ class SpecRegModel(nn.Module):
                 else the model's configuration.
             pixel_mean: per channel; default: the checkpoint's image processor, else 0.5.
             pixel_std: per channel; default: the checkpoint's image processor, else 0.5.
-            label_names: of the classes; default: the checkpoint's.
+            label_names: of the classes; default: the checkpoint's, none with a fresh head.
         """
         network, label_names, data = load_transformers(
             name_or_config,

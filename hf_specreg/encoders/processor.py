@@ -56,8 +56,10 @@ def _stated(processor: Any) -> dict[str, Any]:
             data["crop_pct"] = crop["height"] / edge
         size = crop
     height, width = size.get("height") or edge, size.get("width") or edge
-    if getattr(processor, "crop_pct", None) and (edge or 0) < 384:  # ConvNeXt's squash larger ones
+    if getattr(processor, "crop_pct", None):
         data["crop_pct"] = processor.crop_pct
+        if (edge or 0) >= 384:  # of ConvNeXt: not cut
+            data |= {"crop_pct": 1.0, "crop_mode": "squash"}
     if height and width:
         data["size"] = (height, width)
     return data
@@ -70,8 +72,13 @@ def _measured(processor: Any, name: Any) -> dict[str, np.ndarray]:
     images = np.zeros((4, EDGE, EDGE, 3), np.uint8)  # black, red, green, blue
     for channel in range(3):
         images[1 + channel, ..., channel] = 255
-    done = processor([*images], return_tensors="pt")["pixel_values"]
-    middle = torch.as_tensor(done)[..., done.shape[-2] // 2, done.shape[-1] // 2].double().numpy()
+    done = processor([*images], return_tensors="pt").get("pixel_values")
+    if not isinstance(done, torch.Tensor) or done.ndim != 4 or done.shape[1] != 3:
+        raise FolderError(
+            f"the image processor of {name} ({type(processor).__name__}) makes no images "
+            "[B, 3, H, W] of RGB images, which this package trains on"
+        )
+    middle = done[..., done.shape[-2] // 2, done.shape[-1] // 2].double().numpy()
     slopes = middle[1:] - middle[0]  # of what each channel adds to each, in [0, 1] pixels
     scale = slopes.diagonal()
     if not (scale > 0).all() or np.abs(slopes - np.diag(scale)).max() > CLOSE * scale.max():

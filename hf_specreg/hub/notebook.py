@@ -15,7 +15,9 @@ NOTEBOOK_FILE = "notebook.ipynb"
 INSTALL = """\
 try:
     import hf_specreg
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "hf_specreg":
+        raise
     said = "hf_specreg is not installed, and is in no registry: in a clone of its repository run "
     raise ImportError(said + "pip install '.[attacks]', then this notebook again.") from None"""
 LOAD = """\

@@ -117,7 +117,7 @@ class FollowedSum:
         weights = self._follow(changed and not (resumed and self._fit()))
         squares = sum((self._squares(node, weights, zero) for node in self.nodes), zero)
         self.uses += 1
-        if self._own and torch.is_grad_enabled() and not squares.requires_grad:
+        if not self.shared and torch.is_grad_enabled() and not squares.requires_grad:
             self._warn_of_frozen()
         return summed(squares) if self.shared else squares
 

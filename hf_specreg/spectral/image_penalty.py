@@ -118,7 +118,7 @@ class ImagePenalty:
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def _at(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
+        """Count a step; return the penalty, 0-d: 0 in burn-in, at strength 0, between cadences."""
         name = type(self).__name__
         check_batch(name, images, labels, of_labels=self.kind.of_labels)
         self._in_pixels.model.check(images)

@@ -6,8 +6,8 @@ costs accuracy for nothing. A renewal tells: what was followed until then is the
 
     sum <D, W>^2 / sum sigma^2
 
-of what it finds. At first, and where the strength was raised, layers are renewed at every use, by a
-few Lanczos steps, which a warm vector needs where others are almost as large. Where the share is
+of what it finds. At first, and where the strength was doubled, layers are renewed at every use, by
+a few Lanczos steps, which a warm vector needs where others are almost as large. Where the share is
 large they are renewed half as often, by twice as many steps; where it is small, twice as often. It
 is read at every round of renewals; on a GPU, where to read a number is to wait for all work before
 it, after one round, then 2, 4 and 8, and at every 8th from there on.
@@ -15,6 +15,7 @@ it, after one round, then 2, 4 and 8, and at every 8th from there on.
 
 import math
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Pace:
 
     def quicken(self) -> None:
         """Renew at every use from now on, until a look tells that it need not be."""
-        self._halvings = max(self.slowest // self._every, 1).bit_length() - 1
+        self._halvings = next(n for n in count() if self.slowest >> n <= self._every)
         self._rounds, self._wait = 1, self.slowest  # steps until the next look
         self._sums: Tensor | None = None
 

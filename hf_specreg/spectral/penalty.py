@@ -186,7 +186,7 @@ class SpectralPenalty:
     def strength(self, value: float) -> None:
         if not value >= 0:
             raise ValueError(f"strength ({value}) must not be negative")
-        if value > self._strength:
+        if value >= 2 * self._strength:
             self._sum.pace.quicken()
         self._strength = value
 
@@ -235,7 +235,7 @@ class SpectralPenalty:
 
     @torch.compiler.disable  # the count of steps must not be compiled in
     def __call__(self) -> Tensor:
-        """Count a step and return the penalty, 0-d; 0 in burn-in and between cadences."""
+        """Count a step; return the penalty, 0-d: 0 in burn-in, at strength 0, between cadences."""
         check_recorded(type(self).__name__, "; sigmas() gives the singular values at any time")
         since = self.step - self.burn_in
         self.step += 1
@@ -332,7 +332,7 @@ class SpectralPenalty:
         Raises:
             ValueError: the vectors are those of another model, or of an earlier version.
         """
-        if "pace" not in state:
+        if "wait" not in state.get("pace", {}):
             raise ValueError("the state is of an earlier version of the penalty: start anew")
         self._statistics.load(state.get("norms", {}), like=self._zero())
         self._sum.load(state, self._device)

@@ -102,8 +102,13 @@ class Results:
         return len(self.cells_of(key)) == len(self.config.seeds)
 
     def unfinished(self, method: str) -> list[Key]:
-        """Return a method's strengths that are not done with all seeds."""
-        return [key for key in self.keys if key[0] == method and not self.whole(key)]
+        """Return a method's strengths of which a cell is still to be done."""
+        return [
+            key
+            for key in self.keys
+            if key[0] == method
+            and {"missing", "failed"} & {self.status(c) for c in self.cells_of(key, done=False)}
+        ]
 
     def values(self, key: Key, *path: str) -> np.ndarray:
         """Return a number of each training's record, [S], such as "test", "accuracy"."""

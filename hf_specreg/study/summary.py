@@ -52,7 +52,6 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         again = next((r for r in final if r["method"] == row["method"]), None)
         row["withdrawn"] = doubts(results, compared_with[row["method"]], row, again)
     pairs = [_pair(results, choices, pair) for pair in results.config.pairs]
-    points = frontier(results)
     return {
         "schema": FORMAT.versions[-1],
         "name": name,
@@ -60,13 +59,12 @@ def summarize(results: Results, *, name: str, command: str, timing: Content | No
         **_asked(results),
         "methods": methods,
         "cells": [_cell(results, cell) for cell in results.cells],
-        "frontier": points,
+        "frontier": frontier(results),
         "chosen": chosen,
         "table": table,
         "final": final,
         "pairs": pairs,
-        "comparisons": sum(map(_comparisons, table + final + pairs))
-        + sum(point["over_plain"] is not None for point in points),
+        "comparisons": sum(map(_comparisons, table + final + pairs)),
         "flags": flags(results, choices, table, final) + untried(chosen, methods),
     }
 

@@ -32,16 +32,17 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 def caution(content: Mapping[str, Any]) -> str:
     """Return what the sentences and intervals stand for."""
     over = "seeds and images" if len(content["seeds"]) > 1 else "images of one training alone"
+    of_curve = sum(point.get("over_plain") is not None for point in content["frontier"])
     return (
-        f"In brackets: 95 % intervals, over {over}. {content['comparisons']} paired comparisons "
-        "are stated; each holds at 95 % by itself. They do not allow for the choice of a strength, "
-        "which was made by validation images of the same trainings. Harder is said where the "
-        "interval of the ratio lies above 1 three times: against the plain network trained to the "
-        "end; against one, stopped earlier or not, that is as accurate on validation images, "
-        f"within {100 * content['accuracy_margin']:g} points; and against the line between all of "
-        "these at the method's accuracy on test images, where that is known. Where none is as "
-        "accurate, it must lie above 1 against two that the method's accuracy lies between, or "
-        "against the most accurate where the method is more accurate than all."
+        f"In brackets: 95 % intervals, over {over}. {content['comparisons'] + of_curve} paired "
+        "comparisons are stated; each holds at 95 % by itself. They do not allow for the choice of "
+        "a strength, which was made by validation images of the same trainings. Harder is said "
+        "where the interval of the ratio lies above 1 three times: against the plain network "
+        "trained to the end; against one, stopped earlier or not, that is as accurate on "
+        f"validation images, within {100 * content['accuracy_margin']:g} points; and against the "
+        "line between all of these at the method's accuracy on test images, where that is known. "
+        "Where none is as accurate, it must lie above 1 against two that the method's accuracy "
+        "lies between, or against the most accurate where the method is more accurate than all."
     )
 
 

@@ -47,10 +47,14 @@ def _is_beyond_curve(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool
     """Whether a method is farther than plain networks of its accuracy on test images, stopped
     between two epochs as it were; True where that is not known.
     """
+    over = _over_curve(row, content)
+    return over is None or None in over["ci"] or side(over) > 0
+
+
+def _over_curve(row: Mapping[str, Any], content: Mapping[str, Any]) -> Estimate | None:
     key = row["method"], row["strength"]
     points = (p for p in content["frontier"] if (p["method"], p["strength"]) == key)
-    over = next((point.get("over_plain") for point in points), None)
-    return over is None or None in over["ci"] or side(over) > 0
+    return next((point.get("over_plain") for point in points), None)
 
 
 def _is_between(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
@@ -95,9 +99,14 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 
 def _not_by_final_attacks(row: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether the final attacks, where there were any, show nothing for a method."""
-    again = (r for r in content["final"] if r["method"] == row["method"])
-    return any(side(r["ratio"]) <= 0 for r in again)
+    """Whether the final attacks, where there were any, do not show that a method is farther than
+    the plain network, or than its control.
+    """
+    again = next((r for r in content["final"] if r["method"] == row["method"]), None)
+    if again is None:
+        return False
+    ratios = again["ratio"], again["control"] and again["control"]["ratio"]
+    return any(side(ratio) <= 0 for ratio in ratios if ratio)
 
 
 def verdicts(content: Mapping[str, Any]) -> list[str]:
@@ -189,6 +198,9 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         f"{_times(row['ratio'], 'the plain network')}",
         _against_control(row, content),
     ]
+    if not _is_beyond_curve(row, content):
+        line = "the line between plain networks at its accuracy on test images"
+        parts.append(_times(_over_curve(row, content), line))
     if row["accuracy_difference"] is not None:
         parts.append(_accuracy(row["accuracy_difference"], content["accuracy_margin"]))
     parts.append(_seeds(row))

@@ -45,18 +45,27 @@ def test_what_it_says_is_kept_to_the_digit_where_it_does_it():
 
 @pytest.mark.parametrize(
     ("kind", "size", "crop_pct"),
-    [("ConvNext", 224, 224 / 256), ("ConvNext", 384, None), ("PoolFormer", 224, 0.9)],
+    [("ConvNext", 224, 224 / 256), ("ConvNext", 384, 1.0), ("PoolFormer", 224, 0.9)],
 )
 def test_a_crop_that_its_class_makes_is_known(kind, size, crop_pct):
     processor = getattr(transformers, f"{kind}ImageProcessor")(size={"shortest_edge": size})
     data = processor_data(processor, "folder")
-    assert data.get("crop_pct") == crop_pct
+    assert data["crop_pct"] == crop_pct
+    assert data.get("crop_mode") == ("squash" if size == 384 else None)
     assert data["size"] == (size, size)
 
 
 def test_one_that_reorders_channels_is_refused():
     with pytest.raises(FolderError, match="image processor of some/model reorders or mixes the ch"):
         processor_data(transformers.MobileViTImageProcessor(), "some/model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("Siglip2", {}), ("ImageGPT", {"clusters": np.zeros((2, 3))})]
+)
+def test_one_that_makes_no_images_is_refused(kind, options):
+    with pytest.raises(FolderError, match=f"model .{kind}ImageProcessor.* makes no images"):
+        processor_data(getattr(transformers, f"{kind}ImageProcessor")(**options), "some/model")
 
 
 def test_one_of_grey_images_is_taken_at_its_word():

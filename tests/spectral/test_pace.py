@@ -1,6 +1,7 @@
 """That singular vectors are renewed as often as the weights ask for."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -100,6 +101,11 @@ def test_it_is_every_use_at_first_then_halved_down_to_what_was_asked_for(asked, 
     assert read(one, 0.5, rounds=4, **CPU)[-1][0] == 1
 
 
+@pytest.mark.parametrize("every", range(1, 12))
+def test_it_is_every_use_at_first_at_any_cadence(every):
+    assert pace.Pace(8, 8, every=every).renew_every <= every
+
+
 def test_it_is_not_more_often_than_uses_are():
     one = pace.Pace(8, 8, every=4)
     assert one.renew_every == 4
@@ -147,7 +153,7 @@ def test_it_looks_at_every_round_but_on_a_gpu_more_and_more_rarely(where, expect
     assert looks == expected
 
 
-def test_layers_that_are_frozen_are_neither_renewed_nor_counted(monkeypatch):
+def test_layers_that_are_frozen_are_neither_renewed_nor_counted():
     model = network()
     model[0].weight.requires_grad_(False)
     penalty = make(model)
@@ -165,6 +171,9 @@ def test_a_penalty_on_frozen_weights_alone_says_so_once():
     model = network().requires_grad_(False)
     penalty = make(model)
     with pytest.warns(UserWarning, match="no weight that the spectral penalty is of requires a g"):
+        penalty()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         penalty()
     model[2].weight.requires_grad_(True)
     penalty().backward()

@@ -633,3 +633,9 @@ def test_a_penalty_is_not_copied_but_made_for_another_model(net):
 def test_a_state_of_an_earlier_version_is_an_error(net):
     with pytest.raises(ValueError, match="earlier version"):
         make(net).load_state_dict({"step": 3, "side": "input", "vectors": {}})
+    penalty = make(net)
+    state = penalty.state_dict()
+    state["pace"] = {"halvings": 1, "rounds": 1, "look_at": 8, "sums": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="earlier version"):
+        penalty.load_state_dict({**state, "step": 3})
+    assert penalty.step == 0

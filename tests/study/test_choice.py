@@ -71,6 +71,15 @@ def test_a_strength_that_diverged_with_one_seed_is_not_chosen(chosen):
     assert choice.strength == 0.2
 
 
+def test_what_is_still_to_be_done_is_not_what_diverged(chosen):
+    _, found = chosen({0.1: 0.9, 0.2: 0.9, 0.3: 0.9}, diverged=[(2, 1)])
+    assert found.unfinished(STOPPED) == []
+    lost = next(cell for cell in found.cells if (cell.method, cell.strength) == (STOPPED, 3))
+    found.records[lost.name] = None
+    assert found.unfinished(STOPPED) == [(STOPPED, 3)]
+    assert found.unfinished("a") == []
+
+
 @pytest.mark.parametrize(
     ("accuracy", "control", "matched"),
     [
