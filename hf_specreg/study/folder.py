@@ -32,7 +32,7 @@ from hf_specreg.study.config import StudyConfig
 from hf_specreg.training.resume import differences
 
 # What changes no cell, or is looked at cell by cell: a cell's record has its whole configuration.
-MAY_CHANGE = ("output_dir:", "description:", "base:", "pairs:", "accuracy_margin:")
+MAY_CHANGE = ("output_dir:", "description:", "base:", "pairs:")
 MAY_CHANGE += ("evaluation.final", "evaluation.timing_steps:")
 FAILED = "failed.json"
 MAY_GROW = ("methods", "seeds", "stopped_epochs")  # further cells are no other study
