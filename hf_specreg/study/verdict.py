@@ -198,7 +198,7 @@ def verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         f"{_times(row['ratio'], 'the plain network')}",
         _against_control(row, content),
     ]
-    if not _is_beyond_curve(row, content):
+    if shown == NEITHER and side(row["ratio"]) == side(row["control"]["ratio"]) == 1:
         line = "the line between plain networks at its accuracy on test images"
         parts.append(_times(_over_curve(row, content), line))
     if row["accuracy_difference"] is not None:

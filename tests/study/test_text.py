@@ -97,6 +97,8 @@ def test_harder_is_farther_than_the_curve_of_plain_networks_too(content, over, s
     assert outcome(row, content) == shown
     said = "times that of the line between plain networks at its accuracy on test images"
     assert (said in verdict(row, content)) == (shown == NEITHER)
+    row["ratio"] = AROUND  # then it is not the curve that decides
+    assert said not in verdict(row, content)
 
 
 def test_a_gain_that_the_final_attacks_do_not_show_is_said_to_be_so(content):
