@@ -195,6 +195,32 @@ def test_fmn_finds_the_nearest_of_several_classes_by_its_runs(name):
     assert (thrice < 1.01).all()
 
 
+def test_fmn_finds_the_same_where_all_distances_are_a_hundredth():
+    class Ellipsoid(nn.Module):
+        """Class 1 within; its longest axis is ten times its shortest."""
+
+        def __init__(self, zoom):
+            super().__init__()
+            self.zoom, self.curvatures = zoom, torch.logspace(0.5, 2.5, 16)
+
+        def forward(self, images):
+            offsets = self.zoom * (images - 0.5).flatten(1)
+            outside = (self.curvatures * offsets.square()).sum(1) - 1
+            return torch.stack([outside, torch.zeros_like(outside)], 1)
+
+    offsets = torch.randn(24, *SHAPE, generator=torch.Generator().manual_seed(0))
+    found = []
+    for zoom in (1, 100):
+        model, labels = Ellipsoid(zoom), torch.zeros(24, dtype=torch.long)
+        beyond = 1 + model(0.5 + offsets / zoom)[:, 0]  # 1 at the boundary
+        images = 0.5 + offsets * (1.3 / beyond.sqrt())[:, None, None, None] / zoom
+        attack = make_attacks({"fmn-l2": {"steps": 20, "runs": 1}})["fmn-l2"]
+        result = attack.run(Classifier(model), images, labels, seeds=range(24))
+        found.append(zoom * result.distances)
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=0)
+    assert found[0].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["fmn-l2", "fmn-linf"])
 def test_fmn_crosses_the_boundary_where_the_box_holds_most_of_the_gradient_back(name):
     linear = Linear(2, count=24)

@@ -24,7 +24,7 @@ ATTACKS: Mapping[str, Attack] = {
     "deepfool-l2": DeepFool(),
     "cw-l2": CarliniWagner(),
     "fmn-l2": FMN(norm="l2"),
-    "fmn-linf": FMN(norm="linf", stepsize=10.0),
+    "fmn-linf": FMN(norm="linf", relative_stepsize=4.0),
     "pgd-l2": PGD(norm="l2"),
     "pgd-linf": PGD(norm="linf"),
     "autoattack-l2": AutoAttack(norm="l2"),
