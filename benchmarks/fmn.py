@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Iterator
 
 import foolbox
-import torch
 from results import record
 from torch import Tensor
 
