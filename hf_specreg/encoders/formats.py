@@ -69,9 +69,7 @@ def save_timm(
     """
     timm.models.save_for_hf(network, folder, model_args=model_args, safe_serialization=True)
     config = read_json(folder / "config.json")
-    # With num_classes among them, transformers' TimmWrapper would be given it twice.
-    arguments = config.get("model_args", {})
-    config["model_args"] = {k: v for k, v in arguments.items() if k != "num_classes"}
+    config["model_args"] = _but_for_classes(config)  # TimmWrapper would be given them twice
     config["pretrained_cfg"] |= {**data, "num_classes": network.num_classes}
     for entry in ("test_input_size", "label_names"):
         config["pretrained_cfg"].pop(entry, None)
@@ -119,9 +117,15 @@ def load_timm(
         "pixel_mean": cfg["mean"],
         "pixel_std": cfg["std"],
         "preprocessing": {key: cfg[key] for key in kept if key in cfg},
-        "model_args": config.get("model_args"),
+        "model_args": _but_for_classes(config),  # a fresh head has others
     }
     return network, label_names, data
+
+
+def _but_for_classes(config: dict[str, Any]) -> dict[str, Any]:
+    """The `model_args` of a timm folder without num_classes, which stands beside them."""
+    arguments = config.get("model_args") or {}
+    return {k: v for k, v in arguments.items() if k != "num_classes"}
 
 
 def draw_timm(config: dict[str, Any]) -> nn.Module:

@@ -112,6 +112,20 @@ def test_fine_tuning_starts_from_the_encoder_with_a_fresh_head(maker, tmp_path, 
     assert len(names) == len(SpectralPenalty(model).layers)
 
 
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (4, 0), (0, 7)])
+def test_folders_that_timm_saved_are_saved_again_with_another_head(old, new, tmp_path, images):
+    sizes = {"channels": [4, 8], "layers": [1, 1]}
+    network = timm.create_model("resnet20_cifar", num_classes=old, **sizes)
+    timm.models.save_for_hf(network, tmp_path / "timm", safe_serialization=True)
+    tuned = SpecRegModel.from_pretrained(tmp_path / "timm", num_classes=new).eval()
+    tuned.save_pretrained(tmp_path / "tuned")
+    again = SpecRegModel.from_pretrained(tmp_path / "tuned").eval()
+    assert again.num_classes == new
+    assert torch.equal(again(images), tuned(images))
+    by_timm = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True).eval()
+    assert torch.equal(by_timm(tuned.normalize(images)), tuned(images))
+
+
 def test_a_fresh_head_of_as_many_classes_has_no_names_of_the_old_ones(tmp_path, images):
     model = make_transformers()
     model.save_pretrained(tmp_path)
