@@ -26,6 +26,7 @@ from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.gradient import add_gradient
 from hf_specreg.spectral.penalty import SpectralPenalty
+from hf_specreg.training.terms import warn_of_burn_ins
 
 VECTORS, COUNT = "penalty.safetensors", "penalty.json"
 
@@ -72,6 +73,8 @@ class SpectralPenaltyCallback(TrainerCallback):
     ) -> None:
         """Begin at the Trainer's step, with the vectors of the checkpoint that it resumed from."""
         self._attach(model)
+        if self.penalty.strength:
+            warn_of_burn_ins({"penalty": self.penalty.burn_in}, state.max_steps)
         self._last = torch.zeros(())
         self.penalty.step = state.global_step
         if state.global_step:

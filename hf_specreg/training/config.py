@@ -14,7 +14,7 @@ from hf_specreg.data.transforms import VIEWS, AugmentConfig
 from hf_specreg.ranges import require
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
-from hf_specreg.spectral.regularizers.term import BURN_INS
+from hf_specreg.spectral.regularizers.term import BURN_INS, RegularizerConfig
 from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
 from hf_specreg.training.metrics import TrackerConfig, flat_settings
@@ -117,6 +117,7 @@ class RunConfig:
                 "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
+        self.check_burn_ins(self.steps_per_epoch)
         if self.compile and self.regularizers.spectral_norm:
             raise ValueError(
                 "compile does not take weights that regularizers.spectral_norm computes at each "
@@ -132,6 +133,27 @@ class RunConfig:
             raise ValueError(
                 f"augment.kind {self.augment.kind!r} gives two views: for self-supervision only"
             )
+
+    @property
+    def terms(self) -> dict[str, RegularizerConfig]:
+        """All that is summed with the loss, by its key."""
+        penalty = {"penalty": self.penalty} if self.penalty.strength else {}
+        return penalty | {f"regularizers.{n}": t for n, t in self.regularizers.terms().items()}
+
+    def check_burn_ins(self, steps_per_epoch: int | None = None) -> None:
+        """Raise ValueError if a term would begin only when the training is over.
+
+        Args:
+            steps_per_epoch: optimizer steps; default: not known, so that burn_in_steps may be any.
+        """
+        steps = f" of {steps_per_epoch} steps" if steps_per_epoch else ""
+        for key, term in self.terms.items():
+            if not term.begins(self.epochs, steps_per_epoch):
+                name = next(n for n in BURN_INS if getattr(term, n) is not None)
+                raise ValueError(
+                    f"{key}.{name} ({getattr(term, name)}) leaves the term no step of "
+                    f"{self.epochs} epochs{steps}: lower it, or set {key}.strength to 0"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """Return nested dictionaries, for JSON and trackers; without what trackers are started

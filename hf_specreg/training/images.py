@@ -93,7 +93,8 @@ def build_loaders(
         pin_memory: copy batches to page-locked memory, from which a GPU takes them without waiting.
 
     Raises:
-        ValueError: the batch size does not fit the processes, the data or mixup.
+        ValueError: the batch size does not fit the processes, the data or mixup, or a burn-in is as
+            long as the training.
     """
     parts = processes * config.accumulation
     micro_batch = config.batch_size // parts
@@ -123,6 +124,7 @@ def build_loaders(
     staying = {"persistent_workers": config.data.num_workers > 0}
     loader = DataLoader(train, micro_batch, drop_last=True, **order, **staying, **shared)
     steps = config.steps_per_epoch or len(loader) // parts
+    config.check_burn_ins(steps)
     validation = DataLoader(validation, config.eval_batch_size, **staying, **shared)
     return [loader, validation, DataLoader(test, config.eval_batch_size, **shared)], steps
 

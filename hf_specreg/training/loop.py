@@ -101,6 +101,7 @@ class TrainingLoop:
             self.encoder, config.penalty, **length, seed=config.seed, shared=shared
         )
         self.regularizers = Terms(self.encoder, config.regularizers, **length)
+        self.regularizers.check_micro_batch(loaders[0].batch_size, "batch_size")
         start_sha256 = weights_sha256(self.encoder) if config.regularizers.l2_sp.strength else None
         if settings:
             check_statistics(self.penalty)
@@ -143,8 +144,7 @@ class TrainingLoop:
             epoch, batch = 0, 0
         else:
             epoch, batch = self.state.load(checkpoint)
-            step = self.state.step
-            self.console.print(f"resuming from {checkpoint}: step {step}, epoch {epoch}")
+            self.console.print(f"resuming from {checkpoint}: step {self.state.step}, epoch {epoch}")
         start_trackers(self.accelerator, self.config.tracker, self.config.as_dict())
         total = self.config.epochs * self.steps_per_epoch
         self.console.print(

@@ -23,7 +23,7 @@ from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.gradient import add_gradient_of
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import check_whole_weights, loss_scale
-from hf_specreg.training.terms import Terms, check_settings, latest
+from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
 
 
 class RegularizersCallback(TrainerCallback):
@@ -75,6 +75,7 @@ class RegularizersCallback(TrainerCallback):
     ) -> None:
         """Look at the model's batches from now on."""
         self._attach(args, model)
+        warn_of_burn_ins(self._terms.burn_ins, state.max_steps)
         self._last = {}
         self.on_train_end()
         self._hook = self._network.register_forward_pre_hook(self._look, with_kwargs=True)

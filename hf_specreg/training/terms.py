@@ -4,6 +4,7 @@ A term of the weights enters an optimizer step once and whole, in its last micro
 the data is of a micro-batch, as the loss is, and enters the step as the mean over them.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,6 +20,8 @@ from hf_specreg.spectral.regularizers import RegularizersConfig, build_regulariz
 from hf_specreg.spectral.regularizers.term import BURN_INS, check_batch
 
 IN_STEPS = "burn_in_steps"
+
+logger = logging.getLogger(__name__)
 
 
 class Terms:
@@ -119,6 +122,11 @@ class Terms:
         """
         return [terms[t.name] * (of_weights if t.of_weights else of_data) for t in self._terms]
 
+    @property
+    def burn_ins(self) -> dict[str, int]:
+        """The optimizer steps before each term, by name."""
+        return {term.name: term.burn_in for term in self._terms}
+
     def check_micro_batch(self, count: int, setting: str) -> None:
         """Raise ValueError if a term is of more images than the loop has in a micro-batch.
 
@@ -160,6 +168,21 @@ def latest(before: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> dict[st
             for name, term in terms.items()
         },
     }
+
+
+def warn_of_burn_ins(burn_ins: Mapping[str, int], steps: int) -> None:
+    """Warn of terms that begin only when a training is over.
+
+    Args:
+        burn_ins: optimizer steps before a term, by name.
+        steps: of the whole training.
+    """
+    for name, burn_in in burn_ins.items():
+        if burn_in >= steps:
+            logger.warning(
+                "%s: its burn-in of %d leaves it none of this training's %d steps: shorten it",
+                *(name, burn_in, steps),
+            )
 
 
 def check_settings(

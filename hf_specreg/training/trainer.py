@@ -33,7 +33,7 @@ from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.classifier import Classifier
 from hf_specreg.training.distributed import averages_gradients
-from hf_specreg.training.terms import Terms, check_settings, latest
+from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
 
 
 class SpecRegTrainer(Trainer):
@@ -264,14 +264,19 @@ class SpecRegTrainer(Trainer):
 
 
 class _FromTheStart(TrainerCallback):
-    """Burn-in and cadence are of a training: a second one begins them again."""
+    """Burn-in and cadence are of a training: a second one begins them again. Warns of a burn-in
+    that is not over when the training is.
+    """
 
     def __init__(self, trainer: SpecRegTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.penalty is not None:
-            self.trainer.penalty.step = state.global_step
+        penalty, burn_ins = self.trainer.penalty, self.trainer._terms.burn_ins
+        if penalty is not None:
+            penalty.step = state.global_step
+            burn_ins |= {"penalty": penalty.burn_in} if penalty.strength else {}
+        warn_of_burn_ins(burn_ins, state.max_steps)
         self.trainer._last = {}
 
 

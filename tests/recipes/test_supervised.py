@@ -97,12 +97,14 @@ def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     config = ROOT / "recipes/configs/digits_transformers_vit.yaml"
     arguments = ["--config", str(config), "--epochs", "1", "--data.train_samples", "256"]
     arguments += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
-    arguments += ["--optimizer.warmup_epochs", "0", "--output_dir", str(tmp_path / "run")]
+    arguments += ["--optimizer.warmup_epochs", "0", "--penalty.burn_in_epochs", "0"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
     assert json.loads(run("hf_specreg.recipes.supervised", *arguments))["step"] == 4
 
 
 def test_the_recipe_prints_its_result_and_spectrum_reads_the_model(tmp_path, capsys):
-    main([*TINY, "--epochs", "1", "--output_dir", str(tmp_path / "run")])
+    arguments = ["--epochs", "1", "--penalty.burn_in_epochs", "0"]
+    main([*TINY, *arguments, "--output_dir", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out)
     assert result["test_images"] == 360
     assert 0 <= result["test_accuracy"] <= 1

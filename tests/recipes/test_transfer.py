@@ -94,7 +94,7 @@ def test_the_probes_head_is_where_the_training_starts(source, tmp_path):
 
 
 def test_all_trainings_of_an_encoder_are_kept(source, tmp_path):
-    more = ["--epochs", "1"]
+    more = ["--epochs", "1", "--penalty.burn_in_epochs", "0"]
     once = train(parse(arguments(source, tmp_path / "once", *more))[0]).model_folder
     twice = train(parse(arguments(once, tmp_path / "twice", *more))[0]).model_folder
     metadata = SpecRegModel.from_pretrained(twice).metadata

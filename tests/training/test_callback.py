@@ -104,7 +104,7 @@ def test_every_second_step_after_the_burn_in_has_it_and_evaluation_has_not(tmp_p
     assert logged[1] == logged[2] != logged[3]
 
 
-def test_a_second_training_and_a_new_model_begin_the_burn_in_again(tmp_path):
+def test_a_second_training_and_a_new_model_begin_the_burn_in_again(tmp_path, caplog):
     callback = SpectralPenaltyCallback(strength=0.05, burn_in=2)
     args = arguments(tmp_path, max_steps=2)
     trainer = Trainer(model_init=vit, args=args, train_dataset=Digits(), callbacks=[callback])
@@ -114,6 +114,8 @@ def test_a_second_training_and_a_new_model_begin_the_burn_in_again(tmp_path):
         assert callback.penalty.step == 2
         networks.append(callback.penalty.space.network)
     assert networks[1] is trainer.model is not networks[0]
+    said = "penalty: its burn-in of 2 leaves it none of this training's 2 steps"
+    assert caplog.text.count(said) == 2
 
 
 def test_a_checkpoint_that_is_somewhere_else_is_found_or_missed_aloud(tmp_path, caplog):

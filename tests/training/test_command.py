@@ -98,8 +98,8 @@ def test_all_of_the_help_has_every_key_and_a_group_has_its_own(capsys):
 
 def test_a_configuration_is_found_by_its_name_and_by_its_place_in_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named, _ = parse(["--config", "digits", "--epochs", "3"])
-    placed, _ = parse(["--config", "recipes/configs/digits.yaml", "--epochs", "3"])
+    named, _ = parse(["--config", "digits", "--seed", "3"])
+    placed, _ = parse(["--config", "recipes/configs/digits.yaml", "--seed", "3"])
     assert named == placed
     (tmp_path / "digits").write_text("epochs: 7")
     assert parse(["--config", "digits"])[0].epochs == 7

@@ -48,6 +48,21 @@ def test_values_out_of_range_are_named():
         RunConfig(data=DataConfig(streaming=True))
 
 
+@pytest.mark.parametrize(
+    ("burn_in", "says"),
+    [
+        ({"burn_in_epochs": 2}, r"burn_in_epochs \(2\) leaves the term no step of 2 epochs: lower"),
+        ({"burn_in_fraction": 1.0}, r"burn_in_fraction \(1\.0\) leaves the term no step"),
+    ],
+)
+def test_a_term_that_would_begin_after_the_training_is_refused(burn_in, says):
+    sensitivity = RegularizersConfig(sensitivity=SensitivityConfig(0.1, **burn_in))
+    for term in ({"penalty": PenaltyConfig(**burn_in)}, {"regularizers": sensitivity}):
+        with pytest.raises(ValueError, match=says):
+            RunConfig(epochs=2, **term)
+    RunConfig(epochs=2, penalty=PenaltyConfig(0.0, **burn_in))
+
+
 def test_what_needs_labels_is_refused_where_there_are_none():
     regularizers = RegularizersConfig(input_gradient=InputGradientConfig(0.1))
     with pytest.raises(ValueError, match=r"\['input_gradient'\] need labels: set their strength"):

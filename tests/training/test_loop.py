@@ -17,6 +17,7 @@ from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.training import checkpoints
@@ -529,6 +530,19 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
 def test_mixup_needs_an_even_micro_batch(tmp_path):
     with pytest.raises(ValueError, match="must be even"):
         build(config(tmp_path, batch_size=126))
+
+
+@pytest.mark.parametrize("burn_in", [{"burn_in_steps": 12}, {"burn_in_fraction": 0.99}])
+def test_a_burn_in_of_all_steps_is_an_error_unless_there_is_no_penalty(tmp_path, burn_in):
+    with pytest.raises(ValueError, match=r"leaves the term no step of 3 epochs of 4 steps: lower"):
+        build(config(tmp_path, penalty=PenaltyConfig(0.01, **burn_in)))
+    build(config(tmp_path, penalty=PenaltyConfig(0.0, **burn_in)))
+
+
+def test_a_term_of_more_images_than_a_micro_batch_has_is_an_error(tmp_path):
+    regularizers = RegularizersConfig(input_gradient=InputGradientConfig(0.1, images=65))
+    with pytest.raises(ValueError, match=r"images \(65\) exceeds the images of a micro-batch \(64"):
+        build(config(tmp_path, regularizers=regularizers))
 
 
 def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):

@@ -63,6 +63,14 @@ def test_terms_begin_after_their_burn_in_in_each_training_and_the_hook_is_taken_
     assert "input_gradient" not in trainer.evaluate(Digits(8))
 
 
+def test_terms_that_begin_after_the_training_are_warned_of(tmp_path, caplog):
+    trained(tmp_path, [callback(l2_sp=L2SPConfig(strength=0.1, burn_in_steps=1))])
+    assert "l2_sp: its burn-in of 1 leaves it none of this training's 1 steps" in caplog.text
+    caplog.clear()
+    trained(tmp_path, [callback()])
+    assert "burn-in" not in caplog.text
+
+
 def test_under_bf16_terms_are_in_float32(tmp_path):
     _, seen, trainer = trained(tmp_path, [callback()], bf16=True)
     penalty = InputGradientPenalty(vit(), strength=0.5, pixel_std=STD)
@@ -76,7 +84,7 @@ def test_the_scale_of_fp16_is_on_the_gradient(tmp_path):
     Trainer(model, args, train_dataset=Digits(), callbacks=[added])
     optimizer = torch.optim.SGD(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    begin, fp16 = SimpleNamespace(global_step=0), SimpleNamespace(fp16=True)
+    begin, fp16 = SimpleNamespace(global_step=0, max_steps=1), SimpleNamespace(fp16=True)
     with pytest.raises(ValueError, match="SGD has no scaler of fp16"):
         added.on_step_begin(fp16, begin, None, optimizer=optimizer)
     added.on_train_begin(args, begin, None, model=model)

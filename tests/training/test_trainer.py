@@ -17,13 +17,14 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_specreg import SpecRegModel, SpecRegTrainer, SpectralPenalty
+from hf_specreg import RegularizersConfig, SpecRegModel, SpecRegTrainer, SpectralPenalty
 from hf_specreg.data.datasets import load_splits
 from hf_specreg.data.images import LabelledImages
 from hf_specreg.data.transforms import evaluation_transform
 from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
+from hf_specreg.spectral.regularizers import L2SPConfig
 from hf_specreg.training.trainer import _check_shards
 from tests.tiny import vit_config
 
@@ -164,6 +165,18 @@ def test_a_checkpoint_without_vectors_is_gone_on_from_with_a_warning(tmp_path, c
     again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
     assert "the penalty's vectors start anew" in caplog.text
     assert again.penalty.step == 3
+
+
+def test_terms_that_begin_after_the_training_are_warned_of(tmp_path, caplog):
+    regularizers = RegularizersConfig(l2_sp=L2SPConfig(0.1, burn_in_steps=2))
+    for strength in (0.05, 0.0):
+        penalty = {"strength": strength, "burn_in": 3}
+        terms = {"penalty": penalty, "regularizers": regularizers}
+        args = arguments(tmp_path, max_steps=2)
+        SpecRegTrainer(vit(), args, train_dataset=Digits(), **terms).train()
+        assert "l2_sp: its burn-in of 2 leaves it none of this training's 2 steps" in caplog.text
+        assert ("penalty: its burn-in of 3" in caplog.text) == bool(strength)
+        caplog.clear()
 
 
 def test_a_second_training_has_its_own_burn_in(tmp_path):

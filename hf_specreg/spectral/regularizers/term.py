@@ -89,6 +89,14 @@ class RegularizerConfig:
             return round(self.burn_in_fraction * steps_per_epoch * epochs)
         return self.burn_in_steps or 0
 
+    def begins(self, epochs: int, steps_per_epoch: int | None = None) -> bool:
+        """Whether a training of so many epochs goes on after the burn-in; where the steps of an
+        epoch are not known, as far as can be said.
+        """
+        if steps_per_epoch is None:
+            return (self.burn_in_epochs or 0) < epochs and (self.burn_in_fraction or 0) < 1
+        return self.burn_in(steps_per_epoch, epochs) < epochs * steps_per_epoch
+
     def ramp(self, steps_per_epoch: int) -> int:
         """Return the optimizer steps after the burn-in in which the strength rises from 0."""
         return round(self.ramp_epochs * steps_per_epoch)
