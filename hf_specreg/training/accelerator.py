@@ -34,6 +34,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=installed_trackers(config.log_with),
         project_dir=config.output_dir,
     )
+    if accelerator.gradient_accumulation_steps != config.accumulation:
+        raise ValueError(
+            f"accumulation ({config.accumulation}) is not the gradient_accumulation_steps "
+            f"({accelerator.gradient_accumulation_steps}) that accelerate is configured to: set it "
+            "to that, or unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
     if settings := fsdp_settings(accelerator):
         check_settings(settings, config, mixed_precision=accelerator.mixed_precision)
     accelerator.dataloader_config.non_blocking = accelerator.device.type == "cuda"

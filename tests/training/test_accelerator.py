@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from hf_specreg.training.accelerator import check_processes
+from hf_specreg.training.accelerator import build_accelerator, check_processes
+from hf_specreg.training.config import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,12 @@ def test_a_launch_that_cannot_work_is_an_error_that_says_which_can(kind, process
         check_processes(state, launched=launched)
     fine = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, num_processes=2)
     check_processes(fine, launched=2)
+
+
+def test_another_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
+    config = RunConfig(output_dir=str(tmp_path), accumulation=2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"accumulation \(2\) is not .* \(4\) that accelerate"):
+        build_accelerator(config)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert build_accelerator(config).gradient_accumulation_steps == 2
