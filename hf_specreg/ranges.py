@@ -9,6 +9,7 @@ RULES = {
     "not negative": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
+    "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     WHOLE: lambda value: float(value).is_integer(),

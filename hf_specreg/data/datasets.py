@@ -32,6 +32,7 @@ from hf_specreg.data.labels import (
     of_classes,
     with_class_labels,
 )
+from hf_specreg.ranges import require
 
 DIGITS = "digits"
 SPLIT_NAMES = {
@@ -79,6 +80,9 @@ class DataConfig:
     in_memory: bool | None = None
     skip_unreadable: bool = False
     num_workers: int = 0
+
+    def __post_init__(self):
+        require(self, "at least 1", "train_samples")
 
 
 @dataclass(frozen=True)

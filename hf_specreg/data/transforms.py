@@ -47,7 +47,8 @@ class AugmentConfig:
     noise: float = 0.0
 
     def __post_init__(self):
-        require(self, "not negative", "noise")
+        require(self, "not negative", "mixup", "cutmix", "noise")
+        require(self, "in [0, 1)", "label_smoothing")
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:

@@ -34,7 +34,8 @@ class InputGradientPenalty(ImagePenalty):
 
         Args:
             images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
-            labels: [B], the true classes, int64.
+            labels: [B], the true classes, int64. Images with -100, which the cross-entropy ignores,
+                count in the mean with a gradient of 0.
 
         Raises:
             ValueError, RuntimeError: as for `ImagePenalty`.

@@ -94,7 +94,7 @@ class RunConfig:
 
     def __post_init__(self):
         require(self, "at least 1", "epochs", "batch_size", "accumulation", "log_every")
-        require(self, "at least 1", "eval_batch_size", "eval_every_epochs")
+        require(self, "at least 1", "eval_batch_size", "eval_every_epochs", "steps_per_epoch")
         require(self, "not negative", "seed")
         for name, value in flat_settings(self.as_dict()).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -117,6 +117,11 @@ class RunConfig:
                 "augment.kind 'crop_flip' needs the whole set: use 'timm' for a stream"
             )
 
+        if self.optimizer.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be at most the "
+                f"{self.epochs} epochs of the training"
+            )
         self.check_burn_ins(self.steps_per_epoch)
         if self.compile and self.regularizers.spectral_norm:
             raise ValueError(

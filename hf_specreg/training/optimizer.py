@@ -33,7 +33,8 @@ class OptimizerConfig:
             warm-up.
         warmup_epochs: epochs in which the learning rate rises, linearly from 0.
         min_lr: learning rate at the end of the schedule.
-        decay_milestones: epochs after which "multistep" lowers the learning rate.
+        decay_milestones: epochs at whose end "multistep" lowers the learning rate: their last
+            optimizer step has the lower one already.
         decay_rate: what "multistep" and "step" multiply the learning rate by.
         decay_epochs: epochs between two steps of "step".
         ema_decay: keep an exponential moving average of the weights, evaluate and save it; default:
@@ -58,7 +59,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self, "not negative", "lr", "encoder_lr", "weight_decay", "clip_grad")
+        require(self, "not negative", "warmup_epochs", "min_lr", "decay_rate")
         require(self, "in [0, 1]", "layer_decay", "ema_decay")
+        require(self, "at least 1", "decay_epochs")
         if self.sched not in SCHEDULES:
             raise ValueError(
                 f"optimizer.sched ({self.sched!r}) must be one of {', '.join(SCHEDULES)}: "
