@@ -275,6 +275,12 @@ def test_off_is_the_default_and_logits_need_a_head():
         built(headless, jacobian=JacobianConfig(1.0))
 
 
+@pytest.mark.parametrize("value", [{"strength": 0.05, "images": 8}, 0.05, L2SPConfig(0.05)])
+def test_settings_of_another_class_are_refused_and_not_taken_for_off(value):
+    with pytest.raises(ValueError, match=r"input_gradient \(.*must be of InputGradientConfig"):
+        RegularizersConfig(input_gradient=value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -58,6 +58,9 @@ class RegularizersConfig:
         orthogonality: ||W W^T - I||.
         spectral_norm: the hard alternative: weights before the features divided by their top
             singular value, as torch does it (Miyato et al. 2018).
+
+    Raises:
+        ValueError: one is not of its class, such as a dict.
     """
 
     jacobian: JacobianConfig = field(default_factory=JacobianConfig)
@@ -70,6 +73,12 @@ class RegularizersConfig:
     bss: BSSConfig = field(default_factory=BSSConfig)
     orthogonality: OrthogonalityConfig = field(default_factory=OrthogonalityConfig)
     spectral_norm: bool = False
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, item.type):
+                raise ValueError(f"{item.name} ({value!r}) must be of {item.type.__name__}")
 
     def terms(self) -> dict[str, RegularizerConfig]:
         """Return the settings of all that have a strength other than 0, by name."""
