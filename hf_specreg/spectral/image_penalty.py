@@ -20,6 +20,7 @@ from hf_specreg.spectral.regularizers.term import (
     Regularizer,
     RegularizerConfig,
     check_batch,
+    warn_of_frozen,
 )
 
 
@@ -131,6 +132,7 @@ class ImagePenalty:
         step, self.step = self.step, self.step + 1
         if not self._term.due(step):
             return full_precision(images.new_zeros(()))
+        warn_of_frozen(name, self.settings, self.space)
         # Of the place in the training, so that the count is all that there is to resume from.
         self._generator.manual_seed(self.seed + step)
         return self._term(self._in_pixels.model.pixels(images), labels, (), step=step)

@@ -245,3 +245,9 @@ class TransferRunConfig(RunConfig):
                 "regularizers.l2_sp keeps trained weights near where they began, and LoRA's begin "
                 "at 0: use optimizer.weight_decay"
             )
+        idle = [key for key, term in self.terms.items() if term.of_encoder]
+        if self.transfer.train == "head" and idle:
+            raise ValueError(
+                f"transfer.train 'head' leaves the encoder as it is, which is all that {idle} are "
+                "of: set their strength to 0"
+            )

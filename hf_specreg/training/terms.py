@@ -17,7 +17,7 @@ from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.head import fed_to, flat
 from hf_specreg.encoders.pixels import in_pixels
 from hf_specreg.spectral.regularizers import RegularizersConfig, build_regularizers
-from hf_specreg.spectral.regularizers.term import BURN_INS, check_batch
+from hf_specreg.spectral.regularizers.term import BURN_INS, check_batch, warn_of_frozen
 
 IN_STEPS = "burn_in_steps"
 
@@ -105,6 +105,8 @@ class Terms:
         self._check(images, labels)
         found = {term.name: torch.zeros((), device=device) for term in self._terms}
         due = [t for t in self._terms if t.due(step) and (last or not t.of_weights)]
+        for term in due:
+            warn_of_frozen(term.name, self.settings[term.name], self._space)
         if any(t.name in self._of_images for t in due):
             images = self._space.model.pixels(images)
         with torch.autocast(device.type, enabled=False):
@@ -195,6 +197,11 @@ def check_settings(
         config: the regularizers beside it.
         by: what takes `head` and `input_size`.
     """
+    if not isinstance(config, RegularizersConfig):
+        raise ValueError(
+            f"regularizers is a {type(config).__name__}: pass a RegularizersConfig, such as "
+            "RegularizersConfig(input_gradient=InputGradientConfig(strength=0.05, images=8))"
+        )
     if config.spectral_norm:
         raise ValueError(
             "spectral_norm changes the model, so it must be set up before: call normalize_spectra "

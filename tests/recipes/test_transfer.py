@@ -18,6 +18,7 @@ from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 ARGS = json.dumps(tiny.ARGS["resnet20_cifar"])
+PROBE = ["--transfer.train", "head", "--penalty.strength", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def test_frozen_stages_and_kept_statistics_are_the_pretrained_ones_bit_for_bit(s
 
 @pytest.mark.parametrize("mode", ["head", "lora"])
 def test_a_linear_probe_and_lora_leave_plain_models_that_can_be_loaded(source, tmp_path, mode):
-    config, _ = parse(arguments(source, tmp_path, "--transfer.train", mode))
+    more = PROBE if mode == "head" else ["--transfer.train", mode]
+    config, _ = parse(arguments(source, tmp_path, *more))
     trained = train(config).model_folder
     before, after = (load_file(f / "model.safetensors") for f in (source, trained))
     assert before.keys() == after.keys()
@@ -172,6 +174,11 @@ def test_a_wrong_report_is_an_error_before_training(source, tmp_path):
     ("more", "message"),
     [
         (["--transfer.train", "head", "--transfer.frozen_stages", "1"], "frozen_stages is for"),
+        (["--transfer.train", "head"], "all that ['penalty'] are of: set their"),
+        (
+            [*PROBE, "--regularizers.sensitivity.strength", "0.1"],
+            "all that ['regularizers.sensitivity'] are of: set their strength to 0",
+        ),
         (["--transfer.train", "lora", "--regularizers.l2_sp.strength", "1"], "LoRA's begin at 0"),
         (["--transfer.train", "head", "--regularizers.spectral_norm", "true"], "with a fresh head"),
         (["--model.library", "timm", "--model.name", "resnet18_cifar"], "nothing to transfer"),

@@ -1,6 +1,7 @@
 """log ||J^T u|| - log spread: closed forms, the explicit Jacobian, laws; and as a penalty."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -239,6 +240,20 @@ def test_the_recipes_term_is_the_same_as_the_penalty():
     direct = sensitivity(features, images()[:3], direction="margin", spread="margin", head=head)
     torch.testing.assert_close(found, 0.5 * direct)
     assert RegularizersConfig().terms() == {}
+
+
+def test_of_a_frozen_encoder_it_says_that_it_changes_nothing():
+    encoder = tiny()
+    penalty = SensitivityPenalty(encoder, strength=1)
+    penalty(images()).backward()
+    for name, parameter in encoder.network.named_parameters():
+        parameter.requires_grad_(encoder.of_head(name))
+    with pytest.warns(UserWarning, match="no weight that SensitivityPenalty is of requires a grad"):
+        penalty(images())
+    encoder.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty(images())
 
 
 def test_its_schedule_counts_calls():

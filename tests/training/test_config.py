@@ -1,6 +1,7 @@
 """The run configuration: every setting has a range, and what does not fit is named."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
@@ -98,11 +99,35 @@ def test_differences_name_the_key_and_both_values():
         (TransferConfig, "lora_rank", 0),
         (ReportConfig, "samples", -1),
         (AugmentConfig, "noise", -0.1),
+        (AugmentConfig, "mixup", -0.2),
+        (AugmentConfig, "cutmix", -1.0),
+        (AugmentConfig, "label_smoothing", 1.0),
+        (DataConfig, "train_samples", 0),
+        (OptimizerConfig, "warmup_epochs", -1),
+        (OptimizerConfig, "min_lr", -0.1),
+        (OptimizerConfig, "decay_rate", -0.5),
+        (OptimizerConfig, "decay_epochs", 0),
+        (RunConfig, "steps_per_epoch", -1),
     ],
 )
 def test_every_setting_has_a_range(kind, name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
         kind(**{name: value})
+
+
+def test_a_warm_up_longer_than_the_training_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.warmup_epochs \(3\) must be at most the 2 ep"):
+        RunConfig(epochs=2, optimizer=OptimizerConfig(warmup_epochs=3))
+    RunConfig(epochs=2, optimizer=OptimizerConfig(warmup_epochs=2))  # as networks stopped early
+
+
+def test_which_terms_are_of_the_encoder_alone():
+    off = {"jacobian", "cross_lipschitz", "input_gradient", "l2_sp"}  # these are of the head too
+    terms = {item.name: item.type for item in fields(RegularizersConfig) if item.type is not bool}
+    assert {name for name, kind in terms.items() if not kind().of_encoder} == off
+    assert JacobianConfig(of="features").of_encoder
+    assert PenaltyConfig().of_encoder
+    assert not PenaltyConfig(scope="all").of_encoder
 
 
 def test_spectral_norm_is_not_compiled():

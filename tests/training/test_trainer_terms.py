@@ -174,6 +174,7 @@ def test_labels_that_are_no_classes_are_said(tmp_path, images, says):
             {"regularizers": RegularizersConfig(bss=BSSConfig(0.1, burn_in_epochs=1))},
             "give bss.burn_in_steps",
         ),
+        ({"regularizers": {"l2_sp": {"strength": 0.1}}}, "is a dict: pass a RegularizersConfig"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(tmp_path, known, says):

@@ -39,6 +39,11 @@ class DerivativeConfig(RegularizerConfig):
         super().__post_init__()
         require(self, "at least 1", "images")
 
+    @property
+    def of_encoder(self) -> bool:
+        """Whether it is of what comes before the head alone."""
+        return self.of == "features"
+
     def penalty(self, function: Function, images: Tensor) -> Tensor:
         """Return the term, 0-d, of a function of images."""
         raise NotImplementedError

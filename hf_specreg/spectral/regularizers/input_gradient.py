@@ -97,6 +97,7 @@ class InputGradientConfig(RegularizerConfig):
     images: int | None = None
 
     of_labels: ClassVar[bool] = True
+    of_encoder: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

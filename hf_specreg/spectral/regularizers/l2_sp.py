@@ -58,6 +58,7 @@ class L2SPConfig(RegularizerConfig):
     head: float = 0.1
 
     of_weights: ClassVar[bool] = True
+    of_encoder: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

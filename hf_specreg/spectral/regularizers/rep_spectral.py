@@ -45,6 +45,11 @@ class PenaltyConfig(RegularizerConfig):
         require(self, "at least 1", "renew_every")
         require(self, "at least 2", "lanczos_steps")
 
+    @property
+    def of_encoder(self) -> bool:
+        """Whether it is of the layers before the head alone."""
+        return self.scope == "features"
+
 
 def build_penalty(
     model: nn.Module,

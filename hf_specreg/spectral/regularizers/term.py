@@ -4,6 +4,7 @@ Terms of the weights count once an optimizer step. Terms of the data are of a mi
 loss is.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.ranges import WHOLE, require, require_choices
 from hf_specreg.spectral.loop_term import check_recorded
 
@@ -58,6 +60,7 @@ class RegularizerConfig:
         of_weights: it is of the weights; else of the data.
         of_labels: it is of the data and their labels.
         of_features: it is of the features that the loss was computed from, and of no images.
+        of_encoder: it is of what comes before the head, which gets no gradient from it.
     """
 
     strength: float = 0.0
@@ -70,6 +73,7 @@ class RegularizerConfig:
     of_weights: ClassVar[bool] = False
     of_labels: ClassVar[bool] = False
     of_features: ClassVar[bool] = False
+    of_encoder: ClassVar[bool] = True
 
     def __post_init__(self):
         given = [name for name in BURN_INS if getattr(self, name) is not None]
@@ -159,6 +163,23 @@ class Regularizer:
         """
         strength = self.strength if step is None else self.strength_at(step)
         return strength * checked_loss(self.compute(images, labels, features), self.name)
+
+
+def warn_of_frozen(name: str, settings: RegularizerConfig, space: FeatureSpace) -> None:
+    """Warn where a term is of the encoder alone, and all of it is frozen.
+
+    Args:
+        name: of the term, in the warning.
+        settings: of the term.
+        space: of the model.
+    """
+    named = space.network.named_parameters()
+    if settings.of_encoder and not any(p.requires_grad for n, p in named if not space.of_head(n)):
+        warnings.warn(
+            f"no weight that {name} is of requires a gradient, so that it costs time and changes "
+            "nothing: leave it out while they are frozen, or set its strength to 0",
+            stacklevel=3,
+        )
 
 
 def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: bool) -> None:
