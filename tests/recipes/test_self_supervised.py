@@ -27,6 +27,7 @@ TINY = [
     *("--model.args", '{"img_size": 8, "hidden_features": 32}', "--log_every", "1"),
     *("--ssl.projector_hidden", "16", "--ssl.projector_out", "8", "--checkpoint.every_steps", "3"),
 ]
+SHORT = [*TINY, "--epochs", "1", "--penalty.burn_in_fraction", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, monk
 
 
 def test_the_result_is_printed(tmp_path, capsys):
-    main([*TINY, "--epochs", "1", "--output_dir", str(tmp_path)])
+    main([*SHORT, "--output_dir", str(tmp_path)])
     result = json.loads(capsys.readouterr().out)
     assert {"logistic_accuracy", "linear_probe_accuracy", "test_accuracy"} <= result.keys()
 
@@ -122,8 +123,8 @@ def test_settings_that_do_not_fit_are_named(settings, message):
 
 def test_two_processes_leave_the_encoder_of_one_with_classifier_and_report(tmp_path):
     """No image is drawn at random differently: augmentation is by seed, epoch and index."""
-    arguments = [*TINY, "--ssl.method", "byol", "--report.samples", "8", "--optimizer.opt", "sgd"]
-    arguments += ["--report.attacks", '{"tangent": {"iterations": 2}}', "--epochs", "1"]
+    arguments = [*SHORT, "--ssl.method", "byol", "--report.samples", "8", "--optimizer.opt", "sgd"]
+    arguments += ["--report.attacks", '{"tangent": {"iterations": 2}}']
     results = []
     for processes, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         arguments += ["--output_dir", str(folder)]
@@ -154,9 +155,9 @@ def test_the_classifier_of_a_transformers_encoder_has_the_features_that_were_tra
     args |= {"num_channels": 1}
     if name != "resnet":
         args |= {"num_attention_heads": 2, "intermediate_size": 16}
-    more = ["--model.library", "transformers", "--model.name", name, "--epochs", "1"]
+    more = ["--model.library", "transformers", "--model.name", name]
     more += ["--model.args", json.dumps(args), "--model.input_size", "[1, 8, 8]"]
-    result = train(parse([*TINY, *more, "--output_dir", str(tmp_path)])[0])
+    result = train(parse([*SHORT, *more, "--output_dir", str(tmp_path)])[0])
     encoder = SpecRegModel.from_pretrained(tmp_path / "model").eval()
     classifier = SpecRegModel.from_pretrained(tmp_path / "classifier").eval()
     images = torch.rand(3, 1, 8, 8)

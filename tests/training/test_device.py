@@ -1,5 +1,6 @@
 """A training step on an accelerator, with every objective: one device, and no wait for it."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -67,6 +68,7 @@ def adversarial(method, **settings):
 def test_a_step_with_every_regularizer_waits_for_nothing(tmp_path):
     kinds = RegularizersConfig.__dataclass_fields__
     terms = {name: kinds[name].default_factory(strength=0.1) for name in EVERY_TERM}
+    terms["sensitivity"] = replace(terms["sensitivity"], images=8)
     augment = AugmentConfig(mixup=0.2, label_smoothing=0.1, noise=0.1)
     loop = train_a_step(
         Supervised(tiny(), augment=augment),

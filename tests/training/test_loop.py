@@ -336,6 +336,7 @@ def test_a_run_that_diverges_in_its_last_step_leaves_no_model(tmp_path, what, mo
         epochs=1,
         accumulation=1,
         data=DataConfig(train_samples=128),
+        penalty=PenaltyConfig(strength=0.0),
         optimizer=OptimizerConfig(lr=1e3),
     )
     loop = build(run)

@@ -7,6 +7,7 @@ import pytest
 
 from hf_specreg.data.datasets import DataConfig, load_splits
 from hf_specreg.data.transforms import AugmentConfig
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training.checkpoints import CheckpointConfig, CheckpointError
 from hf_specreg.training.model import ModelConfig
 from tests.data.test_data import random_picture, save_parquet, table
@@ -34,6 +35,7 @@ def run(folder, source):
         data=DataConfig(source=source),
         augment=AugmentConfig(),
         model=model,
+        penalty=PenaltyConfig(strength=0.0),
         epochs=1,
         batch_size=16,
         accumulation=1,

@@ -6,6 +6,7 @@ import torch
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig, add_noise
 from hf_specreg.spectral.regularizers import RegularizersConfig, VolumeElementConfig
+from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
 from hf_specreg.training.images import build_images
 from hf_specreg.training.loop import TrainingLoop
@@ -43,6 +44,7 @@ def received(folder, kind, augment):
         data=DataConfig(train_samples=256),
         model=ModelConfig("mlp_2000", input_size=SIZE, args=ARGS["mlp_2000"]),
         augment=augment,
+        penalty=PenaltyConfig(strength=0.0),
         regularizers=RegularizersConfig(volume_element=Recording(strength=1.0)),
     )
     objective = Recorded()
