@@ -116,14 +116,14 @@ def _attacked(
     """How an attack's chunk is done; images that are wrong already have distance 0."""
 
     def run(chunk: Chunk) -> Arrays:
-        count, known = len(chunk.images), chunk.correct
+        count, known = len(chunk.images), chunk.correct.numpy()  # a torch mask of one is an index
         arrays: Arrays = {
             "distances": np.zeros(count, np.float32),
             "queries": np.zeros(count, np.int64),
         }
         if not known.any():
             return arrays
-        own = chunk.only(known)
+        own = chunk.only(chunk.correct)
         result = attack.run(classifier, own.images, own.labels, seeds=own.seeds, eps=eps)
         arrays["distances"][known] = result.distances.cpu().numpy()
         arrays["queries"][known] = result.queries.cpu().numpy()
@@ -153,13 +153,14 @@ def _corrupted(classifier: Classifier, chunk: Chunk) -> Arrays:
 
 def _masking(classifier: Classifier, chunk: Chunk, eps: float) -> Arrays:
     """On the first images: do steps help PGD, does it win unbounded, are there gradients?"""
-    known = chunk.correct & torch.from_numpy(chunk.places < MASKING_IMAGES)
+    chosen = chunk.correct & torch.from_numpy(chunk.places < MASKING_IMAGES)
+    known = chosen.numpy()
     keys = ("looked", "stands_10", "stands_100", "stands_unbounded", "no_gradient")
     arrays = {key: np.zeros(len(known), bool) for key in keys}
     if not known.any():
         return arrays
-    arrays["looked"] = known.numpy()
-    own = chunk.only(known)
+    arrays["looked"] = known
+    own = chunk.only(chosen)
     x, y = own.images.to(classifier.device), own.labels.to(classifier.device)
     for key, attack, e in (
         ("stands_10", PGD(norm="l2", steps=10), eps),

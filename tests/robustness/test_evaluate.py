@@ -135,6 +135,16 @@ def test_chunks_of_an_attack_that_goes_image_by_image_are_small(trained, tmp_pat
     }
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(17, 64), (3, 2), (1, 64)])
+def test_a_last_chunk_of_one_image_is_attacked(trained, count, batch_size):
+    net, images, labels = trained
+    right = net(images).argmax(1) == labels
+    attacks = {"tangent": {"iterations": 1}, "pgd-l2": {"steps": 2}}
+    arguments = {"attacks": attacks, "batch_size": batch_size, "measures": UNCHECKED}
+    report = evaluate(net, images[right][:count], labels[right][:count], **arguments)
+    assert (report.images["tangent/distances"] > 0).all()
+
+
 class Noisy(nn.Module):
     """Answers of which some change from call to call, as with noise on the input."""
 
