@@ -98,6 +98,36 @@ def test_autoattack_works_with_few_classes(classes):
     assert linear.attack("autoattack-l2", eps=[eps]).distances.isfinite().all()
 
 
+class Gray(nn.Module):
+    """Pictures of 0.5 alone are of class 0."""
+
+    def forward(self, images):
+        away = (images - 0.5).abs().flatten(1).sum(1)
+        return torch.stack([0.01 - away, 0 * away], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((24, 24), False), ((32, 30), False), ((28, 20), False), ((20, 28), True), ((32, 32), True)],
+    ids=str,
+)
+def test_autoattack_leaves_square_out_where_its_tiles_do_not_fit(size, fits):
+    images, labels = torch.full((2, 1, *size), 0.5), torch.zeros(2, dtype=torch.long)
+
+    def attack(name, *parts):
+        run = make_attacks({name: {"attacks": parts}})[name].run
+        return run(Classifier(Gray()), images, labels, seeds=[0, 1], eps=[0.1])
+
+    left_out = f"square was left out: its first tiles do not fit {size[0]}x{size[1]} pixels"
+    found = attack("autoattack-l2", "square", "apgd-ce")
+    assert found.distances.isfinite().all()
+    assert (left_out in found.warnings) != fits
+    assert attack("autoattack-linf", "square").distances.isfinite().all()
+    if not fits:
+        with pytest.raises(ValueError, match="it is the only attack of"):
+            attack("autoattack-l2", "square")
+
+
 def test_autoattack_names_an_attack_that_needs_more_classes():
     with pytest.raises(ValueError, match="DLR loss, which needs more than 2"):
         Linear(2).attack("autoattack-l2", eps=[0.1], attacks=("apgd-ce", "apgd-t"))

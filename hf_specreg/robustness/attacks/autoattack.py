@@ -13,8 +13,6 @@ from torch import Tensor
 from hf_specreg.robustness.attacks.attack import over_grid
 from hf_specreg.robustness.threat import AttackResult, Norm
 
-SQUARE_MIN_HEIGHT = 5  # its first stripes are a fifth of the image
-
 
 @dataclass(frozen=True)
 class AutoAttack:
@@ -24,8 +22,9 @@ class AutoAttack:
         norm: "l2" or "linf".
         attacks: of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"; default: the standard
             version's apgd-ce, apgd-t, fab-t and square. Those with the targeted DLR loss need four
-            classes: with three, apgd-dlr and fab take their place, with two, fab alone. Images
-            under 5 pixels high have no square.
+            classes: with three, apgd-dlr and fab take their place, with two, fab alone. Square is
+            left out, with a warning, of images that its first tiles do not fit, such as 24x24 in
+            L2, or that are under 5 pixels high.
         batch_size: images at once.
     """
 
@@ -43,10 +42,14 @@ class AutoAttack:
         import pyautoattack
 
         classes = classifier(images[:1].to(classifier.device)).shape[1]
-        possible = self._standard(classes)
-        if images.shape[-2] < SQUARE_MIN_HEIGHT:
-            possible = tuple(name for name in possible if name != "square")
+        possible, said = self._standard(classes), []
         attacks = list(self.attacks or possible)
+        if "square" in attacks and not _has_square(self.norm, *images.shape[-2:]):
+            attacks.remove("square")
+            height, width = images.shape[-2:]
+            said.append(f"square was left out: its first tiles do not fit {height}x{width} pixels")
+            if not attacks:
+                raise ValueError(f"{said[0]}, and it is the only attack of {self.attacks}")
         if classes < 4 and {"apgd-t", "apgd-dlr"} & set(attacks) - set(possible):
             raise ValueError(f"{attacks} have a DLR loss, which needs more than {classes} classes")
 
@@ -73,7 +76,7 @@ class AutoAttack:
 
         with _logged("auto-attack") as messages:
             result = over_grid(at, classifier, images, labels, seeds, eps, self.norm)
-        return result._replace(warnings=tuple(dict.fromkeys(messages)))
+        return result._replace(warnings=tuple(dict.fromkeys(said + messages)))
 
     @staticmethod
     def _standard(classes: int) -> tuple[str, ...]:
@@ -82,6 +85,17 @@ class AutoAttack:
         if classes == 3:
             return "apgd-ce", "apgd-dlr", "fab", "square"
         return "apgd-ce", "fab", "square"
+
+
+def _has_square(norm: Norm, height: int, width: int) -> bool:
+    """Whether Square can be run: in L2 it starts with tiles of a fifth of the height, from the
+    same margin at the top and at the left, each of which must be whole.
+    """
+    side = height // 5
+    if norm == "linf" or side < 2:
+        return side > 0
+    margin = (height - 5 * side) // 2
+    return all(margin + length // side * side <= length for length in (height, width))
 
 
 @contextmanager
