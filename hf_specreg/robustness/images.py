@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from hf_specreg.data.datasets import place
 from hf_specreg.data.images import LabelledImages
@@ -112,15 +113,15 @@ class Images:
             images = images.float() / 255
         if images.is_floating_point():
             images = images.float()
-        return images.detach().cpu(), labels.cpu().long()
+        return images.detach().cpu().contiguous(), labels.cpu().long()
 
 
 def draw(count: int, samples: int | None, seed: int) -> np.ndarray:
     """Return so many rows of `count`, in order, drawn by a seed; all of them by default."""
+    if samples is not None and not (isinstance(samples, Integral) and samples > 0):
+        raise EvaluationError(f"samples ({samples}) must be an integer of at least 1")
     if samples is None or samples >= count:
         return np.arange(count)
-    if samples < 1:
-        raise EvaluationError(f"samples ({samples}) must be at least 1")
     return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
 
 
@@ -139,6 +140,7 @@ def _class_names(dataset: Any) -> list[str | None]:
 
 
 def _readable(dataset: Any, subject: Subject) -> Any:
+    _check_rows(dataset)
     if isinstance(dataset, datasets.Dataset):
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
@@ -156,6 +158,19 @@ def _readable(dataset: Any, subject: Subject) -> Any:
     if isinstance(dataset, TensorDataset):
         _check_label_tensor(dataset.tensors[-1])
     return dataset
+
+
+def _check_rows(dataset: Any) -> None:
+    """Raise EvaluationError unless a data set has rows, as many as it says."""
+    kind, remedy = type(dataset).__name__, None
+    if isinstance(dataset, Mapping):
+        remedy = f"take one of its splits, {', '.join(map(repr, dataset))}"
+    elif isinstance(dataset, DataLoader):
+        remedy = "give its .dataset"
+    elif not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        remedy = "load it without streaming, or keep some, Dataset.from_list(list(it.take(500)))"
+    if remedy:
+        raise EvaluationError(f"a {kind} has no rows by number: {remedy}")
 
 
 def _tensors(images: Tensor | np.ndarray, labels: Any) -> TensorDataset:

@@ -82,6 +82,34 @@ def test_a_label_column_that_holds_no_classes_is_refused_with_a_remedy(labels, k
         Images(rows, subject)
 
 
+def test_images_are_read_as_they_lie_in_memory_for_every_attack(subject):
+    pictures = torch.rand(N, 4, 4, 3).permute(0, 3, 1, 2)
+    pairs = [(image, int(label)) for image, label in zip(pictures, LABELS, strict=True)]
+    for given in ((pictures, LABELS), ((255 * pictures).byte(), LABELS), pairs):
+        assert Images(given, subject).read(np.arange(N))[0].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("give", "says"),
+    [
+        (lambda rows: datasets.DatasetDict(train=rows, test=rows), "its splits, 'train', 'test'"),
+        (lambda rows: torch.utils.data.DataLoader(rows), r"a DataLoader .*: give its \.dataset"),
+        (lambda rows: rows.to_iterable_dataset(), "load it without streaming"),
+    ],
+    ids=["splits", "loader", "stream"],
+)
+def test_what_has_no_rows_is_refused_with_a_remedy(give, says, subject):
+    rows = datasets.Dataset.from_dict({"image": [[0.0]] * N, "label": [0] * N})
+    with pytest.raises(EvaluationError, match=says):
+        Images(give(rows), subject)
+
+
+@pytest.mark.parametrize("samples", [0, 10.5, "5"])
+def test_so_many_samples_are_none(samples, subject):
+    with pytest.raises(EvaluationError, match=r"must be an integer of at least 1"):
+        Images((pixels(), LABELS), subject, samples=samples)
+
+
 @pytest.mark.parametrize("kind", ["uint8", "bool", "int64"])
 def test_whole_labels_of_any_type_are_taken(kind, subject):
     pictures = [np.zeros((4, 4), np.uint8)] * N
