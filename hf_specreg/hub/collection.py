@@ -17,7 +17,7 @@ from hf_specreg.encoders.download import PATIENCE, RUN_FILE
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, RUN_SCHEMA, card_metadata, public_name
 from hf_specreg.hub.summary import KEY, method, training_ms_per_image
-from hf_specreg.robustness.text import STRENGTH, strength
+from hf_specreg.robustness.text import strength
 
 LARGEST_CARD = 2**20  # bytes that are looked at
 LARGEST = 1e15  # of a number on a card
@@ -184,12 +184,17 @@ def _attacks(how: Mapping[str, Any]) -> str:
     """The attacks of a metric, each with its strength: "fmn-l2 (steps 50, runs 2), tangent"."""
     names, settings = _text(how.get("attack")).split(", "), _dict(how.get("settings"))
     each = settings if len(names) > 1 else {names[0]: settings}
-    return ", ".join(f"{name} ({_strength(_dict(each.get(name)))})" for name in names)
+    return ", ".join(f"{name} ({_strength(name, _dict(each.get(name)))})" for name in names)
 
 
-def _strength(settings: Mapping[str, Any]) -> str:
-    lists = {key: [*map(_text, _list(settings.get(key))[:9])] for key in STRENGTH}
-    return strength({key: lists[key] or _text(settings.get(key)) or None for key in STRENGTH})
+def _strength(name: str, settings: Mapping[str, Any]) -> str:
+    return strength(name, {key: _setting(value) for key, value in settings.items()})
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, list):
+        return [*map(_text, value[:9])]
+    return value if _number(value) is not None or isinstance(value, bool) else _text(value) or None
 
 
 def _told_apart(rows: Sequence[Row]) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_specreg.robustness.flags import is_converged
 from hf_specreg.robustness.page import write_page
 from hf_specreg.robustness.schema import Report, ReportError
 from hf_specreg.robustness.statistics import (
@@ -27,6 +28,7 @@ from hf_specreg.robustness.text import (
     HALF,
     INTERVALS,
     data_name,
+    distinct,
     farther,
     half,
     listed,
@@ -58,7 +60,8 @@ class Comparison:
         rows: for every attack of minimum distance that all have and every model: "attack", "norm",
             "model", "n" paired images, "found" for how many, "median" over all of them, "mean"
             (null unless something was found for each), "half_budget", the mean with half of the
-            queries (None where it is not known), and against the first model (None for the
+            queries (None where it is not known), whether the attacks have "converged" (True where
+            they do not tell), and against the first model (None for the
             first) "difference" of the means (null likewise), and on how many images it is
             "farther" and "nearer".
         nearest: such rows for every norm, of the nearest that any of the attacks found that all
@@ -76,7 +79,7 @@ class Comparison:
     def __init__(self, reports: Sequence[Report]):
         self.attacks = _check_comparable(reports)
         self.reports = list(reports)
-        self.names = _distinct([report.name for report in reports])
+        self.names = distinct([report.name for report in reports])
         self.correct = np.all([r.images["correct"] for r in reports], axis=0)
         self.paired = int(self.correct.sum())
         minimal = [n for n in self.attacks if "distance" in reports[0].content["attacks"][n]]
@@ -133,7 +136,7 @@ class Comparison:
                 "n": self.paired,
                 "found": int(np.isfinite(own).sum()),
                 "mean": _mean(own, seed),
-                "half_budget": self._half_budget(report, attacks),
+                **self._half_budget(report, attacks, own),
                 "median": quantile(own, 0.5, seed=seed),
                 **dict.fromkeys(("difference", "farther", "nearer")),
             }
@@ -145,12 +148,18 @@ class Comparison:
             rows.append(row)
         return rows
 
-    def _half_budget(self, report: Report, attacks: Sequence[str]) -> float | None:
-        steps = report.images.get(f"{attacks[0]}/trajectory")
-        if len(attacks) > 1 or steps is None or not self.paired:
-            return None
-        found = at_half_budget(steps[self.correct]).mean()
-        return float(found) if np.isfinite(found) else None
+    def _half_budget(
+        self, report: Report, attacks: Sequence[str], full: np.ndarray
+    ) -> dict[str, Any]:
+        found = nearest_at_half_budget(report, attacks)
+        if found is None or not self.paired:
+            return {"half_budget": None, "converged": True}
+        half = found[self.correct].astype(float)
+        known = len(attacks) == 1 and np.isfinite(half).all()
+        return {
+            "half_budget": float(half.mean()) if known else None,
+            "converged": is_converged(half, full),
+        }
 
     def _nearest(self, norm: str, minimal: Sequence[str]) -> list[dict[str, Any]]:
         known = [report.content["attacks"] for report in self.reports]
@@ -247,6 +256,21 @@ def _nearest(reports: Sequence[Report], attacks: Sequence[str]) -> np.ndarray:
     return np.min(found, axis=1)
 
 
+def nearest_at_half_budget(report: Report, attacks: Sequence[str]) -> np.ndarray | None:
+    """Return the least distance of each image with half of the budget of the attacks of minimum
+    distance, and all of the others', [n]; None where one does not tell.
+    """
+    halves = []
+    for name in attacks:
+        if "distance" not in report.content["attacks"][name]:
+            halves.append(report.images[f"{name}/distances"])
+        elif (steps := report.images.get(f"{name}/trajectory")) is None:
+            return None
+        else:
+            halves.append(at_half_budget(steps))
+    return np.min(halves, axis=0)
+
+
 def _check_comparable(reports: Sequence[Report]) -> list[str]:
     """The names of the attacks that all models faced; raises unless they faced the same."""
     if len(reports) < 2:
@@ -292,14 +316,6 @@ def _at(content: Any, path: Sequence[str]) -> Any:
     for key in path:
         content = content[key]
     return content
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Tell equal names apart by their place."""
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
 
 
 def _mean(distances: np.ndarray, seed: int) -> Estimate:

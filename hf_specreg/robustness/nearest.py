@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_specreg.data.transforms import evaluation_transform, to_channels
 from hf_specreg.robustness.attacks import make_attacks
 from hf_specreg.robustness.subject import Subject
-from hf_specreg.robustness.text import norm_name
+from hf_specreg.robustness.text import distinct, norm_name
 
 SHOWN_SIDE = 256  # pixels that a small picture is enlarged to at least, by whole factors
 
@@ -51,7 +51,8 @@ class Moved:
         picture: the moved image, enlarged if it is small.
         difference: from the image, grey where there is none, magnified so that all of the way to
             the adversarial image is half of the range.
-        before: from a class's name to its probability, of the image.
+        before: from a class's name to its probability, of the image; names that several classes
+            have are numbered.
         after: the same of the moved image.
         said: in a sentence.
     """
@@ -110,6 +111,7 @@ def moved(model: nn.Module | str, found: Nearest, eps: float) -> Moved:
         before, after = subject.classifier(torch.stack([found.image, image])).softmax(1).tolist()
     count = len(before)
     names = getattr(subject.model, "label_names", None) or [str(i) for i in range(count)]
+    names = distinct(names)
     whole = (found.adversarial - found.image).abs().max().clamp(min=1e-12)
     was, now = (names[int(np.argmax(p))] for p in (before, after))
     far = f"{norm_name(found.norm)} distance {found.distance:.3f}"

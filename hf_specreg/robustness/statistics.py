@@ -1,11 +1,11 @@
-"""Aggregates of per-image results, each with a 95 % interval.
+"""Aggregates of per-image results with 95 % intervals.
 
 Means and quantiles: 2,000 bootstrap resamples of the images, none for fewer than 10 images. Means
 have studentised intervals: on few and skewed distances the percentiles of resampled means are too
 near to each other (for 10 log-normal values 87 of 100 cover the truth, studentised 93). Quantiles
 have percentiles. Proportions: the exact binomial (Clopper-Pearson) interval, because the bootstrap
 of a proportion has nothing to vary where all images agree, and claims certainty there; for the same
-reason differences of paired proportions have Newcombe's.
+reason differences of paired proportions have Newcombe's, and means of equal values no interval.
 
 Sources: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 12 and 13; Clopper,
 Pearson, Biometrika 1934; Newcombe, "Improved confidence intervals for the difference between
@@ -89,7 +89,8 @@ def _wilson(hits: int, n: int) -> tuple[float, float]:
 def mean(
     values: np.ndarray, *, seed: int, within: tuple[float, float] = (-np.inf, np.inf)
 ) -> Estimate:
-    """Return the mean of finite values [n], with its studentised interval; none for n < 10.
+    """Return the mean of finite values [n], with its studentised interval; none for n < 10, nor of
+    values that are all the same.
 
     Args:
         values: the values.
@@ -99,13 +100,13 @@ def mean(
     if not len(values):
         return dict(NOTHING)
     value, spread = values.mean(), values.std()
-    if len(values) < FEWEST:
+    if len(values) < FEWEST or values.min() == values.max():
         return {"value": float(value), "ci": [None, None]}
     around, found = values - value, []
     for index in _resamples(len(values), seed):
         own = around[index]
         middle = own.mean(1)
-        found.append(middle / np.maximum(own.std(1), _LEAST_SPREAD * spread or 1.0))
+        found.append(middle / np.maximum(own.std(1), _LEAST_SPREAD * spread))
     high, low = np.quantile(np.concatenate(found), TAILS)
     ends = np.clip([value - end * spread for end in (low, high)], *within)
     return {"value": float(value), "ci": [float(end) for end in ends]}

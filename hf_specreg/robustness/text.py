@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_specreg.robustness.attacks import ATTACKS, describe
 from hf_specreg.robustness.statistics import FEWEST, Estimate
 
 INTERVALS = f"in brackets 95 % intervals, for means and quantiles of {FEWEST} images or more"
@@ -79,9 +80,16 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def strength(settings: Mapping[str, Any]) -> str:
-    """Return those of an attack's settings that say how hard it tried, "steps 50, restarts 1"."""
-    known = {key: settings[key] for key in STRENGTH if settings.get(key) is not None}
+def strength(name: str, settings: Mapping[str, Any]) -> str:
+    """Return those of an attack's settings that say how hard it tried, "steps 50, restarts 1", and
+    all others that are not its default.
+    """
+    usual = describe(ATTACKS[name]) if name in ATTACKS else {}
+    known = {
+        key: settings[key]
+        for key in dict.fromkeys((*STRENGTH, *usual))
+        if settings.get(key) is not None and (key in STRENGTH or settings[key] != usual[key])
+    }
     shown = (
         f"{key.replace('_', ' ')} {'+'.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in known.items()
@@ -91,7 +99,15 @@ def strength(settings: Mapping[str, Any]) -> str:
 
 def attack_name(name: str, attack: Mapping[str, Any]) -> str:
     """Return an attack of a report with its strength, "pgd-l2 (steps 50, restarts 1)"."""
-    return f"{name} ({strength(attack['settings'])})"
+    return f"{name} ({strength(name, attack['settings'])})"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Tell equal names apart by their place."""
+    return [
+        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
 
 def data_name(data: Mapping[str, Any]) -> str:

@@ -3,10 +3,10 @@
 By the nearest adversarial images that all attacks together found, on the same images. Where there
 is one for every image, the interval of the mean difference decides; where not, a mean would leave
 out the farthest, and the sign test decides: on how many images they are farther, and on how many
-nearer. Nothing is said where gradients look masked, or attacks found nothing for many images: they
-may have failed, and not the model withstood. A model that has learnt less is often harder to
-attack: of one that is less accurate by more than a margin it is said that its images are farther,
-not that it is harder to attack.
+nearer. Nothing is said where gradients look masked, or attacks found nothing for many images or
+have not converged: they may have failed, and not the model withstood. A model that has learnt less
+is often harder to attack: of one that is less accurate by more than a margin it is said that its
+images are farther, not that it is harder to attack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,10 +87,21 @@ def _by_distance(
     shown, difference = direction(row), row["difference"]
     harder = "harder" if shown > 0 else "easier"
     missing = [r["n"] - r["found"] for r in (row, before)]
+    late = [m.name for m, r in ((first, before), (model, row)) if not r["converged"]]
+    if not row["n"]:
+        return (
+            f"Whether {model.name} is harder to attack than {first.name} cannot be said: no image "
+            "is classified correctly by all models."
+        )
     if is_many(max(missing), row["n"]):
         said = (
             f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the "
             f"attacks found nothing for more than {100 * MANY:g} % of a model's images"
+        )
+    elif late:
+        said = (
+            f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the "
+            f"attacks on {listed(late)} have not converged: more iterations bring distances down"
         )
     elif not shown:
         said = f"No difference between {model.name} and {first.name} is shown"

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_specreg.robustness.comparison import nearest_at_half_budget
 from hf_specreg.robustness.report import RobustnessReport
-from hf_specreg.robustness.statistics import at_half_budget
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
@@ -40,10 +40,10 @@ class Attacked:
         for report in self.reports:
             attacks = report.content["attacks"].items()
             names = [n for n, a in attacks if "distance" in a and a["norm"] == "l2"]
-            known = [report.images.get(f"{name}/trajectory") for name in names]
-            if not names or any(trajectory is None for trajectory in known):
+            half = nearest_at_half_budget(report, names) if names else None
+            if half is None:
                 return None
-            halves.append(np.min([at_half_budget(trajectory) for trajectory in known], axis=0))
+            halves.append(half)
         return np.array(halves, float)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_specreg.robustness.flags import CONVERGED, MANY, is_masked
+from hf_specreg.robustness import flags
+from hf_specreg.robustness.flags import MANY, is_masked
 from hf_specreg.robustness.statistics import Estimate
 from hf_specreg.robustness.text import listed
 from hf_specreg.study.choice import Attacked, Choice, Key, Results
@@ -111,14 +112,9 @@ def is_converged(found: Attacked) -> bool:
     the attacks do not tell.
     """
     halves = found.at_half_budget()
-    known = found.correct & np.isfinite(found.distances)
-    if halves is None or not known.any():
-        return True
-    half, full = halves[known], found.distances[known]
-    early = np.isfinite(half)
-    if (~early).mean() > MANY:
-        return False
-    return bool(half[early].mean() <= CONVERGED * full[early].mean())
+    return halves is None or flags.is_converged(
+        halves[found.correct], found.distances[found.correct]
+    )
 
 
 def masked(results: Results, key: Key) -> list[str]:

@@ -107,7 +107,7 @@ def test_flags_and_limits_are_in_plain_words(folder):
 
 
 def without_pgd(report, factor=1.0):
-    """A report of the tangent attack alone, its distances scaled."""
+    """A report of the tangent attack alone, which has converged, its distances scaled."""
     content = {
         **report.content,
         "attacks": {"tangent": report.content["attacks"]["tangent"]},
@@ -115,7 +115,10 @@ def without_pgd(report, factor=1.0):
         "flags": [],
     }
     distances = factor * report.images["tangent/distances"]
-    return RobustnessReport(content, {**report.images, "tangent/distances": distances})
+    steps = report.images["tangent/trajectory"].copy()
+    steps[:, :, 1] = distances[:, None]
+    found = {"tangent/distances": distances, "tangent/trajectory": steps}
+    return RobustnessReport(content, {**report.images, **found})
 
 
 def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):

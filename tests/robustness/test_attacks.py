@@ -84,11 +84,19 @@ def test_robust_accuracy_at_fixed_eps_is_the_closed_form(name):
         assert ((found > e) == (truth > e)).all()
 
 
-def test_pgd_with_restarts_keeps_what_an_earlier_one_found(linear):
-    grid = [linear.truth["l2"].median().item()]
-    once = linear.attack("pgd-l2", eps=grid).distances
-    thrice = linear.attack("pgd-l2", eps=grid, restarts=3).distances
-    assert (thrice.isfinite() | once.isinf()).all()
+def test_pgd_starts_again_on_the_images_that_still_stand_alone():
+    linear = Linear(2)
+    grid = [linear.truth["l2"].sort().values[5:7].mean().item()]  # half of the images are farther
+
+    def attacked(restarts):
+        before = linear.classifier.queries
+        found = linear.attack("pgd-l2", eps=grid, restarts=restarts).distances
+        return found, linear.classifier.queries - before
+
+    (once, queries), (thrice, all_queries) = attacked(1), attacked(3)
+    assert torch.equal(once.isinf(), linear.truth["l2"] > grid[0])
+    assert torch.equal(once, thrice)
+    assert all_queries - queries == 2 * 6 * (50 + 1)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
@@ -309,6 +317,29 @@ def test_unknown_attacks_and_settings_are_named():
         make_attacks({"tangent": {"tolerance": 0.0}})
     with pytest.raises(ValueError, match=r"low_frequencies \(1.5\) must be in \(0, 1\]"):
         make_attacks({"tangent": {"low_frequencies": 1.5}})
+    with pytest.raises(ValueError, match=r"attacks \['apgd'\] are none of AutoAttack's: apgd-ce"):
+        make_attacks({"autoattack-l2": {"attacks": ["apgd-ce", "apgd"]}})
+    with pytest.raises(ValueError, match=r"attacks \('pgd-l2'\) must be a list of names"):
+        make_attacks("pgd-l2")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "rule"),
+    [
+        ("pgd-l2", "steps", "1e2", "an integer"),
+        ("pgd-l2", "steps", 2.5, "an integer"),
+        ("pgd-l2", "steps", True, "an integer"),
+        ("pgd-l2", "steps", None, "an integer"),
+        ("pgd-l2", "relative_stepsize", "0.1", "a number"),
+        ("tangent", "max_queries", 10.5, "an integer"),
+        ("tangent", "authors_compatible", 1, "True or False"),
+        ("autoattack-l2", "attacks", "square", "a list of names"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named_before_anything_runs(name, setting, value, rule):
+    with pytest.raises(ValueError, match=rf"{name}: {setting} \({value!r}\) must be {rule}"):
+        make_attacks({name: {setting: value}})
+    make_attacks({"tangent": {"max_queries": None, "tolerance": 1}, "pgd-l2": {"steps": 3}})
 
 
 def test_a_variant_is_stated_where_it_is_on():
@@ -318,7 +349,25 @@ def test_a_variant_is_stated_where_it_is_on():
     )
     assert variant == {**plain, "low_frequencies": 0.25}
     assert "low_frequencies" not in plain
-    assert strength(variant) == "iterations 40, low frequencies 0.25"
+    assert strength("tangent", variant) == "iterations 40, low frequencies 0.25"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("pgd-l2", {}, "steps 50, restarts 1"),
+        ("pgd-l2", {"relative_stepsize": 1e-6}, "steps 50, restarts 1, relative stepsize 1e-06"),
+        ("tangent", {"initial_probes": 1}, "iterations 40, initial probes 1"),
+        ("autoattack-l2", {"attacks": ["fab"]}, "attacks fab"),
+        ("autoattack-l2", {}, "standard"),
+    ],
+)
+def test_settings_that_make_an_attack_weak_are_named(name, settings, said):
+    assert strength(name, describe(make_attacks({name: settings})[name])) == said
+
+
+def test_an_attack_that_is_not_known_is_named_by_what_is_common():
+    assert strength("old", {"steps": 3, "stepsize": 0.1}) == "steps 3"
 
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):

@@ -118,6 +118,28 @@ def test_nothing_is_said_where_attacks_found_nothing_for_many_images(reports, sw
     assert "er to attack than" not in verdict.partition("cannot be said")[2]
 
 
+def test_nothing_is_said_where_attacks_have_not_converged(reports):
+    before = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    models = [with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1))]
+    steps = models[1].images["tangent/trajectory"] = models[1].images["tangent/trajectory"].copy()
+    for late, says in ((1.04, False), (1.06, True), (np.inf, True)):
+        steps[:, :-1, 1] = (late * (before + 0.1))[:, None]
+        comparison = RobustnessReport.compare(models)
+        assert comparison.nearest[1]["converged"] != says
+        verdict = comparison.verdicts[0][0]
+        assert verdict.startswith("Whether b is harder") == says
+        assert ("cannot be said, where the attacks on b have not converged" in verdict) == says
+        assert "are 0.100 (0.100 to 0.100) farther on average" in verdict
+
+
+def test_models_without_a_correct_image_in_common_are_not_compared(reports):
+    before = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    a, b = (with_distances(reports[0], name, before) for name in "ab")
+    a.images["correct"][:50] = b.images["correct"][50:] = False
+    verdict = RobustnessReport.compare([a, b]).verdicts[0][0]
+    assert verdict.endswith("cannot be said: no image is classified correctly by all models.")
+
+
 def test_where_something_was_found_for_all_the_mean_difference_decides(reports):
     before = np.random.default_rng(0).lognormal(0, 0.3, 100)
     models = [with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1))]

@@ -9,9 +9,9 @@ PGD = SimpleNamespace(norm="l2", black_box=False, minimum_distance=False)
 GRID = {"l2": [0.5, 1.0], "linf": [0.1]}
 
 
-def flags_of(tangent, pgd, half=None):
+def flags_of(tangent, pgd, half=None, stands=None):
     """The flags of 100 images, all classified correctly, at these distances; with half of its
-    queries, tangent's were `half`.
+    queries, tangent's were `half`; `stands`: which withstand the PGD that looks for masking.
     """
     results = {
         "clean": {"correct": np.ones(100, bool), "invalid": np.zeros(100, bool)},
@@ -23,6 +23,10 @@ def flags_of(tangent, pgd, half=None):
         steps[:, :, 0] = [0, 5, 10]
         steps[:, :, 1] = np.stack([np.full(100, np.inf), half, tangent], axis=1)
         results["tangent"]["trajectory"] = steps
+    if stands is not None:
+        looked, none = np.ones(100, bool), np.zeros(100, bool)
+        masking = dict.fromkeys(("stands_10", "stands_unbounded", "no_gradient"), none)
+        results["masking"] = {**masking, "looked": looked, "stands_100": stands}
     return flags(results, {"tangent": TANGENT, "pgd-l2": PGD}, GRID)
 
 
@@ -37,6 +41,15 @@ def test_a_black_box_attack_that_misses_what_gradients_find_is_not_converged():
 def test_a_white_box_attack_that_misses_what_classes_find_points_at_masked_gradients():
     (flag,) = flags_of(np.full(100, 0.9), np.where(np.arange(100) < 6, np.inf, 1.0))
     assert flag.startswith("gradient masking: at eps 1 (l2) black-box attacks break 6 of 100")
+
+
+def test_a_white_box_attack_that_is_merely_short_is_no_sign_of_masked_gradients():
+    found, short = np.full(100, 0.9), np.where(np.arange(100) < 40, np.inf, 1.0)
+    (flag,) = flags_of(found, short, stands=np.zeros(100, bool))
+    assert flag.startswith("not converged: at eps 1 (l2) black-box attacks break 40 of 100 images ")
+    assert flag.endswith("the white-box attacks are too short, give pgd-l2 more steps")
+    masked = flags_of(found, short, stands=np.arange(100) < 8)
+    assert masked[0].startswith("gradient masking: at eps 1 (l2) black-box attacks break 40 of 100")
 
 
 def test_a_few_images_between_the_attacks_are_no_flag():

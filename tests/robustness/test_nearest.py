@@ -49,6 +49,16 @@ def test_a_class_that_changes_on_the_way_is_said(model):
     assert said.startswith("dark becomes light at eps 0.5 already")
 
 
+def test_classes_of_one_name_are_told_apart(model):
+    twice = Linear()
+    twice.label_names = ["crane", "crane"]
+    found = Nearest(torch.full((1, 4, 4), 0.4), torch.full((1, 4, 4), 0.6), 0.8, "l2")
+    shown = moved(twice, found, 0.5)
+    assert list(shown.before) == ["crane (1)", "crane (2)"]
+    assert sum(shown.before.values()) == pytest.approx(1)
+    assert shown.said.startswith("crane (1) becomes crane (2) at eps 0.5 already")
+
+
 def test_a_way_ends_at_the_adversarial_image_and_stays_within_eps(model):
     found = nearest_adversarial(model, Image.new("L", (4, 4), 150))
     for eps in (0.0, 0.1, found.distance, 7.0):

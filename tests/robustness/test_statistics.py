@@ -43,7 +43,12 @@ def test_a_few_values_that_differ_from_the_rest_give_a_finite_interval():
     low, high = mean(values, seed=0)["ci"]
     assert low <= 0.02 <= high
     assert np.isfinite([low, high]).all()
-    assert mean(np.ones(20), seed=0) == {"value": 1.0, "ci": [1.0, 1.0]}
+
+
+def test_values_that_are_all_the_same_are_not_taken_for_certain():
+    assert mean(np.ones(20), seed=0, within=(0, 1)) == {"value": 1.0, "ci": [None, None]}
+    low, high = mean(np.array([*np.ones(19), 0.9]), seed=0, within=(0, 1))["ci"]
+    assert low < 0.995 < high <= 1
 
 
 @pytest.mark.parametrize("n", [1, 5, 9])

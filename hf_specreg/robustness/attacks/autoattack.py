@@ -13,6 +13,8 @@ from torch import Tensor
 from hf_specreg.robustness.attacks.attack import over_grid
 from hf_specreg.robustness.threat import AttackResult, Norm
 
+PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+
 
 @dataclass(frozen=True)
 class AutoAttack:
@@ -26,6 +28,9 @@ class AutoAttack:
             left out, with a warning, of images that its first tiles do not fit, such as 24x24 in
             L2, or that are under 5 pixels high.
         batch_size: images at once.
+
+    Raises:
+        ValueError: an attack that is none of these.
     """
 
     black_box: ClassVar[bool] = False
@@ -36,6 +41,10 @@ class AutoAttack:
     norm: Norm = "l2"
     attacks: tuple[str, ...] | None = None
     batch_size: int = 250
+
+    def __post_init__(self):
+        if unknown := [name for name in self.attacks or () if name not in PARTS]:
+            raise ValueError(f"attacks {unknown} are none of AutoAttack's: {', '.join(PARTS)}")
 
     def run(self, classifier, images, labels, *, seeds, eps) -> AttackResult:
         """See `Attack.run`."""

@@ -100,11 +100,14 @@ class PGD:
 
         def at(images: Tensor, labels: Tensor, e: float) -> Tensor:
             model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=classifier.device)
-            best = images
+            best, standing = images.clone(), torch.arange(len(images), device=images.device)
             for _ in range(self.restarts):
-                found = attack.run(model, images, labels, epsilon=e)
-                fooled = (classifier.predict(found) != labels)[:, None, None, None]
-                best = torch.where(fooled, found, best)
+                found = attack.run(model, images[standing], labels[standing], epsilon=e)
+                fooled = classifier.predict(found) != labels[standing]
+                best[standing[fooled]] = found[fooled]
+                standing = standing[~fooled]
+                if not len(standing):
+                    break
             return best
 
         return over_grid(at, classifier, images, labels, seeds, eps, self.norm)
