@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -21,26 +21,51 @@ class EvaluationError(ValueError):
 
 
 def claim(folder: Path, settings: dict[str, Any], first: bool, barrier: Callable[[], None]) -> None:
-    """Write down what the chunks are of; refuse a folder that holds others."""
+    """Write down what the chunks are of; refuse a folder that holds others. Attacks that it holds
+    chunks of stay known to it, whichever are asked for.
+    """
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
-    if first and not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2))
-        partial.replace(path)
+    if first:
+        with suppress(EvaluationError):  # which all processes raise after the barrier
+            known = _known(path) if path.exists() else settings
+            if not _changed(settings, known):
+                _write_down(path, settings, known["attacks"])
     barrier()
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"{path} cannot be read ({error}): take another output folder, or delete this one"
-        ) from error
-    changed = [k for k in settings if settings[k] != known.get(k)]
-    if changed:
+    known = _known(path)
+    if changed := _changed(settings, known):
         raise EvaluationError(
             f"{folder} holds an evaluation with other {', '.join(changed)}: take another output "
             "folder, or delete this one"
         )
+    for name, own in settings["attacks"].items():
+        if own != known["attacks"].get(name):
+            raise EvaluationError(
+                f"{folder} holds chunks of {name} with other settings: take another output folder, "
+                f"or delete its {name}-*.npz"
+            )
+
+
+def _write_down(path: Path, settings: dict[str, Any], before: Mapping[str, Any]) -> None:
+    kept = {name: own for name, own in before.items() if any(path.parent.glob(f"{name}-*.npz"))}
+    partial = path.with_suffix(".partial")
+    merged = {**settings, "attacks": {**settings["attacks"], **kept}}
+    partial.write_text(json.dumps(merged, indent=2))
+    partial.replace(path)
+
+
+def _known(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} cannot be read ({error}): take another output folder, or delete this one"
+        ) from error
+
+
+def _changed(settings: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """What all chunks depend on and is not as it was."""
+    return [k for k in settings if k != "attacks" and settings[k] != known.get(k)]
 
 
 @contextmanager

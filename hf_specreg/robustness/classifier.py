@@ -16,6 +16,8 @@ from hf_specreg.encoders.modules import evaluating
 MIN_ROWS = 8
 # What kernels of a GPU may differ by from call to call, of the logits' spread over the classes.
 ROUNDED = 1e-4
+# And by what kernels of other batch sizes may.
+OTHER_COMPANY = 1e-3
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -144,7 +146,7 @@ def count_classes(classifier: Classifier, images: Tensor) -> int:
 
 @torch.no_grad()
 def check_answers(classifier: Classifier, images: Tensor, *, batch_size: int = 64) -> None:
-    """See that the model gives the same logits twice.
+    """See that the model gives the same logits twice, and in batches of other images.
 
     Args:
         classifier: the model.
@@ -153,12 +155,15 @@ def check_answers(classifier: Classifier, images: Tensor, *, batch_size: int = 6
 
     Raises:
         ClassifierError: it does not: attacks then stop at images that are only sometimes
-            misclassified, and the model looks robust.
+            misclassified, and the model looks robust, or is another one for every batch.
     """
+    before, largest = [], 0.0
     for part in images.split(batch_size):
         first, second = classifier(part), classifier(part)
         spread = (first.max(1).values - first.min(1).values).max().item()
         change = (first - second).abs().max().item()
+        before.append(first)
+        largest = max(largest, spread)
         if change <= ROUNDED * spread:
             continue
         raise ClassifierError(
@@ -166,6 +171,34 @@ def check_answers(classifier: Classifier, images: Tensor, *, batch_size: int = 6
             "its answers are random, so no distance can be measured; switch its noise off, or fix "
             "its random numbers"
         )
+    smaller = max(1, min(batch_size, len(images)) // 2)
+    others = [classifier(part) for part in images.flip(0).split(smaller)]
+    change = (torch.cat(before) - torch.cat(others).flip(0)).abs().max().item()
+    if change > OTHER_COMPANY * largest:
+        raise ClassifierError(
+            f"the model gives other logits for the same images in other batches (by {change:.2g}): "
+            "it computes statistics over the batch, so an image has no distance of its own; give "
+            "its norms running statistics (track_running_stats=True), or take others"
+        )
+
+
+def check_gradient(classifier: Classifier, image: Tensor) -> None:
+    """See that the model's logits have a gradient in the image [C, H, W].
+
+    Raises:
+        ClassifierError: they have none.
+    """
+    x = image[None].to(classifier.device).requires_grad_()
+    try:
+        torch.autograd.grad(classifier(x).sum(), x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ClassifierError(
+            f"the model's logits have no gradient in the image ({error}): attacks that follow "
+            "gradients cannot be run; take torch.no_grad, detach or NumPy out of its forward, or "
+            "black-box attacks alone (tangent, hopskipjump)"
+        ) from error
 
 
 def check_pixels(

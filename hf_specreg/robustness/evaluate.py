@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Measures:
 
 
 def evaluate_robustness(
-    model: nn.Module | FeatureSpace | str,
+    model: nn.Module | FeatureSpace | str | Path,
     dataset: Any,
     *,
     attacks: Names = DEFAULT_ATTACKS,
@@ -156,6 +157,7 @@ class Plan:
             names=images.names,
             batch_size=self.batch_size,
             pixels=self.measures.pixels,
+            gradient=self.masking or any(not attack.black_box for attack in self.attacks.values()),
         )
         logits = subject.classifier(first[: self.batch_size]).detach().cpu()
         return classes, {
@@ -170,8 +172,6 @@ class Plan:
             "eps": self.grid,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "corruptions": self.measures.corruptions,
-            "masking_check": self.masking,
         }
 
     def stages(self, subject: Subject) -> dict[str, Stage]:
@@ -239,6 +239,8 @@ def eps_grid(eps: Grid | None, attacks: Mapping[str, Attack]) -> dict[str, list[
     else:
         grid = {**DEFAULT_EPS, **dict.fromkeys(norms, eps)}
     for norm, values in grid.items():
-        if not len(values) or any(not 0 < e < np.inf for e in values):
+        if isinstance(values, Real | str):
+            raise EvaluationError(f"eps of {norm} ({values!r}) must be a list of numbers")
+        if not len(values) or any(not isinstance(e, Real) or not 0 < e < np.inf for e in values):
             raise EvaluationError(f"eps of {norm} must be positive numbers, not {list(values)}")
     return {norm: sorted(float(e) for e in values) for norm, values in grid.items()}

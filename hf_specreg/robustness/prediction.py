@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,7 @@ class Prediction:
 
 
 def predict(
-    model: nn.Module | FeatureSpace | str,
+    model: nn.Module | FeatureSpace | str | Path,
     dataset: object,
     *,
     plan: Plan,
@@ -183,9 +184,10 @@ def predict(
     """
     subject = Subject.of(model, name=name, device=device)
     images = Images(dataset, subject, samples=samples, seed=plan.seed)
-    batch, _ = images.read(images.rows[: plan.batch_size])
     with subject.frozen():
-        classes, forward, backward = measured(subject.classifier, batch)
+        classes, _ = plan.check(subject, images)
+        batch, _ = images.read(images.rows[: plan.batch_size])
+        forward, backward = measured(subject.classifier, batch)
     count = len(images.rows)
     stages = {"clean": (count, Passes(1))}
     for attack_name, attack in plan.attacks.items():
@@ -199,10 +201,8 @@ def predict(
     return Prediction(count, len(batch), where, forward, backward, stages)
 
 
-def measured(classifier: Classifier, images: Tensor) -> tuple[int, float, float]:
-    """Return the number of classes, and the seconds of a forward and a backward pass, an image:
-    medians.
-    """
+def measured(classifier: Classifier, images: Tensor) -> tuple[float, float]:
+    """Return the seconds of a forward and a backward pass, an image: medians."""
     images = images.to(classifier.device)
 
     def derive() -> None:
@@ -211,10 +211,9 @@ def measured(classifier: Classifier, images: Tensor) -> tuple[int, float, float]
             torch.autograd.grad(classifier(x).sum(), x)
 
     with torch.no_grad():
-        classes = classifier(images).shape[1]
         forward = _seconds(lambda: classifier(images), classifier.device)
     both = _seconds(derive, classifier.device)
-    return classes, forward / len(images), max(both - forward, 0) / len(images)
+    return forward / len(images), max(both - forward, 0) / len(images)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

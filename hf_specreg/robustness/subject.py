@@ -18,7 +18,9 @@ from hf_specreg.encoders.modules import unwrap
 from hf_specreg.robustness.class_names import class_order
 from hf_specreg.robustness.classifier import (
     Classifier,
+    ClassifierError,
     check_answers,
+    check_gradient,
     check_images,
     check_pixels,
     count_classes,
@@ -49,7 +51,7 @@ class Subject:
     @classmethod
     def of(
         cls,
-        model: nn.Module | FeatureSpace | str,
+        model: nn.Module | FeatureSpace | str | Path,
         *,
         name: str | None = None,
         device: torch.device | str | None = None,
@@ -62,15 +64,21 @@ class Subject:
             device: default: where the model is.
 
         Raises:
-            ClassifierError: a module's weights are in half precision.
+            ClassifierError: a module's weights are in half precision, or it has no head.
         """
         space, flags = None, []
         if isinstance(model, FeatureSpace):
             space, model = model, model.model
-        if from_name := isinstance(model, str):
+        if from_name := isinstance(model, str | Path):
+            model = str(model)
             if "/" not in model and not Path(model).is_dir():
                 flags.append(f"the weights are random: {model} is the name of an architecture")
             name, model = name or model, load_model(model)
+        if getattr(model, "num_classes", None) == 0:
+            raise ClassifierError(
+                "the model is an encoder without a head, whose features are no classes: give it "
+                "one, such as hf-specreg transfer trains"
+            )
         weights = weights_sha256(model)
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
         if from_name and half:
@@ -108,8 +116,10 @@ class Subject:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within, it is in evaluation mode and its parameters need no gradients."""
-        with frozen(self.classifier):
+        """Within, it is in evaluation mode and its parameters need no gradients; those of images
+        are there, whatever the caller switched off.
+        """
+        with frozen(self.classifier), torch.inference_mode(False), torch.enable_grad():
             yield
 
     def check(
@@ -120,6 +130,7 @@ class Subject:
         names: Sequence[str | None],
         batch_size: int,
         pixels: bool,
+        gradient: bool,
     ) -> int:
         """See on some images that model and data belong together; return the number of classes,
         which the classifier has in the data set's order from now on.
@@ -130,9 +141,11 @@ class Subject:
             names: of the data set's classes, see `Images`.
             batch_size: images classified at once.
             pixels: also see whether it classifies other pixels better.
+            gradient: also see whether it has one.
 
         Raises:
-            ClassifierError: they do not, or the model gives other answers the second time.
+            ClassifierError: they do not, or the model gives other answers the second time, or has
+                no gradient where one is needed.
         """
         classes = count_classes(self.classifier, images)
         order, said = class_order(names, class_names(self.model), classes=classes)
@@ -141,6 +154,8 @@ class Subject:
         self.flags += said
         check_images(images, labels, classes=classes)
         check_answers(self.classifier, images, batch_size=batch_size)
+        if gradient:
+            check_gradient(self.classifier, images[0])
         if pixels:
             check_pixels(self.classifier, images, labels, batch_size=batch_size)
         return classes

@@ -174,6 +174,66 @@ class Affine(nn.Module):
         return self.scale * logits + self.offset
 
 
+def test_statistics_of_the_batch_are_refused(trained):
+    net, images, labels = trained
+    norm = nn.BatchNorm2d(1, track_running_stats=False)
+    with pytest.raises(ClassifierError, match=r"in other batches .*running statistics"):
+        evaluate(nn.Sequential(norm, net), images, labels, measures=UNCHECKED)
+
+
+def test_an_encoder_without_a_head_is_refused():
+    model = SpecRegModel.from_timm("mlp_2000", num_classes=0, input_size=(1, 8, 8), img_size=8)
+    with pytest.raises(ClassifierError, match="an encoder without a head"):
+        evaluate_robustness(model, "digits", attacks=QUICK)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_whatever_the_caller_switched_off(trained, off):
+    net, images, labels = trained
+    with off():
+        report = evaluate(net, images[:10] + 0, labels[:10], attacks={"pgd-l2": {"steps": 2}})
+    assert report.content["n"] == 10
+
+
+def test_a_model_without_gradients_is_refused_before_white_box_attacks_alone(trained):
+    net, images, labels = trained
+
+    class Detached(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return net(x)
+
+    with pytest.raises(ClassifierError, match=r"gradient in the image .*black-box attacks alone"):
+        evaluate(Detached(), images, labels, attacks={"pgd-l2": {}})
+    report = evaluate(Detached(), images[:10], labels[:10], attacks={"tangent": {"iterations": 1}})
+    assert report.content["n"] == 10
+
+
+def test_finished_attacks_are_kept_whatever_the_others_are(trained, tmp_path):
+    arguments = {"output": tmp_path, "samples": 10, "measures": UNCHECKED}
+    tangent, pgd = {"tangent": {"iterations": 1}}, {"pgd-l2": {"steps": 2}}
+    first = evaluate(*trained, attacks=tangent, **arguments)
+    chunk = tmp_path / "chunks/tangent-0000000.npz"
+    kept = chunk.stat().st_mtime_ns
+    both = evaluate(*trained, attacks={**pgd, **tangent}, **arguments)
+    assert chunk.stat().st_mtime_ns == kept
+    key = "tangent/distances"
+    assert np.array_equal(first.images[key], both.images[key])
+    evaluate(*trained, attacks=pgd, **arguments)
+    for other in ({"tangent": {"iterations": 2}}, {"pgd-l2": {"steps": 3}}):
+        with pytest.raises(EvaluationError, match=f"chunks of {next(iter(other))} with other se"):
+            evaluate(*trained, attacks=other, **arguments)
+    chunk.unlink()
+    evaluate(*trained, attacks={"tangent": {"iterations": 2}}, **arguments)
+
+
+def test_a_model_is_found_by_its_path(tmp_path):
+    model = SpecRegModel.from_timm("mlp_2000", input_size=(1, 8, 8), img_size=8, hidden_features=8)
+    model.save_pretrained(tmp_path)
+    options = {"attacks": QUICK, "samples": 3, "progress": False, "measures": UNCHECKED}
+    assert evaluate_robustness(tmp_path, "digits", **options).name == str(tmp_path)
+
+
 def test_images_that_change_under_an_evaluation_are_noticed(trained, tmp_path):
     net, images, labels = trained
     images, labels = images.repeat(4, 1, 1, 1)[:300], labels.repeat(4)[:300]
@@ -192,6 +252,8 @@ def test_images_that_change_under_an_evaluation_are_noticed(trained, tmp_path):
     ("wrong", "message"),
     [
         ({"eps": 0.5}, "must be a list"),
+        ({"eps": {"l2": 0.5}}, r"eps of l2 \(0.5\) must be a list of numbers"),
+        ({"eps": ["a"]}, r"eps of l2 must be positive numbers, not \['a'\]"),
         ({"attacks": []}, "must be attacks"),
         ({"seed": -1}, "seed"),
     ],
@@ -455,6 +517,19 @@ def test_accuracy_under_corruptions_is_reported(trained):
     values = [p["value"] for points in found["by_kind"].values() for p in points]
     assert len(values) == 30
     assert found["mean"]["value"] == pytest.approx(np.mean(values))
+
+
+def test_an_accuracy_under_corruptions_of_all_images_is_not_certain(trained):
+    class Same(nn.Module):
+        def forward(self, x):
+            zero = 0 * x.flatten(1).sum(1)
+            return torch.stack([zero + 1, zero], 1)
+
+    images = trained[1][:12]
+    measures = Measures(corruptions=True, pixels=False)
+    report = evaluate(Same(), images, torch.zeros(12, dtype=torch.long), measures=measures)
+    assert report.content["corruptions"]["mean"] == {"value": 1.0, "ci": [None, None]}
+    assert "(6 kinds, 5 severities): 100.0 %\n" in report.to_markdown()
 
 
 def test_an_image_set_with_pictures_is_read_by_the_models_preprocessing():

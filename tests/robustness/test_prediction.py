@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hf_specreg.robustness.attacks import ATTACKS, make_attacks
-from hf_specreg.robustness.classifier import Classifier, frozen
+from hf_specreg.robustness.classifier import Classifier, ClassifierError, frozen
 from hf_specreg.robustness.evaluate import Measures, Plan
 from hf_specreg.robustness.prediction import Passes, Prediction, Problem, passes, predict
 from tests.tiny import images, tiny
@@ -68,3 +68,14 @@ def test_a_prediction_measures_passes_and_attacks_nothing():
     assert prediction.forward > 0
     assert prediction.stages["pgd-l2"][1].backward == 3 * 50
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "label", "message"),
+    [((3, 8, 8), 0, "cannot be run on images"), ((1, 8, 8), 9, "labels go from 9 to 9")],
+)
+def test_a_dry_run_refuses_what_the_evaluation_would(case, shape, label, message):
+    plan = Plan.of(["tangent"], None, 0, 4, Measures(pixels=False))
+    data = torch.rand(4, *shape), torch.full((4,), label)
+    with pytest.raises(ClassifierError, match=message):
+        predict(case[0].model, data, plan=plan)
