@@ -31,7 +31,7 @@ def test_from_an_encoder_on_the_hub_to_one_of_your_own(hub, section, tmp_path, m
     small = {"img_size": 8, "hidden_features": 64, "input_size": (1, 8, 8)}
     SpecRegModel.from_timm("mlp_2000", **small).push_to_hub("org/encoder", license="mit")
     (lines,) = [text for kind, text in BLOCK.findall(section) if not kind]
-    train, *commands = [shlex.split(line) for line in lines.strip().splitlines()]
+    train, *commands = [shlex.split(line) for line in lines.replace("\\\n", "").splitlines()]
     assert train[:4] == ["accelerate", "launch", "-m", "hf_specreg"]
     quick = ["--epochs", "20", "--batch_size", "64", "--optimizer.lr", "0.5"]
     main([*train[4:], *quick, "--report.samples", "8"])
