@@ -1,5 +1,6 @@
 import copy
 import json
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -48,6 +49,11 @@ def test_unreadable_files_are_named(reports, tmp_path):
     reports[0].save(tmp_path / "robustness.json")
     arrays = tmp_path / "robustness.npz"
     arrays.write_bytes(arrays.read_bytes()[:1000])
+    with pytest.raises(ReportError, match=r"robustness.npz cannot be read"):
+        RobustnessReport.load(tmp_path)
+    header = b"{'descr': ("  # whose bracket is never closed
+    with ZipFile(arrays, "w") as file:
+        file.writestr("images/row.npy", np.lib.format.magic(1, 0) + b"\x0b\x00" + header)
     with pytest.raises(ReportError, match=r"robustness.npz cannot be read"):
         RobustnessReport.load(tmp_path)
 
