@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 zoo: $(VENV)/ready
 	$(PYTHON) -m recipes.zoo $(if $(MNIST),--data.mnist $(MNIST)) $(if $(CIFAR10),--data.cifar10 $(CIFAR10))
 
-SUITE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+SUITE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" -n auto --dist loadscope --no-loadscope-reorder
 
 test: lint
 	$(SUITE) --durations=15

@@ -6,6 +6,8 @@ import os
 import socket
 import tempfile
 
+import psutil
+
 with socket.socket() as _probe:
     _probe.bind(("127.0.0.1", 0))
     _PORT = _probe.getsockname()[1]
@@ -28,3 +30,9 @@ LONGEST = ("test_kills.py", "test_distributed.py", "test_sharding.py", "test_int
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST and "recipes" not in item.path.parts)
+
+
+def pytest_xdist_auto_num_workers():
+    """A process for each core, up to 4, of which each and what it starts get 4 GiB of memory."""
+    by_memory = psutil.virtual_memory().available // (4 * 2**30)
+    return max(1, min(4, os.cpu_count(), by_memory))
