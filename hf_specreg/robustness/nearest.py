@@ -64,6 +64,7 @@ class Moved:
     said: str
 
 
+@torch.inference_mode(False)
 def nearest_adversarial(
     model: nn.Module | str,
     picture: Image.Image,

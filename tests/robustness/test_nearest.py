@@ -27,7 +27,8 @@ def model():
 
 def test_the_nearest_of_a_linear_model_is_at_its_known_distance(model):
     picture = Image.new("RGB", (9, 9), (102, 102, 102))  # 0.4; 16 pixels of 0.1 are 0.4 in L2
-    found = nearest_adversarial(model, picture, seed=1)
+    with torch.inference_mode():  # in which an attack's gradients must be taken all the same
+        found = nearest_adversarial(model, picture, seed=1)
     assert found.norm == "l2"
     assert found.image.shape == (1, 4, 4)
     assert found.distance == pytest.approx(0.4, rel=0.02)
