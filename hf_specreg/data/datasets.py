@@ -4,7 +4,8 @@ column.
 Sources:
 
 - "digits": scikit-learn's 1,797 handwritten digits of 8x8 grey pixels, embedded, no download.
-- a local folder: of class folders (also below train/ and test/), or of parquet files.
+- a local folder: of class folders (also below train/ and test/, see `folders.py`), or of parquet
+  files.
 - anything else: a data set on the Hub.
 
 The columns are found by their feature type, Image and ClassLabel. A held-out split that is missing
@@ -23,6 +24,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from hf_specreg.data.fingerprint import fingerprint
+from hf_specreg.data.folders import SPLIT_NAMES, picture_splits
 from hf_specreg.data.labels import (
     DataError,
     check_labels,
@@ -35,11 +37,6 @@ from hf_specreg.data.labels import (
 from hf_specreg.ranges import require
 
 DIGITS = "digits"
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
 
 
 @dataclass(frozen=True)
@@ -213,11 +210,13 @@ def _digits() -> Dataset:
 def _load(
     source: str, configuration: str | None, revision: str | None, streaming: bool
 ) -> DatasetDict | IterableDatasetDict:
-    folder = Path(source).expanduser()
+    folder, files = Path(source).expanduser(), None
     if folder.is_dir():
         if not any(p.is_file() for p in folder.rglob("*")):
             raise DataError(f"the folder {source} is empty")
         source = str(folder)
+        if configuration is None:
+            files = picture_splits(folder)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"there is no folder {source}")
     try:
@@ -225,7 +224,9 @@ def _load(
             names = datasets.get_dataset_config_names(source, revision=revision)
             if configuration not in names:
                 raise ValueError(f"configuration ({configuration!r}) is none of {names}")
-        return datasets.load_dataset(source, configuration, revision=revision, streaming=streaming)
+        return datasets.load_dataset(
+            source, configuration, data_files=files, revision=revision, streaming=streaming
+        )
     except (OSError, ValueError, DatasetsError) as error:
         choose = "\nName it as configuration" if "Config name is missing" in str(error) else ""
         raise DataError(

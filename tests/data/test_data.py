@@ -129,6 +129,53 @@ def test_class_folders_and_parquet_give_their_splits(class_folders, tmp_path):
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [16, 2, 2]
 
 
+def pictures(root, *folders, count=10, name="{}.png"):
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for n in range(count):
+            random_picture(100 * i + n).save(root / folder / name.format(n))
+    return str(root)
+
+
+def test_a_class_or_file_that_is_called_as_a_split_is_none(tmp_path):
+    """datasets reads the splits from all words of a path: test/train would be learnt from."""
+    classes = ["bullet_train", "car", "test_tube"]
+    layout = [f"{split}/{name}" for split in ("train", "test") for name in classes]
+    splits = load_splits(pictures(tmp_path / "splits", *layout))
+    assert splits.label_names == classes
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [27, 3, 30]
+    assert splits.cut == ("validation",)
+    flat = load_splits(pictures(tmp_path / "flat", "cat", "test", "train", name="train {}.png"))
+    assert flat.label_names == ["cat", "test", "train"]
+    assert [len(s) for s in (flat.train, flat.validation, flat.test)] == [24, 3, 3]
+
+
+def test_split_folders_may_be_capital_and_lie_within_another(tmp_path):
+    layout = [f"set/{split}/{name}" for split in ("Train", "VAL", "Test") for name in "ab"]
+    splits = load_splits(pictures(tmp_path, *layout))
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 20, 20]
+    assert splits.cut == ()
+    with pytest.raises(DataError, match=r"no training split, only \['test'\]"):
+        load_splits(pictures(tmp_path / "x", "test/a", "test/b"))
+
+
+def test_a_table_beside_pictures_or_a_readme_says_what_they_are(tmp_path):
+    folder = pictures(tmp_path, "train", "test")
+    for split in ("train", "test"):
+        lines = ["file_name,label", *(f"{i}.png,{i % 2}" for i in range(10))]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(lines))
+    splits = load_splits(folder, validation_fraction=0.2)
+    assert len(splits.test) == 10
+    assert splits.cut == ("validation",)
+    (tmp_path / "train/metadata.csv").unlink()
+    (tmp_path / "test/metadata.csv").unlink()
+    config = "- {config_name: default, data_files: [{split: train, path: '*/*.png'}]}"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{config}\n---\n")
+    splits = load_splits(folder, validation_fraction=0.2)
+    assert splits.label_names == ["test", "train"]
+    assert splits.cut == ("test", "validation")
+
+
 def test_columns_are_found_by_type_and_can_be_named(tmp_path):
     rows = table([0, 1] * 8).rename_columns({"image": "img", "label": "fine_label"})
     rows = rows.add_column("coarse", [0] * 16)
