@@ -234,15 +234,20 @@ def save_transformers(
     data: dict[str, Any],
 ) -> None:
     """Write a transformers model and its image processor; arguments as for `save_timm`."""
-    from transformers import BitImageProcessor
+    from transformers import BitImageProcessor, DeiTImageProcessor
 
     if label_names:
         network.config.update(class_entries(len(label_names), label_names))
     network.save_pretrained(folder)
     _, height, width = data["input_size"]
-    # As timm's evaluation transform: resize the shorter side, then cut the middle.
-    processor = BitImageProcessor(
-        size={"shortest_edge": math.floor(min(height, width) / data["crop_pct"] + 1e-6)},
+    # As timm's evaluation transform: resize, then cut the middle.
+    resized = [math.floor(edge / data["crop_pct"] + 1e-6) for edge in (height, width)]
+    if data["crop_mode"] == "squash":
+        maker, size = DeiTImageProcessor, dict(zip(("height", "width"), resized, strict=True))
+    else:
+        maker, size = BitImageProcessor, {"shortest_edge": min(resized)}
+    processor = maker(
+        size=size,
         crop_size={"height": height, "width": width},
         do_center_crop=True,
         do_convert_rgb=data["input_size"][0] == 3,

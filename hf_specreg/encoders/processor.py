@@ -7,14 +7,15 @@ import torch
 
 from hf_specreg.encoders.blueprint import FolderError
 
-RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as in PIL
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # as in PIL
 EDGE = 64  # of the images that it is asked about
 CLOSE = 1e-3  # of a mean or std
 
 
 def processor_data(processor: Any, name: Any) -> dict[str, Any]:
     """Return what an image processor does, as far as it is known: mean and std, per channel in
-    [0, 1] pixels; size (height, width); crop_pct, crop_mode and interpolation.
+    [0, 1] pixels; size (height, width); crop_pct, crop_mode ("squash" where height and width are
+    brought to those stated, whatever they were) and interpolation.
 
     Args:
         processor: an image processor of transformers.
@@ -50,16 +51,19 @@ def _stated(processor: Any) -> dict[str, Any]:
         if getattr(processor, f"image_{key}", None):
             data[key] = tuple(getattr(processor, f"image_{key}"))
     size, crop = (dict(getattr(processor, k, None) or {}) for k in ("size", "crop_size"))
-    edge = size.get("shortest_edge")
-    if getattr(processor, "do_center_crop", False) and crop.get("height"):
-        if edge:
-            data["crop_pct"] = crop["height"] / edge
-        size = crop
-    height, width = size.get("height") or edge, size.get("width") or edge
+    edge, squashed = size.get("shortest_edge"), bool(size.get("height") and size.get("width"))
+    kept = crop if getattr(processor, "do_center_crop", False) and crop.get("height") else size
+    height, width = kept.get("height") or edge, kept.get("width") or edge
+    if squashed:
+        data |= {"crop_pct": height / size["height"], "crop_mode": "squash"}
+    elif edge and kept is crop:
+        data["crop_pct"] = height / edge
     if getattr(processor, "crop_pct", None):
         data["crop_pct"] = processor.crop_pct
         if (edge or 0) >= 384:  # of ConvNeXt: not cut
             data |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    if type(processor).__name__.startswith("Levit") and edge:  # it resizes to 256 / 224 of that
+        data["crop_pct"] *= 224 / 256
     if height and width:
         data["size"] = (height, width)
     return data

@@ -136,10 +136,13 @@ def test_a_fresh_head_of_as_many_classes_has_no_names_of_the_old_ones(tmp_path, 
     assert set(fresh.network.config.id2label.values()).isdisjoint(LABELS)
 
 
+@pytest.mark.parametrize("mode", ["center", "squash"])
 @pytest.mark.parametrize("maker", [make_timm, make_transformers], ids=["timm", "transformers"])
-def test_pictures_of_another_shape_are_cut_alike_here_and_by_the_saved_processor(maker, tmp_path):
+def test_pictures_of_another_shape_are_cut_alike_here_and_by_the_saved_processor(
+    maker, mode, tmp_path
+):
     model = maker()
-    model.preprocessing["crop_pct"] = 0.8
+    model.preprocessing |= {"crop_pct": 0.8, "crop_mode": mode}
     model.save_pretrained(tmp_path)
     ramp = np.linspace(0, 255, 80)[None, :, None] * np.ones((48, 1, 3))
     picture = Image.fromarray(ramp.astype(np.uint8))
@@ -149,6 +152,7 @@ def test_pictures_of_another_shape_are_cut_alike_here_and_by_the_saved_processor
     theirs = processor(picture, return_tensors="pt")["pixel_values"]
     assert (again.normalize(ours[None]) - theirs).abs().max() < 0.05
     assert again.preprocessing["crop_pct"] == pytest.approx(0.8)
+    assert again.preprocessing["crop_mode"] == mode
 
 
 @pytest.mark.parametrize("maker", [make_timm, make_transformers], ids=["timm", "transformers"])

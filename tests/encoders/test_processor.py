@@ -6,6 +6,7 @@ import torch
 import transformers
 from PIL import Image
 
+from hf_specreg.data.transforms import evaluation_transform
 from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.encoders.processor import processor_data
 
@@ -53,6 +54,36 @@ def test_a_crop_that_its_class_makes_is_known(kind, size, crop_pct):
     assert data["crop_pct"] == crop_pct
     assert data.get("crop_mode") == ("squash" if size == 384 else None)
     assert data["size"] == (size, size)
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        lambda: transformers.ViTImageProcessor(size={"height": 40, "width": 40}),
+        lambda: transformers.DeiTImageProcessor(
+            size={"height": 50, "width": 50}, crop_size={"height": 40, "width": 40}
+        ),
+        lambda: transformers.LevitImageProcessor(
+            size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}
+        ),
+        lambda: transformers.BitImageProcessor(
+            size={"shortest_edge": 48}, crop_size={"height": 40, "width": 40}
+        ),
+        lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 40}),
+    ],
+    ids=["ViT", "DeiT", "Levit", "Bit", "ConvNext"],
+)
+def test_pictures_that_are_not_square_are_resized_and_cut_as_it_does(maker):
+    processor = maker()
+    data = processor_data(processor, "folder")
+    ramp = np.linspace(0, 255, 120)[None, :, None] * np.ones((60, 1, 3))
+    picture = Image.fromarray(ramp.astype(np.uint8))
+    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+    how = {key: data[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in data}
+    ours = evaluation_transform((3, *data["size"]), **how)(picture) / 255
+    mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
+    assert theirs.shape == ours.shape == (3, 40, 40)
+    assert ((ours - mean) / std - theirs).abs().max() < 0.1  # of 4: a pixel is 0.1
 
 
 def test_one_that_reorders_channels_is_refused():
