@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from hf_specreg.encoders.modules import check_takes_lora, is_adapted
+
 
 def merged(network: nn.Module) -> nn.Module:
     """Return the network with LoRA merged, parametrizations computed and weights contiguous.
@@ -14,7 +16,7 @@ def merged(network: nn.Module) -> nn.Module:
     A network that needs none of it is returned as it is, else a copy.
 
     Raises:
-        ValueError: the weights are sharded.
+        ValueError: the weights are sharded, or LoRA is no addition to one.
     """
     if any(isinstance(p, DTensor) for p in network.parameters()):
         raise ValueError(
@@ -38,6 +40,8 @@ def merged(network: nn.Module) -> nn.Module:
             whole = module.unload_and_optionally_merge_module(True, False, None)
             network.set_submodule(name, whole)
         elif hasattr(module, "get_base_layer"):
+            if is_adapted(module, by="LoraLayer"):
+                check_takes_lora(name, module.get_base_layer())
             module.merge()
             network.set_submodule(name, module.get_base_layer())
     return network
