@@ -267,6 +267,7 @@ def _convolution(
 ) -> Convolution:
     kind = type(module).__name__
     same = kind.endswith("Same") or getattr(module, "same_pad", False)
+    same = same or (kind == "WeightStandardizedConv2d" and module.pad is not None)
     if kind in STANDARDISED_CONVOLUTIONS:
         weight = _standardised(module)
     elif not _forward_is(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) and kind != "Conv2dSame":
