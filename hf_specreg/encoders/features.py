@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_specreg.encoders.head import check_head, fed_to, flat, headless_output
 from hf_specreg.encoders.input_size import find_input_size
-from hf_specreg.encoders.modules import check_not_fsdp1, unwrap, without_trainers
+from hf_specreg.encoders.modules import check_not_fsdp1, is_compiled, unwrap, without_trainers
 from hf_specreg.encoders.trace import Layer, call, trace_layers
 
 
@@ -121,6 +122,8 @@ class FeatureSpace:
     def features(self, images: Any) -> Tensor:
         """Run the model, in the mode that it is in, and return what its head is fed.
 
+        With a head it is run uncompiled: compiled code takes no notice of the hook that looks.
+
         Args:
             images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`. A
                 sequence or a mapping: its positional or keyword arguments.
@@ -130,8 +133,9 @@ class FeatureSpace:
             concatenated. A model without a head: its output, of transformers models
             `pooler_output` or else the first token.
         """
+        run = _uncompiled if self.head and is_compiled(self.model) else call
         with fed_to(self.head, self.network) as fed:
-            output = call(self.model, images)
+            output = run(self.model, images)
         return flat(fed if self.head else [headless_output(output)])
 
     def logits(self, images: Any) -> Tensor:
@@ -165,3 +169,9 @@ def _size_of(example_inputs: Any) -> tuple[int, ...] | None:
     ]
     images = [x for x in floats if x.ndim == 4] or floats
     return tuple(images[0].shape[1:]) if images else None
+
+
+@torch.compiler.disable  # a stance cannot be set within what is compiled
+def _uncompiled(model: nn.Module, images: Any) -> Any:
+    with torch.compiler.set_stance("force_eager"):
+        return call(model, images)

@@ -306,8 +306,9 @@ class SpecRegModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, configuration, preprocessing and specreg.json into a folder.
 
-        LoRA is merged and parametrizations are computed: the folder holds plain weights. Which
-        batch norms are pinned is in specreg.json, and `from_pretrained` pins them again.
+        LoRA is merged, and parametrizations and torch's older weight hooks are computed: the folder
+        holds plain weights. Which batch norms are pinned is in specreg.json, and `from_pretrained`
+        pins them again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

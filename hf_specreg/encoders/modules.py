@@ -135,3 +135,28 @@ def computes_weight(module: nn.Module) -> bool:
 def is_adapted(module: nn.Module, by: str = "BaseTunerLayer") -> bool:
     """Whether it is a layer that peft wraps, by the name of peft's class."""
     return any(base.__name__ == by for base in type(module).__mro__)
+
+
+def takes_lora(module: nn.Module) -> bool:
+    """Whether peft's LoRA on a layer is an addition to its weight: not of convolutions that
+    standardise their weight, grouped, dilated, or padded with other than zeros.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return True
+    plain = any(type(module).forward is kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return (
+        (plain or type(module).__name__ == "Conv2dSame")
+        and module.groups == 1
+        and set(module.dilation) == {1}
+        and module.padding_mode == "zeros"
+    )
+
+
+def check_takes_lora(name: str, module: nn.Module) -> None:
+    """Raise ValueError if LoRA on a layer is no addition to its weight, which could be merged."""
+    if not takes_lora(module):
+        raise ValueError(
+            f"LoRA on {name!r} ({type(module).__name__}) is no addition to its weight, which is "
+            "standardised, grouped, dilated or padded with other than zeros, so it cannot be "
+            "merged: leave this convolution out"
+        )

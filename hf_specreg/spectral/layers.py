@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hf_specreg.encoders.modules import evaluating, is_adapted
+from hf_specreg.encoders.modules import evaluating, is_adapted, takes_lora
 from hf_specreg.spectral.operators import Convolution, Dense, LinearOperator, TransposedConvolution
 
 # Where timm keeps a matrix called "qkv" in which the heads interleave the three: it is treated
@@ -235,7 +235,8 @@ def _lora_operators(
     both.
     """
     variants = getattr(module, "use_dora", {}), getattr(module, "lora_variant", {})
-    if any(variant.get(a) for variant in variants for a in module.active_adapters):
+    varied = any(variant.get(a) for variant in variants for a in module.active_adapters)
+    if varied or not takes_lora(module.base_layer):
         raise unsupported(name, module, "base_layer.weight")
 
     def added(weight: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -266,6 +267,7 @@ def _convolution(
 ) -> Convolution:
     kind = type(module).__name__
     same = kind.endswith("Same") or getattr(module, "same_pad", False)
+    same = same or (kind == "WeightStandardizedConv2d" and module.pad is not None)
     if kind in STANDARDISED_CONVOLUTIONS:
         weight = _standardised(module)
     elif not _forward_is(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) and kind != "Conv2dSame":

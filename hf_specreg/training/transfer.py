@@ -6,6 +6,7 @@ a parameter's dotted name is its place in the list of stages or blocks
 the stem, and what comes after the last is never frozen.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.encoders.modules import check_takes_lora, takes_lora
 from hf_specreg.ranges import require
 from hf_specreg.spectral.maps import linear_maps
 
@@ -28,8 +30,8 @@ class TransferConfig:
             distorts them less (Kumar et al., ICLR 2022).
         frozen_stages: how many stages "all" keeps as they are, the first.
         lora_rank: rank of the updates of "lora".
-        lora_targets: linear layers that "lora" updates, by their names or the names' endings;
-            default: all before the features.
+        lora_targets: layers that "lora" updates, by their names or the names' endings; default: all
+            linear layers before the features, else the convolutions there that take LoRA.
     """
 
     train: Literal["head", "all", "lora"] = "all"
@@ -121,7 +123,8 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
     `save_pretrained` merges them, so that what is saved is a plain model.
 
     Raises:
-        ValueError: no linear layer or convolution is left to put them on.
+        ValueError: no linear layer or convolution is left to put them on, or one that is named
+            takes none.
         ImportError: peft is not installed.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
@@ -131,11 +134,16 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
     except ModuleNotFoundError as error:
         raise ImportError("LoRA needs peft: install the extra lora") from error
 
-    targets = list(config.lora_targets) or _linear_names(encoder)
+    named = config.lora_targets
+    for name, module in encoder.network.named_modules():
+        if any(f".{name}".endswith(f".{target}") for target in named):
+            check_takes_lora(name, module)
+    # An expression, since peft takes a name in a list for the ending of others too
+    targets = list(named) or "|".join(re.escape(name) for name in _linear_names(encoder))
     if not targets:
         raise ValueError(
-            f"{type(encoder.network).__name__} has no linear layer or ungrouped convolution before "
-            "its features to put LoRA on"
+            f"{type(encoder.network).__name__} has no linear layer before its features, nor a "
+            "convolution that takes LoRA"
         )
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
     inject_adapter_in_model(lora, encoder.network)
@@ -145,12 +153,14 @@ def add_lora(encoder: SpecRegModel, config: TransferConfig) -> None:
 
 
 def _linear_names(encoder: SpecRegModel) -> list[str]:
-    """Linear layers before the features; of a network that has none, its convolutions."""
+    """Linear layers before the features; of a network that has none, its convolutions that take
+    LoRA.
+    """
     modules = {operator.name: module for module, operator in linear_maps(encoder, split_qkv=False)}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     convolutions = [
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Conv2d) and module.groups == 1
+        if isinstance(module, nn.Conv2d) and takes_lora(module)
     ]
     return linear or convolutions

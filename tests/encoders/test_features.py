@@ -13,6 +13,7 @@ from hf_specreg.encoders.head import find_head, headless_output
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.spectral.penalty import SpectralPenalty
 from tests.architectures import TINY, random_images, timm_model, transformers_model
+from tests.tiny import images, tiny
 from tests.unchanged import unchanged
 
 
@@ -175,3 +176,13 @@ def test_another_size_than_that_of_example_inputs_is_an_error():
         SpectralPenalty(space).set_input_size((3, 16, 16))
     larger = FeatureSpace.of(space, example_inputs=torch.rand(2, 3, 16, 16))
     assert larger.input_size == larger.layers[0].input_shape == (3, 16, 16)
+
+
+def test_features_of_a_model_that_was_compiled_in_place_and_run():
+    encoder = tiny("resnet20_cifar").eval()
+    expected = encoder.features(images())
+    encoder.network.compile(backend="aot_eager")
+    encoder(images())
+    torch.testing.assert_close(encoder.features(images()), expected)
+    within = torch.compile(encoder.features, backend="aot_eager")
+    torch.testing.assert_close(within(images()), expected)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_specreg import SpecRegModel, SpectralPenalty
 from hf_specreg.encoders.head import find_head
+from hf_specreg.encoders.merging import merged
 from hf_specreg.spectral.layers import UnsupportedLayerError
 from hf_specreg.spectral.precision import exact_float32
 
@@ -107,6 +108,27 @@ def test_adapters_other_than_lora_are_errors_that_name_the_layer(vit, kind):
     with pytest.raises(UnsupportedLayerError, match=r"blocks\.1\.mlp\.fc1"):
         SpectralPenalty(vit)
     assert "blocks.1.mlp.fc2" in names_of(vit, skip=["blocks.1.mlp.fc1"])
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        timm.layers.StdConv2d(3, 4, 3),
+        nn.Conv2d(3, 4, 3, dilation=2, padding="same"),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+    ],
+    ids=["standardised", "dilated", "reflected"],
+)
+def test_lora_that_is_no_addition_to_the_weight_is_an_error_that_names_the_layer(convolution):
+    peft = pytest.importorskip("peft")
+    net = nn.Sequential(
+        nn.Sequential(convolution), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0.0"], r=2), net)
+    with pytest.raises(UnsupportedLayerError, match=r"0\.0"):
+        SpectralPenalty(net, head="3", input_size=(3, 8, 8))
+    with pytest.raises(ValueError, match=r"LoRA on '0\.0'"):
+        merged(net)
 
 
 def test_norms_beside_adapted_and_parametrized_layers_are_folded(vit):

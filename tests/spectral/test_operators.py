@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
 from hf_specreg.spectral.layers import UnsupportedLayerError, linear_operators
@@ -167,10 +168,12 @@ def test_linear_of_any_shape_is_the_layer_and_its_sigma_matches_dense_svd(inputs
         lambda: timm.layers.StdConv2dSame(4, 6, 3, stride=2),
         lambda: timm.layers.ScaledStdConv2d(4, 6, 3, padding=1, groups=2, bias=False),
         lambda: timm.layers.ScaledStdConv2dSame(4, 6, 4, stride=3, bias=False),
+        lambda: WeightStandardizedConv2d(4, 6, 3, stride=2),
+        lambda: WeightStandardizedConv2d(4, 6, 3, stride=2, padding=None),
     ],
-    ids=["same", "std", "std-same", "scaled-std-grouped", "scaled-std-same"],
+    ids=["same", "std", "std-same", "scaled-std-grouped", "scaled-std-same", "bit-same", "bit"],
 )
-def test_timm_convolutions_act_with_their_effective_weight(make):
+def test_convolutions_of_timm_and_transformers_act_with_their_effective_weight(make):
     torch.manual_seed(0)
     check_operator(make(), (4, 7, 8))
 

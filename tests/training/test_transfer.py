@@ -25,6 +25,18 @@ def hf_vit():
     return SpecRegModel.from_transformers(vit_config(num_hidden_layers=3), num_classes=3)
 
 
+def padded_as_by_tensorflow():
+    return tiny("test_efficientnet", pad_type="same")
+
+
+def dilated():
+    return tiny("test_resnet", output_stride=8)
+
+
+def standardised():
+    return tiny("test_nfnet")
+
+
 def trained_names(encoder):
     return {n for n, p in encoder.network.named_parameters() if p.requires_grad}
 
@@ -93,7 +105,9 @@ def test_freezing_all_stages_leaves_the_head_and_more_is_an_error():
         prepare_transfer(resnet(), TransferConfig(frozen_stages=4))
 
 
-@pytest.mark.parametrize("make", [resnet, vit, hf_vit])
+@pytest.mark.parametrize(
+    "make", [resnet, vit, hf_vit, padded_as_by_tensorflow, dilated, standardised]
+)
 def test_lora_is_penalised_as_it_acts_and_saved_as_a_plain_model(tmp_path, make):
     encoder = make()
     untouched = make().network.state_dict()
@@ -120,6 +134,28 @@ def test_lora_is_penalised_as_it_acts_and_saved_as_a_plain_model(tmp_path, make)
     expected = SpectralPenalty(again).sigmas()
     assert penalty.sigmas() == pytest.approx(expected, rel=1e-3)
     assert lora <= trained_names(encoder)
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (standardised, "conv2"),
+        (dilated, "layer4.0.conv1"),
+        (padded_as_by_tensorflow, "conv_dw"),
+    ],
+)
+def test_lora_on_a_convolution_that_takes_none_is_an_error_before_anything_is_changed(make, target):
+    encoder = make()
+    before = trained_names(encoder)
+    with pytest.raises(ValueError, match=rf"LoRA on '[a-z0-9.]*{target}' \(\w+\) is no addition"):
+        prepare_transfer(encoder, TransferConfig(train="lora", lora_targets=(target,)))
+    assert trained_names(encoder) == before
+
+
+def test_a_network_of_standardised_convolutions_alone_takes_no_lora():
+    encoder = tiny("test_nfnet", attn_layer="")
+    with pytest.raises(ValueError, match="nor a convolution that takes LoRA"):
+        prepare_transfer(encoder, TransferConfig(train="lora"))
 
 
 def test_lora_on_nothing_and_without_peft_are_errors(monkeypatch):
