@@ -66,7 +66,7 @@ TIMM = {
     "tf_efficientnet_b0": {},
     "tiny_vit_5m_224": {},
     "twins_svt_small": {"img_size": 64},
-    "vgg11": {"num_classes": 5, "num_features": 64},
+    "vgg11": {"num_classes": 5, "mlp_ratio": 0.02},
     "visformer_tiny": {},
     "vit_relpos_small_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2},
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2},
