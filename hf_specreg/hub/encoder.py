@@ -28,6 +28,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HINT = "*Intended use, what you saw, what to know.*\n"
 
 _TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
+_NAME = {**_TEXT, "type": ["string", "null"]}
 _NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
 _REGULARIZER = {
     "strength": _NUMBER,
@@ -54,7 +55,15 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                 "epochs": _NUMBER,
                 "seed": _NUMBER,
                 "batch_size": _NUMBER,
-                "data": {**_OBJECT, "properties": {"source": _TEXT}},
+                "data": {
+                    **_OBJECT,
+                    "properties": {
+                        "source": _TEXT,
+                        "configuration": _NAME,
+                        "label_column": _NAME,
+                        "classes": {"type": ["array", "null"], "items": _TEXT},
+                    },
+                },
                 "model": {
                     **_OBJECT,
                     "properties": {

@@ -11,6 +11,7 @@ from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.hub.card import card_files, write_card
+from hf_specreg.hub.collection import collect
 from hf_specreg.hub.encoder import CardError, Encoder, public_name, report_files
 from tests.hub.conftest import make_model, report_on
 
@@ -48,6 +49,21 @@ def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
     assert len(robust) == 6
     assert data.pipeline_tag == "image-classification"
     assert (data.library_name, data.license, data.datasets) == ("timm", "mit", ["org/pictures"])
+
+
+def test_a_part_of_a_data_set_is_other_data(folder):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    splits = {"configuration": "big", "classes": ["a", "b"], "seed": 3}
+    content["data"] |= {"splits": splits, "split": "validation"}
+    path.write_text(json.dumps(content))
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", folder)
+    for result in ModelCard((folder / "README.md").read_text()).data.eval_results:
+        assert result.dataset_name == "org/pictures (big, classes a, b)"
+        assert (result.dataset_type, result.dataset_config) == ("org/pictures", "big")
+        assert result.dataset_args == splits
+    (row,) = collect(str(folder))
+    assert row["data"] == "org/pictures (big, classes a, b), validation split"
 
 
 def test_what_the_penalty_was_and_cost_is_told(folder):

@@ -263,6 +263,18 @@ def test_eval_results_are_written_where_the_data_set_is_on_the_hub(
     assert eval_results_file(replace(opened, report=None)) == {}
 
 
+def test_eval_results_are_of_the_whole_test_split_alone(encoder):
+    opened = Encoder.open(encoder)
+    data = opened.report.content["data"]
+    for part in ({"split": "validation"}, {"split": None}, {"splits": {"classes": ["a"]}}):
+        content = {**opened.report.content, "data": {**data, **part}}
+        report = RobustnessReport(content, opened.report.images)
+        assert eval_results_file(replace(opened, report=report)) == {}
+    data["splits"] = {"configuration": "big"}
+    (text,) = eval_results_file(opened).values()
+    assert all(entry["notes"].endswith(" (big)") for entry in yaml.safe_load(text))
+
+
 def test_per_image_results_are_a_table_beside_the_arrays(hub, encoder):
     publish(encoder)
     table = pq.read_table(pa.BufferReader(files_of(hub)["robustness.parquet"]))
