@@ -18,7 +18,7 @@ from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.hub.citation import citation, study_files
 from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
 from hf_specreg.hub.metrics import model_index
-from hf_specreg.hub.summary import KEY, summary
+from hf_specreg.hub.summary import KEY, own_method, summary
 from hf_specreg.robustness.comparison import Comparison
 from hf_specreg.robustness.plots import pictures
 from hf_specreg.robustness.report import RobustnessReport
@@ -107,10 +107,12 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "mode": "L" if model.input_size[0] == 1 else "RGB",
         "classes": model.num_classes,
         "penalty": encoder.penalty,
-        "others": [name for name, _ in _regularized(encoder) if "penalty" not in name],
+        "others": _others(encoder),
+        "before": [_earlier(run) for run in encoder.before],
+        "plain": not any(run.penalty or _others(run) for run in encoder.before),
         "trained": bool(encoder.config),
         "pinned": {"pinned": "Its", "partly pinned": "Some of its"}.get(encoder.run.get("norms")),
-        "data": encoder.data,
+        "data": encoder.trained_on,
         "training": [(name, str(v)) for name, v in _training(encoder) if v is not None],
         "baseline": encoder.baseline is not None,
     }
@@ -151,7 +153,8 @@ def _training(encoder: Encoder) -> list[tuple[str, Any]]:
     """What the run was, as rows of a table; None where it is not known."""
     config = encoder.config
     optimizer, ssl = config.get("optimizer", {}), config.get("ssl", {})
-    rows = [("data", encoder.data), ("seed", config.get("seed")), ("epochs", config.get("epochs"))]
+    rows = [("data", encoder.trained_on), ("seed", config.get("seed"))]
+    rows.append(("epochs", config.get("epochs")))
     if optimizer:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows += [("batch size", config.get("batch_size")), ("self-supervision", ssl.get("method"))]
@@ -194,6 +197,17 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
     if encoder.penalty and share is not None:
         rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))
     return rows
+
+
+def _others(encoder: Encoder) -> list[str]:
+    """The names of what was summed with the loss beside the penalty."""
+    return [name for name, _ in _regularized(encoder) if "penalty" not in name]
+
+
+def _earlier(run: Encoder) -> str:
+    """How an earlier training was done, and on what."""
+    how = own_method(run.config) if run.config else "in a way that is not recorded"
+    return how + (f", on {run.trained_on}" if run.trained_on else "")
 
 
 def _reached(metrics: Mapping[str, Any], ssl: Mapping[str, Any]) -> list[tuple[str, Any]]:

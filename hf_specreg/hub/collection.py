@@ -126,7 +126,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def _row(name: str, card: Mapping[str, Any]) -> Row:
     about = _dict(card.get(KEY))
-    row = _bare(name) | {"method": _text(about.get("method")) or None}
+    row = _bare(name) | {"method": _text(about.get("method"), 300) or None}
     for model in _list(card.get("model-index")):
         for result in _list(_dict(model).get("results")):
             data = _data(_dict(_dict(result).get("dataset")))
@@ -174,7 +174,7 @@ def _row_of_run(name: str, file: Path) -> Row:
     except FolderError:
         return row
     metrics, data = run.get("metrics", {}), run.get("data", {}).get("source")
-    row["method"] = method(run["config"]) if run.get("config") else None
+    row["method"] = method(run)
     known = run.get("config", {}).get("data", {})
     row["data"] = public_name(data) + part_name(known) if data else None
     headless = "ssl" in run.get("config", {})  # its accuracy is of nearest neighbours

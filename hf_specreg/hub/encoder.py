@@ -6,7 +6,7 @@ What others read holds no local path: of a folder on this machine only the last 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.text import part_name
 from hf_specreg.study.result import Study
 
 CARD_FILE = "README.md"
@@ -207,6 +208,16 @@ class Encoder:
         return self.run.get("data", {}).get("source")
 
     @property
+    def trained_on(self) -> str | None:
+        """The same, with the part of it that was taken."""
+        return self.data and self.data + part_name(self.config.get("data", {}))
+
+    @property
+    def before(self) -> "list[Encoder]":
+        """The encoder as earlier trainings left it, the last first, by what was recorded of them."""
+        return [replace(self, run=run) for run in runs_of(self.run)[1:]]
+
+    @property
     def penalty(self) -> Mapping[str, Any] | None:
         """The penalty's settings, None where there was none."""
         penalty = self.config.get("penalty", {})
@@ -261,6 +272,15 @@ def notes_of(text: str) -> str:
     """Return what a person wrote between the markers of a card's notes."""
     found = NOTES.search(text)
     return found.group(1) if found and found.group(1) != HINT else ""
+
+
+def runs_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a run and those before it, of what specreg.json holds, the last first."""
+    found = []
+    while run:
+        found.append(run)
+        run = run.get("before")
+    return found
 
 
 def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:

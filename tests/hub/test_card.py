@@ -101,6 +101,23 @@ def test_what_was_trained_with_something_else_is_no_baseline(tmp_path):
     assert "a baseline" not in card
 
 
+def test_what_an_earlier_training_added_is_told_and_makes_no_baseline(tmp_path):
+    model = make_model()
+    first, plain = model.metadata, {"penalty": {"strength": 0.0, "scope": "features"}}
+    first["config"]["data"] = {"classes": ["a", "b"]}
+    probe = {"config": {**plain, "transfer": {"train": "head"}}, "before": first}
+    model.metadata = {"config": {**plain, "transfer": {"train": "all"}}, "before": probe}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "Trained without a penalty.\n" in card
+    earlier = "linear probe; before that: supervised, rep-spectral 0.01, on org/pictures (classes"
+    assert f"It started from an encoder that was trained before: {earlier} a, b)." in card
+    assert "method: fine-tuned, after linear probe, after supervised, rep-spectral 0.01\n" in card
+    model.metadata["before"]["before"] = {"config": plain}
+    model.save_pretrained(tmp_path)
+    assert "without a penalty: a baseline" in card_of(tmp_path)
+
+
 def test_without_a_report_nothing_is_claimed(tmp_path):
     make_model().save_pretrained(tmp_path)
     card = card_of(tmp_path)
