@@ -15,7 +15,8 @@ from hf_specreg.encoders.blueprint import FolderError, check_schema, read_json
 from hf_specreg.encoders.connection import retried, translated
 from hf_specreg.encoders.download import PATIENCE, RUN_FILE
 from hf_specreg.hub.card import TAGS
-from hf_specreg.hub.encoder import CARD_FILE, RUN_SCHEMA, card_metadata, public_name
+from hf_specreg.hub.encoder import CARD_FILE, card_metadata
+from hf_specreg.hub.run import RUN_SCHEMA, public_name
 from hf_specreg.hub.summary import KEY, method, training_ms_per_image
 from hf_specreg.robustness.text import part_name, strength
 

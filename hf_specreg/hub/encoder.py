@@ -1,7 +1,4 @@
-"""An encoder as it is published: a saved folder, what is known of its training, and its report.
-
-What others read holds no local path: of a folder on this machine only the last part of its name.
-"""
+"""An encoder as it is published: a saved folder, what is known of its training, and its report."""
 
 import json
 import re
@@ -18,6 +15,7 @@ from hf_specreg.encoders.blueprint import check_schema, read_json
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.hub.run import RUN_SCHEMA, public_name, runs_of, without_paths
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.text import part_name
 from hf_specreg.study.result import Study
@@ -25,94 +23,7 @@ from hf_specreg.study.result import Study
 CARD_FILE = "README.md"
 REPORT_FILE = "robustness.json"
 NOTES = re.compile(r"<!-- notes: yours, kept -->\n(.*?)<!-- end of notes -->", re.DOTALL)
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HINT = "*Intended use, what you saw, what to know.*\n"
-
-_TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
-_NAME = {**_TEXT, "type": ["string", "null"]}
-_NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
-_REGULARIZER = {
-    "strength": _NUMBER,
-    "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
-    "burn_in_epochs": _NUMBER,
-    "burn_in_steps": _NUMBER,
-    "burn_in_fraction": _NUMBER,
-    "ramp_epochs": _NUMBER,
-    "ramp_steps": _NUMBER,
-}
-_RUN = {  # of what is read here of specreg.json; all of it may be missing
-    **_OBJECT,
-    "properties": {
-        "data": {**_OBJECT, "properties": {"source": _TEXT}},
-        "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
-        "penalty_share": _NUMBER,
-        "images_per_second": {"type": ["number", "null"], "minimum": 0, "maximum": 1e15},
-        "norms": _TEXT,
-        "pinned": {"type": "array", "items": _TEXT},
-        "config": {
-            **_OBJECT,
-            "properties": {
-                "output_dir": _TEXT,
-                "epochs": _NUMBER,
-                "seed": _NUMBER,
-                "batch_size": _NUMBER,
-                "data": {
-                    **_OBJECT,
-                    "properties": {
-                        "source": _TEXT,
-                        "configuration": _NAME,
-                        "label_column": _NAME,
-                        "classes": {"type": ["array", "null"], "items": _TEXT},
-                    },
-                },
-                "model": {
-                    **_OBJECT,
-                    "properties": {
-                        "name": _TEXT,
-                        "pretrained": {"type": "boolean"},
-                        "norms": _TEXT,
-                    },
-                },
-                "augment": {**_OBJECT, "properties": {"noise": _NUMBER}},
-                "optimizer": {**_OBJECT, "properties": {"opt": _TEXT, "lr": _NUMBER}},
-                "penalty": {
-                    **_OBJECT,
-                    "required": ["strength", "scope"],
-                    "properties": {
-                        **_REGULARIZER,
-                        "scope": {"enum": ["features", "all"]},
-                        "fold_norm": {"type": "boolean"},
-                        "skip": {"type": "array", "items": _TEXT, "maxItems": 1000},
-                    },
-                },
-                "regularizers": {
-                    **_OBJECT,
-                    "additionalProperties": {
-                        "type": ["object", "boolean"],
-                        "properties": _REGULARIZER,
-                    },
-                },
-                "adversarial": {
-                    **_OBJECT,
-                    "required": ["method", "norm", "eps"],
-                    "properties": {
-                        "method": {"enum": ["none", "fgsm", "pgd", "trades"]},
-                        "norm": {"enum": ["l2", "linf"]},
-                        "eps": {"type": "number", "minimum": 0, "maximum": 1e15},
-                    },
-                },
-                "ssl": {**_OBJECT, "properties": {"method": _TEXT}},
-                "transfer": {
-                    **_OBJECT,
-                    "properties": {"train": _TEXT, "frozen_stages": _NUMBER},
-                },
-            },
-        },
-    },
-}
-
-# Of a transfer: what was known of the encoder before, which may have been transferred too.
-RUN_SCHEMA = {**_RUN, "properties": {**_RUN["properties"], "before": {"$ref": "#"}}}
 
 
 class CardError(ValueError):
@@ -171,7 +82,7 @@ class Encoder:
         folder = Path(folder)
         model = SpecRegModel.from_pretrained(folder).eval()
         check_schema(model.metadata, RUN_SCHEMA, folder / RUN_FILE)
-        run = _without_paths(model.metadata)
+        run = without_paths(model.metadata)
         if report is None and (folder / REPORT_FILE).is_file():
             report = folder
         report, baseline = (
@@ -191,6 +102,11 @@ class Encoder:
     def license(self) -> str | None:
         """The stated one, else that of the weights it started from."""
         return self.stated_license or _started_from(self.model, self.run)
+
+    @property
+    def run_bytes(self) -> bytes:
+        """specreg.json as it is published."""
+        return (json.dumps(self.run, indent=2, allow_nan=False) + "\n").encode()
 
     @property
     def weights(self) -> str:
@@ -214,7 +130,7 @@ class Encoder:
 
     @property
     def before(self) -> "list[Encoder]":
-        """The encoder as earlier trainings left it, the last first, by what was recorded of them."""
+        """The encoder as earlier trainings left it, by what they recorded, the last first."""
         return [replace(self, run=run) for run in runs_of(self.run)[1:]]
 
     @property
@@ -243,7 +159,7 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
 
     The few pictures that a report keeps of the data stay at home.
     """
-    files = {RUN_FILE: (json.dumps(encoder.run, indent=2, allow_nan=False) + "\n").encode()}
+    files = {RUN_FILE: encoder.run_bytes}
     if encoder.report is not None:
         report = named(encoder.report, repo_id)
         files |= report.to_bytes(twins=False)
@@ -274,15 +190,6 @@ def notes_of(text: str) -> str:
     return found.group(1) if found and found.group(1) != HINT else ""
 
 
-def runs_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return a run and those before it, of what specreg.json holds, the last first."""
-    found = []
-    while run:
-        found.append(run)
-        run = run.get("before")
-    return found
-
-
 def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:
     stated, found = report.content["model"]["weights_sha256"], weights_sha256(model)
     if stated != found:
@@ -299,41 +206,6 @@ def named(report: RobustnessReport, name: str) -> RobustnessReport:
     if data["id"]:
         content["data"] = {**data, "id": public_name(data["id"])}
     return RobustnessReport(content, report.images, report.twins)
-
-
-def public_name(source: str) -> str:
-    """Return a data set's or a model's name; of a local path its last part, not the way there."""
-    if HUB_ID.fullmatch(source.removeprefix("hf-hub:")) and not Path(source).exists():
-        return source
-    return Path(source.replace("\\", "/")).name or "local"
-
-
-def hub_data(source: str | None) -> str | None:
-    """Return the "org/name" of an image set of the Hub; None of a local one, and of the digits."""
-    name = public_name(source) if source else ""
-    return name if "/" in name else None
-
-
-def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
-    """specreg.json as others may read it: local folders by their last part."""
-    run = json.loads(json.dumps(run))
-    config = run.get("config", {})
-    for holder, key in (
-        (run.get("data", {}), "source"),
-        (config.get("data", {}), "source"),
-        (config.get("model", {}), "name"),
-    ):
-        if key in holder:
-            holder[key] = public_name(holder[key])
-    arguments = config.get("model", {}).get("args") or {}
-    for key, value in arguments.items():
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            arguments[key] = public_name(value)
-    if "output_dir" in config:  # never a Hub id
-        config["output_dir"] = Path(config["output_dir"].replace("\\", "/")).name
-    if "before" in run:
-        run["before"] = _without_paths(run["before"])
-    return run
 
 
 def _started_from(model: SpecRegModel, run: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_specreg.hub.encoder import Encoder, hub_data
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.run import hub_data
 from hf_specreg.robustness.text import attack_name, distances, norm_name, part_name
 
 

@@ -6,7 +6,8 @@ The Hub keeps keys that it does not know, and lists them with a repository.
 from collections.abc import Mapping
 from typing import Any
 
-from hf_specreg.hub.encoder import Encoder, runs_of
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.run import runs_of
 from hf_specreg.robustness.text import listed, norm_name
 
 KEY = "hf_specreg"

@@ -12,7 +12,8 @@ from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.hub.card import card_files, write_card
 from hf_specreg.hub.collection import collect
-from hf_specreg.hub.encoder import CardError, Encoder, public_name, report_files
+from hf_specreg.hub.encoder import CardError, Encoder, report_files
+from hf_specreg.hub.run import public_name
 from tests.hub.conftest import make_model, report_on
 
 

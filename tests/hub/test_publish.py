@@ -219,7 +219,7 @@ def test_what_is_out_of_date_is_deleted_and_what_is_others_stays(hub, encoder, t
 def test_a_report_of_the_same_weights_is_not_deleted(hub, encoder, tmp_path):
     publish(encoder)
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(CardError, match="has a report of these weights, .* give it again"):
+    with pytest.raises(CardError, match=r"has a report of these weights, .* give it again"):
         publish(tmp_path)
     assert "robustness.json" in files_of(hub)
     hub.repos[REPO].commit("main", {"robustness.json": b"[]"}, "damaged")
