@@ -8,6 +8,7 @@ baseline is said by `hf_specreg.robustness.verdict`.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from huggingface_hub import ModelCardData
 
 from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.hub.citation import citation, study_files
-from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
+from hf_specreg.hub.encoder import (
+    CARD_FILE,
+    HINT,
+    CardError,
+    Encoder,
+    card_of,
+    license_of,
+    named,
+    notes_of,
+)
 from hf_specreg.hub.metrics import model_index
 from hf_specreg.hub.summary import KEY, own_method, summary
 from hf_specreg.robustness.comparison import Comparison
@@ -280,7 +290,15 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def write_card(encoder: Encoder, repo_id: str, folder: Path) -> list[Path]:
-    """Write the card and its pictures into a folder; return their paths."""
+    """Write the card and its pictures into a folder; return their paths. The notes on a card that
+    is there stay, and its license where no other is stated.
+    """
+    there = card_of(folder)
+    encoder = replace(
+        encoder,
+        stated_license=encoder.stated_license or license_of(there),
+        notes=notes_of(there) or encoder.notes,
+    )
     written = []
     for name, content in card_files(encoder, repo_id).items():
         path = folder / name

@@ -93,8 +93,7 @@ class Encoder:
         if baseline is not None and report is None:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
         study = Study.load(study) if isinstance(study, str | Path) else study
-        card = folder / CARD_FILE
-        text = card.read_text("utf-8", "replace") if card.is_file() else ""
+        text = card_of(folder)
         stated = license or license_of(text)
         return cls(folder, model, run, report, baseline, study, stated, notes_of(text))
 
@@ -166,6 +165,12 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
         if report.images:
             files["robustness.parquet"] = report.to_parquet()
     return files
+
+
+def card_of(folder: Path) -> str:
+    """Return the text of a folder's card; empty where there is none."""
+    card = folder / CARD_FILE
+    return card.read_text("utf-8", "replace") if card.is_file() else ""
 
 
 def card_metadata(text: str) -> dict[str, Any]:

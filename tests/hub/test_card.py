@@ -266,6 +266,21 @@ def test_the_card_is_written_anew_but_notes_and_license_stay(folder):
     assert (folder / "plots/sigmas_l2.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_card_that_is_written_elsewhere_keeps_the_notes_there(folder, tmp_path):
+    place, hint = tmp_path / "cards", "*Intended use, what you saw, what to know.*"
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", place)
+    card = place / "README.md"
+    card.write_text(card.read_text().replace(hint, "Theirs."))
+    write_card(Encoder.open(folder), "me/resnet", place)
+    assert "Theirs." in card.read_text()
+    assert "license: mit" in card.read_text()
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", folder)
+    own = folder / "README.md"
+    own.write_text(own.read_text().replace(hint, "Mine."))
+    write_card(Encoder.open(folder), "me/resnet", tmp_path / "new")
+    assert "Mine." in (tmp_path / "new/README.md").read_text()
+
+
 def test_the_same_folder_gives_the_same_bytes(folder):
     encoders = [Encoder.open(folder, license="mit") for _ in range(2)]
     first, again = (card_files(e, "me/m") | report_files(e, "me/m") for e in encoders)
