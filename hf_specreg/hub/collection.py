@@ -175,9 +175,9 @@ def _row_of_run(name: str, file: Path) -> Row:
     except FolderError:
         return row
     metrics, data = run.get("metrics", {}), run.get("data", {}).get("source")
-    row["method"] = method(run)
+    row["method"] = _text(method(run), 300) or None
     known = run.get("config", {}).get("data", {})
-    row["data"] = public_name(data) + part_name(known) if data else None
+    row["data"] = _text(public_name(data) + part_name(known), 300) if data else None
     headless = "ssl" in run.get("config", {})  # its accuracy is of nearest neighbours
     if (accuracy := metrics.get("test_accuracy")) is not None and not headless:
         row |= {"accuracy": accuracy, "n": metrics.get("test_images")}
@@ -221,8 +221,11 @@ def _found(how: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any, most: int = 60) -> str:
-    """A name or a number as it is shown; of anything else, which may be vast, nothing."""
-    return str(value)[:most] if isinstance(value, str | int | float) else ""
+    """A name or a number as it is shown, without what would steer a terminal; of anything else,
+    which may be vast, nothing.
+    """
+    shown = str(value)[:most] if isinstance(value, str | int | float) else ""
+    return "".join(filter(str.isprintable, shown))
 
 
 def _number(value: Any) -> float | None:

@@ -112,11 +112,13 @@ def test_a_card_with_nonsense_in_it_is_a_row_without_numbers(tmp_path):
 
 def test_a_hostile_card_is_shown_as_text(tmp_path, capsys):
     metrics = "[{type: accuracy, value: 0.5, args: {n: [1]}}]"
-    result = f"{{dataset: {{name: '[/red]'}}, metrics: {metrics}}}"
+    result = f'{{dataset: {{name: "[/red]\\e[2J\\n"}}, metrics: {metrics}}}'
     front = f"tags: [hf-specreg]\nmodel-index: [{{results: [{result}]}}]"
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
     main(["list", str(tmp_path)])
-    assert "[/red]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[/red][2J" in said
+    assert "\x1b" not in said
 
 
 def test_rows_are_sorted_and_the_empty_ones_come_last():
