@@ -110,8 +110,8 @@ def push(
 
     Raises:
         PublishError: it is not fit to be published, or must not be; the message says why.
-        CardError: an incomplete card, a report of other weights, or none where the Hub has one of
-            these.
+        CardError: an incomplete card, a report of other weights, or none where the folder's card
+            shows one, or the Hub has one of these.
         HubError: the Hub is away or refuses, and nothing changed; or a file arrived damaged.
     """
     if not _is_main_process():
@@ -124,8 +124,7 @@ def push(
         repo_id = _writable(api, repo_id, create_pr)
         head = _head(api, repo_id, private, revision, create_pr)
         published = remote_card(api, repo_id, head, _patience()) if head else ""
-        if head:
-            check_report_stays(api, repo_id, head, encoder, _patience())
+        check_report_stays(api, repo_id, head, encoder, _patience())
     files = _files(_beside(encoder, published, notes), repo_id, eval_results)
     with translated(f"pushing to {repo_id}"):
         _patiently(lambda: _check_card(files[CARD_FILE]))

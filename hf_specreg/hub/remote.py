@@ -12,7 +12,14 @@ from huggingface_hub.utils.sha import git_hash
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.connection import HubError, first_line, retried
 from hf_specreg.encoders.download import is_intact
-from hf_specreg.hub.encoder import CARD_FILE, REPORT_FILE, CardError, Encoder
+from hf_specreg.hub.encoder import (
+    CARD_FILE,
+    REPORT_FILE,
+    CardError,
+    Encoder,
+    card_metadata,
+    card_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +31,22 @@ def remote_card(api: HfApi, repo_id: str, revision: str, patience: float) -> str
 
 
 def check_report_stays(
-    api: HfApi, repo_id: str, revision: str, encoder: Encoder, patience: float
+    api: HfApi, repo_id: str, revision: str | None, encoder: Encoder, patience: float
 ) -> None:
-    """Refuse a push without a report over one that is of these very weights.
+    """Refuse a push without the report that the folder's card shows, or without one over a report
+    of these very weights.
 
     Raises:
-        CardError: there is such a report on the Hub.
+        CardError: there is such a card, or such a report on the Hub.
     """
     if encoder.report is not None:
         return
-    path = _file(api, repo_id, REPORT_FILE, revision, patience)
+    if card_metadata(card_of(encoder.folder)).get("model-index"):
+        raise CardError(
+            f"the card in {encoder.folder} shows a report that is not given: give it (--report, or "
+            "report in zoo.yaml), lay it beside the weights, or delete that card"
+        )
+    path = _file(api, repo_id, REPORT_FILE, revision, patience) if revision else None
     try:
         model = read_json(path).get("model") if path else None
     except FolderError:  # no report, then

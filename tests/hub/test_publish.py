@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.connection import HubError
+from hf_specreg.hub.card import write_card
 from hf_specreg.hub.encoder import CardError, Encoder
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.publish import PublishError, push
@@ -319,6 +320,13 @@ class TestRefusedBeforeAnythingIsSent:
         model.network.conv1[0].weight.data[0] = torch.nan
         model.save_pretrained(tmp_path)
         with pytest.raises(PublishError, match=r"conv1.0.weight has values that are NaN"):
+            publish(tmp_path)
+
+    def test_a_card_that_would_lose_its_report(self, hub, encoder, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        opened = Encoder.open(tmp_path, report=encoder, license="mit")
+        write_card(opened, REPO, tmp_path)
+        with pytest.raises(CardError, match="shows a report that is not given"):
             publish(tmp_path)
 
     def test_no_license(self, hub, encoder):
