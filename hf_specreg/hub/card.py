@@ -28,6 +28,7 @@ from hf_specreg.hub.encoder import (
     notes_of,
 )
 from hf_specreg.hub.metrics import model_index
+from hf_specreg.hub.run import public_name
 from hf_specreg.hub.summary import KEY, own_method, summary
 from hf_specreg.robustness.comparison import Comparison
 from hf_specreg.robustness.plots import pictures
@@ -97,7 +98,11 @@ def _results(
         return report.to_markdown(), pictures([report], [report.name], PICTURES)
     comparison = Comparison([named(baseline, "the baseline"), report])
     (verdict,) = comparison.verdicts
-    text = f"{' '.join(verdict)}\n\n{comparison.to_markdown()}"
+    of = baseline.content["model"]
+    what = f"{of['architecture']}, {of['parameters']:,} parameters"
+    what += f", weights {of['weights_sha256'][:16]}... (SHA-256)"
+    text = f"{' '.join(verdict)}\n\nThe baseline is {public_name(of['id'])}, {what}.\n\n"
+    text += comparison.to_markdown()
     return text, pictures(comparison.reports, comparison.names, PICTURES)
 
 

@@ -92,6 +92,8 @@ class Encoder:
             _check_is_of(report, model, folder)
         if baseline is not None and report is None:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
+        if baseline is not None and _weights_of(baseline) == _weights_of(report):
+            raise CardError(f"the baseline's report is of the weights in {folder} themselves")
         study = Study.load(study) if isinstance(study, str | Path) else study
         text = card_of(folder)
         stated = license or license_of(text)
@@ -196,12 +198,16 @@ def notes_of(text: str) -> str:
 
 
 def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:
-    stated, found = report.content["model"]["weights_sha256"], weights_sha256(model)
+    stated, found = _weights_of(report), weights_sha256(model)
     if stated != found:
         raise CardError(
             f"the report is of weights {stated[:16]}..., but {folder} holds {found[:16]}...: "
             "evaluate these weights (hf-specreg evaluate) and give that report"
         )
+
+
+def _weights_of(report: RobustnessReport) -> str:
+    return report.content["model"]["weights_sha256"]
 
 
 def named(report: RobustnessReport, name: str) -> RobustnessReport:

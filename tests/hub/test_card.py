@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -23,8 +24,15 @@ def folder(encoder, tmp_path):
 
 
 def card_of(folder, **options):
+    if "baseline" in options:
+        options["baseline"] = of_other_weights(options["baseline"])
     opened = Encoder.open(folder, **{"license": "mit", **options})
     return card_files(opened, "me/resnet")["README.md"].decode()
+
+
+def of_other_weights(report):
+    model = {**report.content["model"], "id": "runs/secret/plain", "weights_sha256": 64 * "5"}
+    return RobustnessReport({**report.content, "model": model}, report.images)
 
 
 def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
@@ -166,6 +174,8 @@ def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
         card = card_of(folder, report=own, baseline=baseline)
         assert f"{verdict} adversarial images that tangent found" in card
         assert "below it is compared with a baseline" in card
+        said = f"parameters, weights {16 * '5'}... (SHA-256)."
+        assert re.search(rf"The baseline is plain, ResNet, [\d,]+ {re.escape(said)}", card)
         assert "Robust accuracy against that of the baseline: " in card
         assert "Accuracy is " in card
         assert "comparisons with the baseline are stated; each holds at 95 % by itself" in card
@@ -303,6 +313,11 @@ def test_a_report_of_other_weights_is_refused_naming_both(folder):
         other.network.fc.bias.add_(1)
     with pytest.raises(CardError, match=r"of weights \w{16}\.\.\., but .*m holds \w{16}\.\.\."):
         Encoder.open(folder, report=report_on(other, "other"))
+
+
+def test_a_baseline_of_the_same_weights_is_refused(encoder):
+    with pytest.raises(CardError, match="the baseline's report is of the weights in"):
+        Encoder.open(encoder, baseline=encoder)
 
 
 def test_a_baseline_needs_a_report(tmp_path, encoder):
