@@ -74,7 +74,8 @@ class Encoder:
             study: that the model is a cell of; its folder or study.json.
 
         Raises:
-            CardError: the report is of other weights, or of no use with the baseline.
+            CardError: the report is of other weights, another network or another size of images, or
+                of no use with the baseline.
             FolderError: a file of the folder is damaged.
             ReportError: a report cannot be read.
             StudyError: the study cannot be read.
@@ -204,6 +205,16 @@ def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) ->
             f"the report is of weights {stated[:16]}..., but {folder} holds {found[:16]}...: "
             "evaluate these weights (hf-specreg evaluate) and give that report"
         )
+    about, saved = report.content["model"], list(model.input_size)
+    for what, there, here in (
+        ("images", about["input_size"], saved),
+        ("network", about["architecture"], type(model.network).__name__),
+    ):
+        if there != here:
+            raise CardError(
+                f"the report is of the {what} {there}, but {folder} of {here}: evaluate it as it "
+                "was saved (hf-specreg evaluate) and give that report"
+            )
 
 
 def _weights_of(report: RobustnessReport) -> str:

@@ -315,6 +315,22 @@ def test_a_report_of_other_weights_is_refused_naming_both(folder):
         Encoder.open(folder, report=report_on(other, "other"))
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"input_size": [3, 64, 64]}, r"the images \[3, 64, 64\], but .* of \[3, 32, 32\]: eval"),
+        ({"architecture": "VGG"}, "the network VGG, but .* of ResNet: evaluate"),
+    ],
+)
+def test_a_report_of_another_size_or_network_is_refused(folder, other, said):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    content["model"] |= other
+    path.write_text(json.dumps(content))
+    with pytest.raises(CardError, match=said):
+        Encoder.open(folder)
+
+
 def test_a_baseline_of_the_same_weights_is_refused(encoder):
     with pytest.raises(CardError, match="the baseline's report is of the weights in"):
         Encoder.open(encoder, baseline=encoder)
