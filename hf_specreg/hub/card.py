@@ -1,7 +1,8 @@
 """The model card: what a saved folder and its robustness report say, for people and for the Hub.
 
 A card is always written anew from `config.json`, `specreg.json` and `robustness.json`. What a
-person wrote between the markers of its notes is kept, and nothing else. Its sentences are here and
+person wrote between the markers of its notes is kept, and what else the front matter says, such as
+languages or who is let in (`WRITTEN`). Its sentences are here and
 in the template (model_cards/encoder.md.jinja); whether the encoder is harder to attack than a
 baseline is said by `hf_specreg.robustness.verdict`.
 """
@@ -23,7 +24,6 @@ from hf_specreg.hub.encoder import (
     CardError,
     Encoder,
     card_of,
-    license_of,
     named,
     notes_of,
 )
@@ -37,6 +37,11 @@ from hf_specreg.robustness.text import listed, norm_name
 
 PICTURES = ("robust_accuracy", "distances", "sigmas")  # of a report's plots, those on a card
 TAGS = ["hf-specreg", "adversarial-robustness", "spectral-regularization"]
+WRITTEN = {  # keys of the front matter that are written anew, or not at all; others stay
+    *("model_name", "license", "library_name", "pipeline_tag", "base_model", "datasets"),
+    *("metrics", "tags", "eval_results", "model-index", KEY),
+}
+OF_OTHER = {"license_name", "license_link"}  # which the Hub wants of the license "other"
 NOTES_PLACE = "<!-- notes -->"  # in the template
 _TEMPLATES = (Path(__file__).parent, Path(__file__).parents[2] / "model_cards")
 
@@ -150,7 +155,7 @@ def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) 
     model, data = encoder.model, encoder.data
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     results = model_index(report.content, task) if report else []
-    return ModelCardData(
+    written = ModelCardData(
         model_name=repo_id.split("/")[-1],
         license=encoder.license,
         library_name="timm" if model.is_timm else "transformers",
@@ -162,6 +167,11 @@ def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) 
         eval_results=results or None,
         **{KEY: summary(encoder)},
     )
+    anew = WRITTEN if encoder.license == "other" else WRITTEN | OF_OTHER
+    for key, value in encoder.front.items():
+        if isinstance(key, str) and key not in anew:
+            written[key] = value
+    return written
 
 
 def _training(encoder: Encoder) -> list[tuple[str, Any]]:
@@ -296,14 +306,10 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 def write_card(encoder: Encoder, repo_id: str, folder: Path) -> list[Path]:
     """Write the card and its pictures into a folder; return their paths. The notes on a card that
-    is there stay, and its license where no other is stated.
+    is there stay, and its license and front matter where no other is stated.
     """
     there = card_of(folder)
-    encoder = replace(
-        encoder,
-        stated_license=encoder.stated_license or license_of(there),
-        notes=notes_of(there) or encoder.notes,
-    )
+    encoder = replace(encoder.beside(there), notes=notes_of(there) or encoder.notes)
     written = []
     for name, content in card_files(encoder, repo_id).items():
         path = folder / name

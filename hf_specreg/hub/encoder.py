@@ -43,6 +43,7 @@ class Encoder:
         study: that the model is a cell of, or None.
         stated_license: SPDX identifier, as given or on its card; None where none is.
         notes: what a person wrote on its card.
+        front: the front matter of its card.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Encoder:
     study: Study | None
     stated_license: str | None
     notes: str
+    front: Mapping[str, Any]
 
     @classmethod
     def open(
@@ -97,8 +99,13 @@ class Encoder:
             raise CardError(f"the baseline's report is of the weights in {folder} themselves")
         study = Study.load(study) if isinstance(study, str | Path) else study
         text = card_of(folder)
-        stated = license or license_of(text)
-        return cls(folder, model, run, report, baseline, study, stated, notes_of(text))
+        known = license or license_of(text), notes_of(text), card_metadata(text)
+        return cls(folder, model, run, report, baseline, study, *known)
+
+    def beside(self, card: str) -> "Encoder":
+        """Return it with the license and the front matter of another card, where it states none."""
+        stated = self.stated_license or license_of(card)
+        return replace(self, stated_license=stated, front={**card_metadata(card), **self.front})
 
     @property
     def license(self) -> str | None:

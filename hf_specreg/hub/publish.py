@@ -33,7 +33,7 @@ from hf_specreg.encoders.connection import first_line, retried, translated
 from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
-from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
+from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
 from hf_specreg.hub.remote import check_arrival, check_report_stays, remote_card
@@ -193,7 +193,7 @@ def _check_card(card: bytes) -> None:
 
 
 def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
-    """The encoder with the license and the notes of the card on the Hub, where it has none."""
+    """The encoder with what the card on the Hub keeps, where its own has nothing of that."""
     mine, theirs = encoder.notes, notes_of(published)
     if choice is None and mine and theirs and mine != theirs:
         raise PublishError(
@@ -201,11 +201,7 @@ def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
             "--notes folder or --notes hub"
         )
     keep_mine = choice == "folder" or (choice is None and mine)
-    return replace(
-        encoder,
-        stated_license=encoder.stated_license or license_of(published),
-        notes=mine if keep_mine else theirs,
-    )
+    return replace(encoder.beside(published), notes=mine if keep_mine else theirs)
 
 
 def _files(encoder: Encoder, repo_id: str, eval_results: bool) -> dict[str, bytes | Path]:

@@ -280,8 +280,11 @@ def test_a_card_that_is_written_elsewhere_keeps_the_notes_there(folder, tmp_path
     place, hint = tmp_path / "cards", "*Intended use, what you saw, what to know.*"
     write_card(Encoder.open(folder, license="mit"), "me/resnet", place)
     card = place / "README.md"
-    card.write_text(card.read_text().replace(hint, "Theirs."))
+    card.write_text(
+        card.read_text().replace(hint, "Theirs.").replace("---\n", "---\nlanguage: en\n", 1)
+    )
     write_card(Encoder.open(folder), "me/resnet", place)
+    assert "language: en\n" in card.read_text()
     assert "Theirs." in card.read_text()
     assert "license: mit" in card.read_text()
     write_card(Encoder.open(folder, license="mit"), "me/resnet", folder)

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.connection import HubError
 from hf_specreg.hub.card import write_card
-from hf_specreg.hub.encoder import CardError, Encoder
+from hf_specreg.hub.encoder import CardError, Encoder, card_metadata
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.conftest import make_model, report_on
@@ -182,6 +182,29 @@ def test_what_a_person_wrote_on_the_hub_is_kept(hub, encoder):
     card = files_of(hub)["README.md"].decode()
     assert "For beetles only." in card
     assert "rewritten by hand" not in card
+
+
+def test_front_matter_that_is_the_owners_is_kept(hub, encoder):
+    publish(encoder, license="other")
+    card = files_of(hub)["README.md"].decode()
+    own = {
+        **{"license_name": "ours", "license_link": "LICENSE", "language": ["en", "de"]},
+        **{"extra_gated_prompt": "Say why.", "extra_gated_fields": {"Country": "country"}},
+    }
+    front = yaml.safe_dump({**own, "tags": ["mine"], "pipeline_tag": "depth-estimation"})
+    kept = [line for line in card.splitlines(True) if not line.startswith(("pipeline_tag", "tags"))]
+    noted = "".join(kept).replace("---\n", f"---\n{front}", 1)
+    hub.repos[REPO].commit("main", {"README.md": noted.encode()}, "front matter")
+    push(encoder, REPO)
+    again = card_metadata(files_of(hub)["README.md"].decode())
+    assert {key: again.get(key) for key in own} == own
+    assert again["pipeline_tag"] == "image-classification"
+    assert "hf-specreg" in again["tags"]
+    assert not push(encoder, REPO).changed
+    publish(encoder, license="mit")
+    again = card_metadata(files_of(hub)["README.md"].decode())
+    assert "license_name" not in again
+    assert again["language"] == ["en", "de"]
 
 
 def test_notes_that_differ_are_not_chosen_between(hub, encoder, tmp_path):
