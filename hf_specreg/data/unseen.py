@@ -65,7 +65,7 @@ def unseen_split(
         raise DataError(f"split ({split!r}) must be train, validation or test")
     known = [t for t in trainings if _same_source(t.get("source"), source)]
     trained, given = known[0] if known else {}, dict(options or {})
-    own = _cut_by(trained)
+    own = cut_by(trained)
     options = {**own, **given}
     try:
         found = load_splits(source, **options)
@@ -81,7 +81,7 @@ def unseen_split(
         )
     cut_as_trained = known and not any(_differs(given, own, argument) for argument in CUT_BY)
     chosen = not known and {"validation_fraction", "seed"} <= set(given)
-    earlier = [t for t in known[1:] if _cut_by(t) != own]
+    earlier = [t for t in known[1:] if cut_by(t) != own]
     countable = [t for t in earlier if all(t.get(k) == options.get(k) for k in TABLE)]
     sure = cut_as_trained and all(t.get("source") for t in trainings) and countable == earlier
     flags = []
@@ -98,8 +98,12 @@ def unseen_split(
     return Unseen(rows, options, flags)
 
 
-def _cut_by(trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_splits` that a training loaded its images with."""
+def cut_by(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `load_splits` that a training loaded its images with.
+
+    Args:
+        trained: its `DataConfig` as a mapping.
+    """
     return {
         argument: trained[setting]
         for setting, argument in SETTINGS.items()

@@ -65,7 +65,7 @@ TIMM_CONFIG = {
     },
 }
 TRANSFORMERS_CONFIG = {
-    "type": "object",
+    **{"type": "object", "$ref": "#/$defs/part"},
     "required": ["model_type"],
     "properties": {
         "model_type": {"type": "string"},
@@ -74,6 +74,14 @@ TRANSFORMERS_CONFIG = {
     },
     # They would have transformers read weights from elsewhere.
     "propertyNames": {"not": {"pattern": "^(backbone|use_timm|transformers_weights|model_args)"}},
+    "$defs": {
+        "part": {  # by other names it would fetch a kernel, which is code
+            "patternProperties": {
+                "^_?(attn|experts)_implementation$": {"enum": [None, "eager", "sdpa"]}
+            },
+            "additionalProperties": {"$ref": "#/$defs/part"},
+        },
+    },
 }
 # Vision encoders of transformers beside those with an image classifier.
 ENCODERS = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 import hf_specreg.encoders.norm_layers
@@ -27,6 +28,9 @@ from hf_specreg.encoders.labels import (
 from hf_specreg.encoders.processor import RESAMPLING, processor_data
 
 logger = logging.getLogger(__name__)
+
+# How transformers loads them: in float32 as images are, whatever they were saved in.
+_WEIGHTS = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
 
 
 def renew_head(network: nn.Module) -> None:
@@ -189,7 +193,7 @@ def load_transformers(
         if num_classes:
             fresh = {**class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
         network, info = AutoModelForImageClassification.from_pretrained(
-            name_or_config, use_safetensors=True, output_loading_info=True, **fresh, **where
+            name_or_config, **_WEIGHTS, **fresh, **where
         )
         _check_is_complete(info, name_or_config, find_head(network) if fresh else ())
         if fresh:
@@ -217,13 +221,13 @@ def _create_transformers(
     config.update(_all_patches(config))
     if num_classes == 0:
         config.update(class_entries(0, None))
-        network = _headless_class(config).from_config(config)
+        network = _headless_class(config).from_config(config, dtype=torch.float32)
         if find_head(network):  # it has no place for none
-            network = AutoModel.from_config(config)
+            network = AutoModel.from_config(config, dtype=torch.float32)
         return network
     if num_classes:
         config.update(class_entries(num_classes, label_names))
-    return AutoModelForImageClassification.from_config(config)
+    return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
 
 
 def save_transformers(
@@ -278,8 +282,7 @@ def _load_headless(name: Any, config: Any, **where: Any) -> nn.Module:
     """Load a transformers model without a head, nor a pooler that was saved without weights."""
     from transformers import AutoModel
 
-    where = {**where, "use_safetensors": True, "output_loading_info": True}
-    where |= _all_patches(config)
+    where = {**where, **_WEIGHTS, **_all_patches(config)}
     labels = class_entries(0, None)
     network, info = _headless_class(config).from_pretrained(name, **labels, **where)
     if find_head(network):

@@ -1,13 +1,15 @@
 """The model card: what a saved folder and its robustness report say, for people and for the Hub.
 
 A card is always written anew from `config.json`, `specreg.json` and `robustness.json`. What a
-person wrote between the markers of its notes is kept, and nothing else. Its sentences are here and
+person wrote between the markers of its notes is kept, and what else the front matter says, such as
+languages or who is let in (`WRITTEN`). Its sentences are here and
 in the template (model_cards/encoder.md.jinja); whether the encoder is harder to attack than a
 baseline is said by `hf_specreg.robustness.verdict`.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,18 @@ from huggingface_hub import ModelCardData
 
 from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.hub.citation import citation, study_files
-from hf_specreg.hub.encoder import CARD_FILE, HINT, CardError, Encoder, named
+from hf_specreg.hub.encoder import (
+    CARD_FILE,
+    HINT,
+    CardError,
+    Encoder,
+    card_of,
+    named,
+    notes_of,
+)
 from hf_specreg.hub.metrics import model_index
-from hf_specreg.hub.summary import KEY, summary
+from hf_specreg.hub.run import public_name
+from hf_specreg.hub.summary import KEY, own_method, summary
 from hf_specreg.robustness.comparison import Comparison
 from hf_specreg.robustness.plots import pictures
 from hf_specreg.robustness.report import RobustnessReport
@@ -26,6 +37,11 @@ from hf_specreg.robustness.text import listed, norm_name
 
 PICTURES = ("robust_accuracy", "distances", "sigmas")  # of a report's plots, those on a card
 TAGS = ["hf-specreg", "adversarial-robustness", "spectral-regularization"]
+WRITTEN = {  # keys of the front matter that are written anew, or not at all; others stay
+    *("model_name", "license", "library_name", "pipeline_tag", "base_model", "datasets"),
+    *("metrics", "tags", "eval_results", "model-index", KEY),
+}
+OF_OTHER = {"license_name", "license_link"}  # which the Hub wants of the license "other"
 NOTES_PLACE = "<!-- notes -->"  # in the template
 _TEMPLATES = (Path(__file__).parent, Path(__file__).parents[2] / "model_cards")
 
@@ -87,7 +103,11 @@ def _results(
         return report.to_markdown(), pictures([report], [report.name], PICTURES)
     comparison = Comparison([named(baseline, "the baseline"), report])
     (verdict,) = comparison.verdicts
-    text = f"{' '.join(verdict)}\n\n{comparison.to_markdown()}"
+    of = baseline.content["model"]
+    what = f"{of['architecture']}, {of['parameters']:,} parameters"
+    what += f", weights {of['weights_sha256'][:16]}... (SHA-256)"
+    text = f"{' '.join(verdict)}\n\nThe baseline is {public_name(of['id'])}, {what}.\n\n"
+    text += comparison.to_markdown()
     return text, pictures(comparison.reports, comparison.names, PICTURES)
 
 
@@ -107,10 +127,12 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "mode": "L" if model.input_size[0] == 1 else "RGB",
         "classes": model.num_classes,
         "penalty": encoder.penalty,
-        "others": [name for name, _ in _regularized(encoder) if "penalty" not in name],
+        "others": _others(encoder),
+        "before": [_earlier(run) for run in encoder.before],
+        "plain": not any(run.penalty or _others(run) for run in encoder.before),
         "trained": bool(encoder.config),
         "pinned": {"pinned": "Its", "partly pinned": "Some of its"}.get(encoder.run.get("norms")),
-        "data": encoder.data,
+        "data": encoder.trained_on,
         "training": [(name, str(v)) for name, v in _training(encoder) if v is not None],
         "baseline": encoder.baseline is not None,
     }
@@ -133,7 +155,7 @@ def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) 
     model, data = encoder.model, encoder.data
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     results = model_index(report.content, task) if report else []
-    return ModelCardData(
+    written = ModelCardData(
         model_name=repo_id.split("/")[-1],
         license=encoder.license,
         library_name="timm" if model.is_timm else "transformers",
@@ -145,13 +167,19 @@ def _card_data(encoder: Encoder, repo_id: str, report: RobustnessReport | None) 
         eval_results=results or None,
         **{KEY: summary(encoder)},
     )
+    anew = WRITTEN if encoder.license == "other" else WRITTEN | OF_OTHER
+    for key, value in encoder.front.items():
+        if isinstance(key, str) and key not in anew:
+            written[key] = value
+    return written
 
 
 def _training(encoder: Encoder) -> list[tuple[str, Any]]:
     """What the run was, as rows of a table; None where it is not known."""
     config = encoder.config
     optimizer, ssl = config.get("optimizer", {}), config.get("ssl", {})
-    rows = [("data", encoder.data), ("seed", config.get("seed")), ("epochs", config.get("epochs"))]
+    rows = [("data", encoder.trained_on), ("seed", config.get("seed"))]
+    rows.append(("epochs", config.get("epochs")))
     if optimizer:
         rows.append(("optimizer", f"{optimizer.get('opt')}, learning rate {optimizer.get('lr')}"))
     rows += [("batch size", config.get("batch_size")), ("self-supervision", ssl.get("method"))]
@@ -194,6 +222,17 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
     if encoder.penalty and share is not None:
         rows.append(("cost of the penalty", f"{100 * share:.2f} % of the training time"))
     return rows
+
+
+def _others(encoder: Encoder) -> list[str]:
+    """The names of what was summed with the loss beside the penalty."""
+    return [name for name, _ in _regularized(encoder) if "penalty" not in name]
+
+
+def _earlier(run: Encoder) -> str:
+    """How an earlier training was done, and on what."""
+    how = own_method(run.config) if run.config else "in a way that is not recorded"
+    return how + (f", on {run.trained_on}" if run.trained_on else "")
 
 
 def _reached(metrics: Mapping[str, Any], ssl: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -266,7 +305,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def write_card(encoder: Encoder, repo_id: str, folder: Path) -> list[Path]:
-    """Write the card and its pictures into a folder; return their paths."""
+    """Write the card and its pictures into a folder; return their paths. The notes on a card that
+    is there stay, and its license and front matter where no other is stated.
+    """
+    there = card_of(folder)
+    encoder = replace(encoder.beside(there), notes=notes_of(there) or encoder.notes)
     written = []
     for name, content in card_files(encoder, repo_id).items():
         path = folder / name

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hf_specreg.hub.encoder import CardError, Encoder, public_name
+from hf_specreg.hub.encoder import CardError, Encoder
+from hf_specreg.hub.run import public_name
 from hf_specreg.robustness.text import table
 from hf_specreg.study.plots import picture
 from hf_specreg.study.tables import sections

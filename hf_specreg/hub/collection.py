@@ -15,9 +15,10 @@ from hf_specreg.encoders.blueprint import FolderError, check_schema, read_json
 from hf_specreg.encoders.connection import retried, translated
 from hf_specreg.encoders.download import PATIENCE, RUN_FILE
 from hf_specreg.hub.card import TAGS
-from hf_specreg.hub.encoder import CARD_FILE, RUN_SCHEMA, card_metadata, public_name
+from hf_specreg.hub.encoder import CARD_FILE, card_metadata
+from hf_specreg.hub.run import RUN_SCHEMA, public_name
 from hf_specreg.hub.summary import KEY, method, training_ms_per_image
-from hf_specreg.robustness.text import strength
+from hf_specreg.robustness.text import part_name, strength
 
 LARGEST_CARD = 2**20  # bytes that are looked at
 LARGEST = 1e15  # of a number on a card
@@ -126,10 +127,10 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def _row(name: str, card: Mapping[str, Any]) -> Row:
     about = _dict(card.get(KEY))
-    row = _bare(name) | {"method": _text(about.get("method")) or None}
+    row = _bare(name) | {"method": _text(about.get("method"), 300) or None}
     for model in _list(card.get("model-index")):
         for result in _list(_dict(model).get("results")):
-            data = _text(_dict(_dict(result).get("dataset")).get("name"))
+            data = _data(_dict(_dict(result).get("dataset")))
             for metric in map(_dict, _list(_dict(result).get("metrics"))):
                 value, how = _number(metric.get("value")), _dict(metric.get("args"))
                 if value is not None:
@@ -139,6 +140,14 @@ def _row(name: str, card: Mapping[str, Any]) -> Row:
         "parameters": _number(about.get("parameters")),
     }
     return row | {key: value for key, value in stated.items() if value is not None}
+
+
+def _data(dataset: Mapping[str, Any]) -> str:
+    """What numbers of a card are of, with a split other than test: other images have no common
+    axes.
+    """
+    name, split = _text(dataset.get("name"), 300), _text(dataset.get("split"))
+    return f"{name}, {split} split" if name and split and split != "test" else name
 
 
 def _measured(kind: str, value: float, how: Mapping[str, Any], data: str) -> Row:
@@ -166,8 +175,9 @@ def _row_of_run(name: str, file: Path) -> Row:
     except FolderError:
         return row
     metrics, data = run.get("metrics", {}), run.get("data", {}).get("source")
-    row["method"] = method(run["config"]) if run.get("config") else None
-    row["data"] = public_name(data) if data else None
+    row["method"] = _text(method(run), 300) or None
+    known = run.get("config", {}).get("data", {})
+    row["data"] = _text(public_name(data) + part_name(known), 300) if data else None
     headless = "ssl" in run.get("config", {})  # its accuracy is of nearest neighbours
     if (accuracy := metrics.get("test_accuracy")) is not None and not headless:
         row |= {"accuracy": accuracy, "n": metrics.get("test_images")}
@@ -210,9 +220,12 @@ def _found(how: Mapping[str, Any]) -> str:
     return f"{_text(how.get('n'))} of {_text(how.get('of'))} images"
 
 
-def _text(value: Any) -> str:
-    """A name or a number as it is shown; of anything else, which may be vast, nothing."""
-    return str(value)[:60] if isinstance(value, str | int | float) else ""
+def _text(value: Any, most: int = 60) -> str:
+    """A name or a number as it is shown, without what would steer a terminal; of anything else,
+    which may be vast, nothing.
+    """
+    shown = str(value)[:most] if isinstance(value, str | int | float) else ""
+    return "".join(filter(str.isprintable, shown))
 
 
 def _number(value: Any) -> float | None:

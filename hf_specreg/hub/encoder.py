@@ -1,12 +1,9 @@
-"""An encoder as it is published: a saved folder, what is known of its training, and its report.
-
-What others read holds no local path: of a folder on this machine only the last part of its name.
-"""
+"""An encoder as it is published: a saved folder, what is known of its training, and its report."""
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,91 +15,15 @@ from hf_specreg.encoders.blueprint import check_schema, read_json
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
+from hf_specreg.hub.run import RUN_SCHEMA, public_name, runs_of, without_paths
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.text import part_name
 from hf_specreg.study.result import Study
 
 CARD_FILE = "README.md"
 REPORT_FILE = "robustness.json"
 NOTES = re.compile(r"<!-- notes: yours, kept -->\n(.*?)<!-- end of notes -->", re.DOTALL)
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HINT = "*Intended use, what you saw, what to know.*\n"
-
-_TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
-_NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
-_REGULARIZER = {
-    "strength": _NUMBER,
-    "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
-    "burn_in_epochs": _NUMBER,
-    "burn_in_steps": _NUMBER,
-    "burn_in_fraction": _NUMBER,
-    "ramp_epochs": _NUMBER,
-    "ramp_steps": _NUMBER,
-}
-_RUN = {  # of what is read here of specreg.json; all of it may be missing
-    **_OBJECT,
-    "properties": {
-        "data": {**_OBJECT, "properties": {"source": _TEXT}},
-        "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
-        "penalty_share": _NUMBER,
-        "images_per_second": {"type": ["number", "null"], "minimum": 0, "maximum": 1e15},
-        "norms": _TEXT,
-        "pinned": {"type": "array", "items": _TEXT},
-        "config": {
-            **_OBJECT,
-            "properties": {
-                "output_dir": _TEXT,
-                "epochs": _NUMBER,
-                "seed": _NUMBER,
-                "batch_size": _NUMBER,
-                "data": {**_OBJECT, "properties": {"source": _TEXT}},
-                "model": {
-                    **_OBJECT,
-                    "properties": {
-                        "name": _TEXT,
-                        "pretrained": {"type": "boolean"},
-                        "norms": _TEXT,
-                    },
-                },
-                "augment": {**_OBJECT, "properties": {"noise": _NUMBER}},
-                "optimizer": {**_OBJECT, "properties": {"opt": _TEXT, "lr": _NUMBER}},
-                "penalty": {
-                    **_OBJECT,
-                    "required": ["strength", "scope"],
-                    "properties": {
-                        **_REGULARIZER,
-                        "scope": {"enum": ["features", "all"]},
-                        "fold_norm": {"type": "boolean"},
-                        "skip": {"type": "array", "items": _TEXT, "maxItems": 1000},
-                    },
-                },
-                "regularizers": {
-                    **_OBJECT,
-                    "additionalProperties": {
-                        "type": ["object", "boolean"],
-                        "properties": _REGULARIZER,
-                    },
-                },
-                "adversarial": {
-                    **_OBJECT,
-                    "required": ["method", "norm", "eps"],
-                    "properties": {
-                        "method": {"enum": ["none", "fgsm", "pgd", "trades"]},
-                        "norm": {"enum": ["l2", "linf"]},
-                        "eps": {"type": "number", "minimum": 0, "maximum": 1e15},
-                    },
-                },
-                "ssl": {**_OBJECT, "properties": {"method": _TEXT}},
-                "transfer": {
-                    **_OBJECT,
-                    "properties": {"train": _TEXT, "frozen_stages": _NUMBER},
-                },
-            },
-        },
-    },
-}
-
-# Of a transfer: what was known of the encoder before, which may have been transferred too.
-RUN_SCHEMA = {**_RUN, "properties": {**_RUN["properties"], "before": {"$ref": "#"}}}
 
 
 class CardError(ValueError):
@@ -122,6 +43,7 @@ class Encoder:
         study: that the model is a cell of, or None.
         stated_license: SPDX identifier, as given or on its card; None where none is.
         notes: what a person wrote on its card.
+        front: the front matter of its card.
     """
 
     folder: Path
@@ -132,6 +54,7 @@ class Encoder:
     study: Study | None
     stated_license: str | None
     notes: str
+    front: Mapping[str, Any]
 
     @classmethod
     def open(
@@ -153,7 +76,8 @@ class Encoder:
             study: that the model is a cell of; its folder or study.json.
 
         Raises:
-            CardError: the report is of other weights, or of no use with the baseline.
+            CardError: the report is of other weights, another network or another size of images, or
+                of no use with the baseline.
             FolderError: a file of the folder is damaged.
             ReportError: a report cannot be read.
             StudyError: the study cannot be read.
@@ -161,7 +85,7 @@ class Encoder:
         folder = Path(folder)
         model = SpecRegModel.from_pretrained(folder).eval()
         check_schema(model.metadata, RUN_SCHEMA, folder / RUN_FILE)
-        run = _without_paths(model.metadata)
+        run = without_paths(model.metadata)
         if report is None and (folder / REPORT_FILE).is_file():
             report = folder
         report, baseline = (
@@ -171,16 +95,27 @@ class Encoder:
             _check_is_of(report, model, folder)
         if baseline is not None and report is None:
             raise CardError(f"a baseline is given, but {folder} has no report to compare with it")
+        if baseline is not None and _weights_of(baseline) == _weights_of(report):
+            raise CardError(f"the baseline's report is of the weights in {folder} themselves")
         study = Study.load(study) if isinstance(study, str | Path) else study
-        card = folder / CARD_FILE
-        text = card.read_text("utf-8", "replace") if card.is_file() else ""
-        stated = license or license_of(text)
-        return cls(folder, model, run, report, baseline, study, stated, notes_of(text))
+        text = card_of(folder)
+        known = license or license_of(text), notes_of(text), card_metadata(text)
+        return cls(folder, model, run, report, baseline, study, *known)
+
+    def beside(self, card: str) -> "Encoder":
+        """Return it with the license and the front matter of another card, where it states none."""
+        stated = self.stated_license or license_of(card)
+        return replace(self, stated_license=stated, front={**card_metadata(card), **self.front})
 
     @property
     def license(self) -> str | None:
         """The stated one, else that of the weights it started from."""
         return self.stated_license or _started_from(self.model, self.run)
+
+    @property
+    def run_bytes(self) -> bytes:
+        """specreg.json as it is published."""
+        return (json.dumps(self.run, indent=2, allow_nan=False) + "\n").encode()
 
     @property
     def weights(self) -> str:
@@ -196,6 +131,16 @@ class Encoder:
     def data(self) -> str | None:
         """What it was trained on."""
         return self.run.get("data", {}).get("source")
+
+    @property
+    def trained_on(self) -> str | None:
+        """The same, with the part of it that was taken."""
+        return self.data and self.data + part_name(self.config.get("data", {}))
+
+    @property
+    def before(self) -> "list[Encoder]":
+        """The encoder as earlier trainings left it, by what they recorded, the last first."""
+        return [replace(self, run=run) for run in runs_of(self.run)[1:]]
 
     @property
     def penalty(self) -> Mapping[str, Any] | None:
@@ -223,13 +168,19 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
 
     The few pictures that a report keeps of the data stay at home.
     """
-    files = {RUN_FILE: (json.dumps(encoder.run, indent=2, allow_nan=False) + "\n").encode()}
+    files = {RUN_FILE: encoder.run_bytes}
     if encoder.report is not None:
         report = named(encoder.report, repo_id)
         files |= report.to_bytes(twins=False)
         if report.images:
             files["robustness.parquet"] = report.to_parquet()
     return files
+
+
+def card_of(folder: Path) -> str:
+    """Return the text of a folder's card; empty where there is none."""
+    card = folder / CARD_FILE
+    return card.read_text("utf-8", "replace") if card.is_file() else ""
 
 
 def card_metadata(text: str) -> dict[str, Any]:
@@ -255,12 +206,26 @@ def notes_of(text: str) -> str:
 
 
 def _check_is_of(report: RobustnessReport, model: SpecRegModel, folder: Path) -> None:
-    stated, found = report.content["model"]["weights_sha256"], weights_sha256(model)
+    stated, found = _weights_of(report), weights_sha256(model)
     if stated != found:
         raise CardError(
             f"the report is of weights {stated[:16]}..., but {folder} holds {found[:16]}...: "
             "evaluate these weights (hf-specreg evaluate) and give that report"
         )
+    about, saved = report.content["model"], list(model.input_size)
+    for what, there, here in (
+        ("images", about["input_size"], saved),
+        ("network", about["architecture"], type(model.network).__name__),
+    ):
+        if there != here:
+            raise CardError(
+                f"the report is of the {what} {there}, but {folder} of {here}: evaluate it as it "
+                "was saved (hf-specreg evaluate) and give that report"
+            )
+
+
+def _weights_of(report: RobustnessReport) -> str:
+    return report.content["model"]["weights_sha256"]
 
 
 def named(report: RobustnessReport, name: str) -> RobustnessReport:
@@ -270,41 +235,6 @@ def named(report: RobustnessReport, name: str) -> RobustnessReport:
     if data["id"]:
         content["data"] = {**data, "id": public_name(data["id"])}
     return RobustnessReport(content, report.images, report.twins)
-
-
-def public_name(source: str) -> str:
-    """Return a data set's or a model's name; of a local path its last part, not the way there."""
-    if HUB_ID.fullmatch(source.removeprefix("hf-hub:")) and not Path(source).exists():
-        return source
-    return Path(source.replace("\\", "/")).name or "local"
-
-
-def hub_data(source: str | None) -> str | None:
-    """Return the "org/name" of an image set of the Hub; None of a local one, and of the digits."""
-    name = public_name(source) if source else ""
-    return name if "/" in name else None
-
-
-def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
-    """specreg.json as others may read it: local folders by their last part."""
-    run = json.loads(json.dumps(run))
-    config = run.get("config", {})
-    for holder, key in (
-        (run.get("data", {}), "source"),
-        (config.get("data", {}), "source"),
-        (config.get("model", {}), "name"),
-    ):
-        if key in holder:
-            holder[key] = public_name(holder[key])
-    arguments = config.get("model", {}).get("args") or {}
-    for key, value in arguments.items():
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            arguments[key] = public_name(value)
-    if "output_dir" in config:  # never a Hub id
-        config["output_dir"] = Path(config["output_dir"].replace("\\", "/")).name
-    if "before" in run:
-        run["before"] = _without_paths(run["before"])
-    return run
 
 
 def _started_from(model: SpecRegModel, run: Mapping[str, Any]) -> str | None:

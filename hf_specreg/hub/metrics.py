@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_specreg.hub.encoder import Encoder, hub_data
-from hf_specreg.robustness.text import attack_name, distances, norm_name
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.run import hub_data
+from hf_specreg.robustness.text import attack_name, distances, norm_name, part_name
 
 
 def model_index(content: Mapping[str, Any], task: str) -> list[EvalResult]:
@@ -53,19 +54,24 @@ def model_index(content: Mapping[str, Any], task: str) -> list[EvalResult]:
 
 
 def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
-    """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`; nothing where there is
-    no report, or its data set is not on the Hub.
+    """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`, which knows a data set
+    by its name alone; nothing where there is no report, or it is not of the test split of a data
+    set of the Hub, with all its classes.
     """
     content = encoder.report.content if encoder.report else None
     data = hub_data(content["data"]["id"]) if content else None
-    if data is None:
+    if data is None or content["data"]["split"] != "test":
         return {}
-    rows = [("accuracy", content["clean"]["accuracy"]["value"], f"n {content['n']}")]
+    splits = content["data"].get("splits", {})
+    if splits.get("classes"):
+        return {}
+    part = part_name(splits)
+    rows = [("accuracy", content["clean"]["accuracy"]["value"], f"n {content['n']}{part}")]
     for point in content["worst_case"]:
         notes = (
             f"{norm_name(point['norm'])} eps {point['eps']:g}, worst of "
             f"{_names(_of_norm(content, point['norm']))}, n {content['n']}, seed "
-            f"{content['seed']}"
+            f"{content['seed']}{part}"
         )
         rows.append(("robust_accuracy", point["value"], notes))
     entries = [
@@ -119,14 +125,17 @@ def _result(
     estimate: Mapping[str, Any],
     **arguments: Any,
 ) -> EvalResult:
-    data = content["data"]
+    data, splits = content["data"], content["data"].get("splits", {})
+    source = data["id"] or "unnamed"
     stated = {"n": content["n"], "seed": content["seed"], **arguments}
     if estimate["ci"]:
         stated["ci_95_low"], stated["ci_95_high"] = estimate["ci"]
     return EvalResult(
         task_type=task,
-        dataset_type=data["id"] or "unnamed",
-        dataset_name=data["id"] or "unnamed",
+        dataset_type=source,
+        dataset_name=source + part_name(splits),
+        dataset_config=splits.get("configuration"),
+        dataset_args=splits or None,
         dataset_split=data["split"],
         dataset_revision=data["revision"],
         metric_type=kind,

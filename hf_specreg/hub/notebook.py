@@ -9,7 +9,8 @@ import json
 from typing import Any
 
 from hf_specreg.data.unseen import SETTINGS
-from hf_specreg.hub.encoder import Encoder, hub_data
+from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.run import hub_data
 
 NOTEBOOK_FILE = "notebook.ipynb"
 INSTALL = """\

@@ -33,10 +33,10 @@ from hf_specreg.encoders.connection import first_line, retried, translated
 from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files
-from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, license_of, notes_of, report_files
+from hf_specreg.hub.encoder import CARD_FILE, CardError, Encoder, notes_of, report_files
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.notebook import NOTEBOOK_FILE, notebook
-from hf_specreg.hub.remote import check_arrival, remote_card
+from hf_specreg.hub.remote import check_arrival, check_report_stays, remote_card
 from hf_specreg.hub.trusted import by_trusted_publisher, scoped
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study.result import Study
@@ -110,7 +110,8 @@ def push(
 
     Raises:
         PublishError: it is not fit to be published, or must not be; the message says why.
-        CardError: an incomplete card, or a report of other weights.
+        CardError: an incomplete card, a report of other weights, or none where the folder's card
+            shows one, or the Hub has one of these.
         HubError: the Hub is away or refuses, and nothing changed; or a file arrived damaged.
     """
     if not _is_main_process():
@@ -123,6 +124,7 @@ def push(
         repo_id = _writable(api, repo_id, create_pr)
         head = _head(api, repo_id, private, revision, create_pr)
         published = remote_card(api, repo_id, head, _patience()) if head else ""
+        check_report_stays(api, repo_id, head, encoder, _patience())
     files = _files(_beside(encoder, published, notes), repo_id, eval_results)
     with translated(f"pushing to {repo_id}"):
         _patiently(lambda: _check_card(files[CARD_FILE]))
@@ -191,7 +193,7 @@ def _check_card(card: bytes) -> None:
 
 
 def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
-    """The encoder with the license and the notes of the card on the Hub, where it has none."""
+    """The encoder with what the card on the Hub keeps, where its own has nothing of that."""
     mine, theirs = encoder.notes, notes_of(published)
     if choice is None and mine and theirs and mine != theirs:
         raise PublishError(
@@ -199,11 +201,7 @@ def _beside(encoder: Encoder, published: str, choice: str | None) -> Encoder:
             "--notes folder or --notes hub"
         )
     keep_mine = choice == "folder" or (choice is None and mine)
-    return replace(
-        encoder,
-        stated_license=encoder.stated_license or license_of(published),
-        notes=mine if keep_mine else theirs,
-    )
+    return replace(encoder.beside(published), notes=mine if keep_mine else theirs)
 
 
 def _files(encoder: Encoder, repo_id: str, eval_results: bool) -> dict[str, bytes | Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from hf_specreg.encoders.download import LOADED_FILES
+from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE
 from hf_specreg.hub.encoder import CardError, Encoder
 
 GRADIO = "6.31.0"  # that the app was tried with
@@ -62,8 +62,10 @@ def write_space(
     if repo_id is None:
         (output / "model").mkdir(exist_ok=True)
         for name in LOADED_FILES:
-            if (encoder.folder / name).is_file():
+            if name != RUN_FILE and (encoder.folder / name).is_file():
                 written.append(Path(shutil.copy(encoder.folder / name, output / "model" / name)))
+        written.append(output / "model" / RUN_FILE)
+        written[-1].write_bytes(encoder.run_bytes)
     return written
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_specreg.hub.encoder import Encoder
+from hf_specreg.hub.run import runs_of
 from hf_specreg.robustness.text import listed, norm_name
 
 KEY = "hf_specreg"
@@ -17,7 +18,7 @@ TRANSFERS = {"head": "linear probe", "lora": "LoRA"}
 def summary(encoder: Encoder) -> dict[str, Any]:
     """Return "method", "parameters" and, where the run recorded it, "training_ms_per_image"."""
     stated: dict[str, Any] = {
-        "method": method(encoder.config) if encoder.config else None,
+        "method": method(encoder.run),
         "parameters": sum(p.numel() for p in encoder.model.parameters()),
     }
     if milliseconds := training_ms_per_image(encoder.run):
@@ -31,12 +32,20 @@ def training_ms_per_image(run: Mapping[str, Any]) -> float | None:
     return float(f"{1000 / speed:.3g}") if speed else None
 
 
-def method(config: Mapping[str, Any]) -> str:
-    """Return how a run's settings trained: "SimCLR, rep-spectral 0.1 (folded, without stem)".
+def method(run: Mapping[str, Any]) -> str | None:
+    """Return how a run trained, and those before it: "fine-tuned, after SimCLR, rep-spectral 0.1
+    (folded, without stem)"; None if it is not known.
 
     Args:
-        config: of specreg.json, as `Encoder.config` has it.
+        run: what specreg.json holds.
     """
+    if not run.get("config"):
+        return None
+    return ", after ".join(own_method(one["config"]) for one in runs_of(run) if one.get("config"))
+
+
+def own_method(config: Mapping[str, Any]) -> str:
+    """Return how a run's settings train, whatever it started from."""
     trained = config.get("transfer", {}).get("train")
     if ssl := config.get("ssl", {}).get("method"):
         found = [SSL.get(ssl, ssl)]

@@ -115,10 +115,20 @@ def data_name(data: Mapping[str, Any]) -> str:
     name = data["id"] or "an unnamed data set"
     if data["revision"]:
         name += f" at {data['revision'][:12]}"
-    if classes := data.get("splits", {}).get("classes"):
-        name += f" (classes {', '.join(map(str, classes))})"
     split = f", {data['split']} split" if data["split"] else ""
-    return f"{name}{split}"
+    return f"{name}{part_name(data.get('splits', {}))}{split}"
+
+
+def part_name(splits: Mapping[str, Any]) -> str:
+    """Return which part of an image set is taken, " (configuration, classes a, b)"; empty of all.
+
+    Args:
+        splits: the arguments of `load_splits`.
+    """
+    parts = [str(splits[key]) for key in ("configuration", "label_column") if splits.get(key)]
+    if classes := splits.get("classes"):
+        parts.append(f"classes {', '.join(map(str, classes))}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

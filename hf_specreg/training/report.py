@@ -6,6 +6,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hf_specreg.data.datasets import place
+from hf_specreg.data.unseen import cut_by
 from hf_specreg.ranges import require
 
 
@@ -34,14 +36,14 @@ def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
         config: of a self-supervised run or a transfer.
         accelerator: of the run; its processes share the images out.
     """
-    classes = config.data.classes
-    split = f"test, classes {', '.join(classes)}" if classes else "test"
+    splits = cut_by(vars(config.data))
+    about = {"id": place(config.data.source), "revision": splits.pop("revision", None)}
     return {
         "attacks": config.report.attacks,
         "eps": config.report.eps,
         "samples": config.report.samples,
         "seed": config.seed,
-        "about": {"id": config.data.source, "revision": config.data.revision, "split": split},
+        "about": {**about, "split": "test", "splits": splits},
         "device": accelerator.device,
         "shard": (accelerator.process_index, accelerator.num_processes),
         "barrier": accelerator.wait_for_everyone,

@@ -244,6 +244,23 @@ def test_headless_transformers_models_of_other_kinds_can_be_saved_too(tmp_path, 
     assert torch.equal(again(images), bare(images))
 
 
+@pytest.mark.parametrize("kind", ["resnet", "timm"])
+def test_weights_that_were_saved_in_half_precision_take_images(tmp_path, kind):
+    if kind == "timm":
+        model = make_timm("resnet20_cifar")
+    else:
+        model = SpecRegModel.from_transformers(tiny(kind), num_classes=4, input_size=(3, 32, 32))
+    model.network.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for num_classes in (None, 0, 5):
+        again = SpecRegModel.from_pretrained(tmp_path, num_classes=num_classes).eval()
+        assert again(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    if kind != "timm":
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        fresh = SpecRegModel.from_transformers(config, input_size=(3, 32, 32))
+        assert fresh(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_convolutional_transformers_models_keep_the_size_they_were_trained_at(
     tmp_path, num_classes

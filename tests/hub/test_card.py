@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,9 @@ from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.encoders.fused import fuse_norms
 from hf_specreg.hub.card import card_files, write_card
-from hf_specreg.hub.encoder import CardError, Encoder, public_name, report_files
+from hf_specreg.hub.collection import collect
+from hf_specreg.hub.encoder import CardError, Encoder, report_files
+from hf_specreg.hub.run import public_name
 from tests.hub.conftest import make_model, report_on
 
 
@@ -21,8 +24,15 @@ def folder(encoder, tmp_path):
 
 
 def card_of(folder, **options):
+    if "baseline" in options:
+        options["baseline"] = of_other_weights(options["baseline"])
     opened = Encoder.open(folder, **{"license": "mit", **options})
     return card_files(opened, "me/resnet")["README.md"].decode()
+
+
+def of_other_weights(report):
+    model = {**report.content["model"], "id": "runs/secret/plain", "weights_sha256": 64 * "5"}
+    return RobustnessReport({**report.content, "model": model}, report.images)
 
 
 def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
@@ -48,6 +58,21 @@ def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
     assert len(robust) == 6
     assert data.pipeline_tag == "image-classification"
     assert (data.library_name, data.license, data.datasets) == ("timm", "mit", ["org/pictures"])
+
+
+def test_a_part_of_a_data_set_is_other_data(folder):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    splits = {"configuration": "big", "classes": ["a", "b"], "seed": 3}
+    content["data"] |= {"splits": splits, "split": "validation"}
+    path.write_text(json.dumps(content))
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", folder)
+    for result in ModelCard((folder / "README.md").read_text()).data.eval_results:
+        assert result.dataset_name == "org/pictures (big, classes a, b)"
+        assert (result.dataset_type, result.dataset_config) == ("org/pictures", "big")
+        assert result.dataset_args == splits
+    (row,) = collect(str(folder))
+    assert row["data"] == "org/pictures (big, classes a, b), validation split"
 
 
 def test_what_the_penalty_was_and_cost_is_told(folder):
@@ -83,6 +108,23 @@ def test_what_was_trained_with_something_else_is_no_baseline(tmp_path):
     assert "with sensitivity and noise (see the settings below)" in card
     assert "0.25 in [0, 1] pixels" in card
     assert "a baseline" not in card
+
+
+def test_what_an_earlier_training_added_is_told_and_makes_no_baseline(tmp_path):
+    model = make_model()
+    first, plain = model.metadata, {"penalty": {"strength": 0.0, "scope": "features"}}
+    first["config"]["data"] = {"classes": ["a", "b"]}
+    probe = {"config": {**plain, "transfer": {"train": "head"}}, "before": first}
+    model.metadata = {"config": {**plain, "transfer": {"train": "all"}}, "before": probe}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "Trained without a penalty.\n" in card
+    earlier = "linear probe; before that: supervised, rep-spectral 0.01, on org/pictures (classes"
+    assert f"It started from an encoder that was trained before: {earlier} a, b)." in card
+    assert "method: fine-tuned, after linear probe, after supervised, rep-spectral 0.01\n" in card
+    model.metadata["before"]["before"] = {"config": plain}
+    model.save_pretrained(tmp_path)
+    assert "without a penalty: a baseline" in card_of(tmp_path)
 
 
 def test_without_a_report_nothing_is_claimed(tmp_path):
@@ -132,6 +174,8 @@ def test_a_comparison_says_in_words_who_is_easier_to_attack(folder):
         card = card_of(folder, report=own, baseline=baseline)
         assert f"{verdict} adversarial images that tangent found" in card
         assert "below it is compared with a baseline" in card
+        said = f"parameters, weights {16 * '5'}... (SHA-256)."
+        assert re.search(rf"The baseline is plain, ResNet, [\d,]+ {re.escape(said)}", card)
         assert "Robust accuracy against that of the baseline: " in card
         assert "Accuracy is " in card
         assert "comparisons with the baseline are stated; each holds at 95 % by itself" in card
@@ -232,6 +276,24 @@ def test_the_card_is_written_anew_but_notes_and_license_stay(folder):
     assert (folder / "plots/sigmas_l2.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_card_that_is_written_elsewhere_keeps_the_notes_there(folder, tmp_path):
+    place, hint = tmp_path / "cards", "*Intended use, what you saw, what to know.*"
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", place)
+    card = place / "README.md"
+    card.write_text(
+        card.read_text().replace(hint, "Theirs.").replace("---\n", "---\nlanguage: en\n", 1)
+    )
+    write_card(Encoder.open(folder), "me/resnet", place)
+    assert "language: en\n" in card.read_text()
+    assert "Theirs." in card.read_text()
+    assert "license: mit" in card.read_text()
+    write_card(Encoder.open(folder, license="mit"), "me/resnet", folder)
+    own = folder / "README.md"
+    own.write_text(own.read_text().replace(hint, "Mine."))
+    write_card(Encoder.open(folder), "me/resnet", tmp_path / "new")
+    assert "Mine." in (tmp_path / "new/README.md").read_text()
+
+
 def test_the_same_folder_gives_the_same_bytes(folder):
     encoders = [Encoder.open(folder, license="mit") for _ in range(2)]
     first, again = (card_files(e, "me/m") | report_files(e, "me/m") for e in encoders)
@@ -254,6 +316,27 @@ def test_a_report_of_other_weights_is_refused_naming_both(folder):
         other.network.fc.bias.add_(1)
     with pytest.raises(CardError, match=r"of weights \w{16}\.\.\., but .*m holds \w{16}\.\.\."):
         Encoder.open(folder, report=report_on(other, "other"))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"input_size": [3, 64, 64]}, r"the images \[3, 64, 64\], but .* of \[3, 32, 32\]: eval"),
+        ({"architecture": "VGG"}, "the network VGG, but .* of ResNet: evaluate"),
+    ],
+)
+def test_a_report_of_another_size_or_network_is_refused(folder, other, said):
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    content["model"] |= other
+    path.write_text(json.dumps(content))
+    with pytest.raises(CardError, match=said):
+        Encoder.open(folder)
+
+
+def test_a_baseline_of_the_same_weights_is_refused(encoder):
+    with pytest.raises(CardError, match="the baseline's report is of the weights in"):
+        Encoder.open(encoder, baseline=encoder)
 
 
 def test_a_baseline_needs_a_report(tmp_path, encoder):

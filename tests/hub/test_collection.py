@@ -66,7 +66,10 @@ def test_an_attack_of_several_strengths_is_not_one_column(tmp_path):
 
 def test_an_encoder_without_a_card_is_a_row_of_what_its_run_recorded(tmp_path, capsys):
     run = {
-        "config": {"penalty": {"strength": 0.1, "scope": "features"}},
+        "config": {
+            "penalty": {"strength": 0.1, "scope": "features"},
+            "data": {"classes": ["1", "2"], "configuration": None},
+        },
         **{"data": {"source": "/home/me/digits"}, "images_per_second": 500},
         "metrics": {"test_accuracy": 0.5, "test_images": 12},
     }
@@ -77,8 +80,8 @@ def test_an_encoder_without_a_card_is_a_row_of_what_its_run_recorded(tmp_path, c
     (tmp_path / "b/specreg.json").write_text("[]")
     known, damaged = collect(str(tmp_path))
     assert known == {
-        **{"encoder": "a/model", "method": "supervised, rep-spectral 0.1", "data": "digits"},
-        **{"n": 12, "accuracy": 0.5, "ms an image": 2.0},
+        **{"encoder": "a/model", "method": "supervised, rep-spectral 0.1"},
+        **{"data": "digits (classes 1, 2)", "n": 12, "accuracy": 0.5, "ms an image": 2.0},
     }
     assert damaged["encoder"] == "b"
     assert damaged["accuracy"] is None
@@ -109,11 +112,13 @@ def test_a_card_with_nonsense_in_it_is_a_row_without_numbers(tmp_path):
 
 def test_a_hostile_card_is_shown_as_text(tmp_path, capsys):
     metrics = "[{type: accuracy, value: 0.5, args: {n: [1]}}]"
-    result = f"{{dataset: {{name: '[/red]'}}, metrics: {metrics}}}"
+    result = f'{{dataset: {{name: "[/red]\\e[2J\\n"}}, metrics: {metrics}}}'
     front = f"tags: [hf-specreg]\nmodel-index: [{{results: [{result}]}}]"
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
     main(["list", str(tmp_path)])
-    assert "[/red]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[/red][2J" in said
+    assert "\x1b" not in said
 
 
 def test_rows_are_sorted_and_the_empty_ones_come_last():

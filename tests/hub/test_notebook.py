@@ -25,7 +25,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     model = SpecRegModel.from_timm("mlp_2000", num_classes=10, **TINY)
-    model.metadata = {"data": {"source": "digits"}}
+    model.metadata = {
+        "data": {"source": "digits"},
+        "config": {"output_dir": "/home/someone/secret-project/run"},
+    }
     model.save_pretrained(folder)
     return folder
 
@@ -94,7 +97,8 @@ def test_a_space_is_an_app_its_requirements_and_its_metadata(folder, tmp_path, c
     ast.parse(app)
     assert "MODEL = 'model'" in app
     assert (tmp_path / "own/requirements.txt").read_text().startswith("# ")
-    SpecRegModel.from_pretrained(tmp_path / "own/model")
+    copied = SpecRegModel.from_pretrained(tmp_path / "own/model")
+    assert copied.metadata["config"]["output_dir"] == "run"
     about = card_metadata((tmp_path / "own/README.md").read_text())
     assert (about["sdk"], about["app_file"], about["license"]) == ("gradio", "app.py", "mit")
     assert "MODEL = 'me/it'" in (tmp_path / "hub/app.py").read_text()

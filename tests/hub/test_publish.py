@@ -18,7 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_specreg import RobustnessReport, SpecRegModel
 from hf_specreg.encoders.connection import HubError
-from hf_specreg.hub.encoder import CardError, Encoder
+from hf_specreg.hub.card import write_card
+from hf_specreg.hub.encoder import CardError, Encoder, card_metadata
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.conftest import make_model, report_on
@@ -183,6 +184,29 @@ def test_what_a_person_wrote_on_the_hub_is_kept(hub, encoder):
     assert "rewritten by hand" not in card
 
 
+def test_front_matter_that_is_the_owners_is_kept(hub, encoder):
+    publish(encoder, license="other")
+    card = files_of(hub)["README.md"].decode()
+    own = {
+        **{"license_name": "ours", "license_link": "LICENSE", "language": ["en", "de"]},
+        **{"extra_gated_prompt": "Say why.", "extra_gated_fields": {"Country": "country"}},
+    }
+    front = yaml.safe_dump({**own, "tags": ["mine"], "pipeline_tag": "depth-estimation"})
+    kept = [line for line in card.splitlines(True) if not line.startswith(("pipeline_tag", "tags"))]
+    noted = "".join(kept).replace("---\n", f"---\n{front}", 1)
+    hub.repos[REPO].commit("main", {"README.md": noted.encode()}, "front matter")
+    push(encoder, REPO)
+    again = card_metadata(files_of(hub)["README.md"].decode())
+    assert {key: again.get(key) for key in own} == own
+    assert again["pipeline_tag"] == "image-classification"
+    assert "hf-specreg" in again["tags"]
+    assert not push(encoder, REPO).changed
+    publish(encoder, license="mit")
+    again = card_metadata(files_of(hub)["README.md"].decode())
+    assert "license_name" not in again
+    assert again["language"] == ["en", "de"]
+
+
 def test_notes_that_differ_are_not_chosen_between(hub, encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "m")
     publish(folder)
@@ -214,6 +238,17 @@ def test_what_is_out_of_date_is_deleted_and_what_is_others_stays(hub, encoder, t
         *("plots/own.png", "notes.txt"),
     }
     assert b"Not measured" in files_of(hub)["README.md"]
+
+
+def test_a_report_of_the_same_weights_is_not_deleted(hub, encoder, tmp_path):
+    publish(encoder)
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(CardError, match=r"has a report of these weights, .* give it again"):
+        publish(tmp_path)
+    assert "robustness.json" in files_of(hub)
+    hub.repos[REPO].commit("main", {"robustness.json": b"[]"}, "damaged")
+    publish(tmp_path)
+    assert "robustness.json" not in files_of(hub)
 
 
 def test_a_commit_that_lands_late_is_recognised_as_ours(hub, encoder):
@@ -263,6 +298,18 @@ def test_eval_results_are_written_where_the_data_set_is_on_the_hub(
     assert eval_results_file(replace(opened, report=None)) == {}
 
 
+def test_eval_results_are_of_the_whole_test_split_alone(encoder):
+    opened = Encoder.open(encoder)
+    data = opened.report.content["data"]
+    for part in ({"split": "validation"}, {"split": None}, {"splits": {"classes": ["a"]}}):
+        content = {**opened.report.content, "data": {**data, **part}}
+        report = RobustnessReport(content, opened.report.images)
+        assert eval_results_file(replace(opened, report=report)) == {}
+    data["splits"] = {"configuration": "big"}
+    (text,) = eval_results_file(opened).values()
+    assert all(entry["notes"].endswith(" (big)") for entry in yaml.safe_load(text))
+
+
 def test_per_image_results_are_a_table_beside_the_arrays(hub, encoder):
     publish(encoder)
     table = pq.read_table(pa.BufferReader(files_of(hub)["robustness.parquet"]))
@@ -296,6 +343,13 @@ class TestRefusedBeforeAnythingIsSent:
         model.network.conv1[0].weight.data[0] = torch.nan
         model.save_pretrained(tmp_path)
         with pytest.raises(PublishError, match=r"conv1.0.weight has values that are NaN"):
+            publish(tmp_path)
+
+    def test_a_card_that_would_lose_its_report(self, hub, encoder, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        opened = Encoder.open(tmp_path, report=encoder, license="mit")
+        write_card(opened, REPO, tmp_path)
+        with pytest.raises(CardError, match="shows a report that is not given"):
             publish(tmp_path)
 
     def test_no_license(self, hub, encoder):

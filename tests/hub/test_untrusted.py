@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig
 
 from hf_specreg import RobustnessReport, SpecRegModel
-from hf_specreg.encoders.blueprint import FolderError
+from hf_specreg.encoders.blueprint import FolderError, check_config
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.robustness.report import ReportError
@@ -153,6 +153,14 @@ def test_a_configuration_that_points_elsewhere(tmp_path, config, monkeypatch):
     with pytest.raises(FolderError, match=r"config.json"):
         SpecRegModel.from_pretrained(tmp_path)
     assert read == []
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_experts_implementation"])
+def test_a_configuration_that_names_a_kernel(name):
+    check_config({"model_type": "vit", "label2id": {"cat": 0}, name: "sdpa"}, "folder")
+    for config in ({name: "org/kernel"}, {"vision_config": {name: "org/kernel"}}):
+        with pytest.raises(FolderError, match=f"config.json: .*{name}"):
+            check_config({"model_type": "clip", **config}, "folder")
 
 
 @pytest.mark.parametrize("num_classes", [None, 5])

@@ -52,7 +52,8 @@ def test_before_and_after_are_compared_on_the_same_images(source, tmp_path, caps
     assert before.content["model"]["id"] == "before (probe)"
     assert after.content["model"]["id"] == "after"
     assert before.content["data"] == after.content["data"]
-    assert before.content["data"]["split"] == "test, classes 5, 6, 7, 8, 9"
+    assert before.content["data"]["split"] == "test"
+    assert before.content["data"]["splits"]["classes"] == list("56789")
     assert "against before (probe)" in RobustnessReport.compare([before, after]).to_markdown()
     assert (tmp_path / "report.html").stat().st_size > 1000
     assert SpecRegModel.from_pretrained(tmp_path / "model").label_names == list("56789")

@@ -1,14 +1,17 @@
 """What is trained of a pretrained encoder, and what is left as it came."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from hf_specreg import SpecRegModel, SpectralPenalty
+from hf_specreg.data.datasets import DataConfig
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.training.objectives import Supervised
+from hf_specreg.training.report import ReportConfig, of_report
 from hf_specreg.training.transfer import TransferConfig, prepare_transfer, stages
 from tests.tiny import images, tiny, vit_config
 
@@ -164,3 +167,17 @@ def test_lora_on_nothing_and_without_peft_are_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="peft: install the extra lora"):
         prepare_transfer(resnet(), TransferConfig(train="lora"))
+
+
+def test_the_report_of_a_run_names_a_folder_as_one_and_says_how_it_was_cut(tmp_path, monkeypatch):
+    (tmp_path / "data/mnist").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig("data/mnist", revision="abc", classes=("1", "2"))
+    accelerator = SimpleNamespace(
+        device="cpu", process_index=0, num_processes=1, wait_for_everyone=None
+    )
+    config = SimpleNamespace(data=data, report=ReportConfig(), seed=0, output_dir="run")
+    assert of_report(config, accelerator)["about"] == {
+        **{"id": "./data/mnist", "revision": "abc", "split": "test"},
+        "splits": {"classes": ("1", "2"), "validation_fraction": 0.1, "seed": 0},
+    }
