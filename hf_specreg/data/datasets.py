@@ -24,7 +24,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from hf_specreg.data.fingerprint import fingerprint
-from hf_specreg.data.folders import SPLIT_NAMES, picture_splits
+from hf_specreg.data.folders import picture_splits
 from hf_specreg.data.labels import (
     DataError,
     check_labels,
@@ -37,6 +37,11 @@ from hf_specreg.data.labels import (
 from hf_specreg.ranges import require
 
 DIGITS = "digits"
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
 
 
 @dataclass(frozen=True)

@@ -52,18 +52,21 @@ def _stated(processor: Any) -> dict[str, Any]:
             data[key] = tuple(getattr(processor, f"image_{key}"))
     size, crop = (dict(getattr(processor, k, None) or {}) for k in ("size", "crop_size"))
     edge, squashed = size.get("shortest_edge"), bool(size.get("height") and size.get("width"))
-    kept = crop if getattr(processor, "do_center_crop", False) and crop.get("height") else size
+    resized = getattr(processor, "do_resize", True)
+    cut = getattr(processor, "do_center_crop", False) and crop.get("height")
+    if cut and edge and type(processor).__name__.startswith("Levit"):
+        edge = int(256 / 224 * edge)  # as its class does
+    whole = edge or size.get("height") or 0
+    kept = crop if cut and not 0 < whole < cut else size  # a larger one is cut before
     height, width = kept.get("height") or edge, kept.get("width") or edge
-    if squashed:
-        data |= {"crop_pct": height / size["height"], "crop_mode": "squash"}
-    elif edge and kept is crop:
-        data["crop_pct"] = height / edge
+    if resized and whole and height:
+        data["crop_pct"] = height / whole
+    if resized and squashed:
+        data["crop_mode"] = "squash"
     if getattr(processor, "crop_pct", None):
         data["crop_pct"] = processor.crop_pct
         if (edge or 0) >= 384:  # of ConvNeXt: not cut
             data |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    if type(processor).__name__.startswith("Levit") and edge:  # it resizes to 256 / 224 of that
-        data["crop_pct"] *= 224 / 256
     if height and width:
         data["size"] = (height, width)
     return data

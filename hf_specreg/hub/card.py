@@ -129,7 +129,7 @@ def _facts(encoder: Encoder) -> dict[str, Any]:
         "penalty": encoder.penalty,
         "others": _others(encoder),
         "before": [_earlier(run) for run in encoder.before],
-        "plain": not any(run.penalty or _others(run) for run in encoder.before),
+        "plain": all(r.config and not (r.penalty or _others(r)) for r in encoder.before),
         "trained": bool(encoder.config),
         "pinned": {"pinned": "Its", "partly pinned": "Some of its"}.get(encoder.run.get("norms")),
         "data": encoder.trained_on,

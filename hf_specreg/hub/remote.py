@@ -20,6 +20,7 @@ from hf_specreg.hub.encoder import (
     card_metadata,
     card_of,
 )
+from hf_specreg.hub.summary import KEY
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def check_report_stays(
     """
     if encoder.report is not None:
         return
-    if card_metadata(card_of(encoder.folder)).get("model-index"):
+    shown = card_metadata(card_of(encoder.folder))
+    if KEY in shown and shown.get("model-index"):  # a card of this package, with results
         raise CardError(
             f"the card in {encoder.folder} shows a report that is not given: give it (--report, or "
             "report in zoo.yaml), lay it beside the weights, or delete that card"

@@ -150,13 +150,30 @@ def test_a_class_or_file_that_is_called_as_a_split_is_none(tmp_path):
     assert [len(s) for s in (flat.train, flat.validation, flat.test)] == [24, 3, 3]
 
 
-def test_split_folders_may_be_capital_and_lie_within_another(tmp_path):
-    layout = [f"set/{split}/{name}" for split in ("Train", "VAL", "Test") for name in "ab"]
-    splits = load_splits(pictures(tmp_path, *layout))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("set/Train", "set/VAL", "set/Test"),
+        ("w[1]/training_set", "w[1]/valid", "w[1]/imgs-eval"),
+        ("training", "dev", "testing"),
+    ],
+    ids=["capital", "with other words", "other words"],
+)
+def test_split_folders_may_be_called_as_datasets_knows_them(tmp_path, names):
+    layout = [f"{split}/{name}" for split in names for name in "ab"]
+    splits = load_splits(pictures(tmp_path, *layout, "beside/unlabelled"))
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 20, 20]
+    assert splits.label_names == ["a", "b"]
     assert splits.cut == ()
+
+
+def test_splits_without_training_images_or_classes_or_within_one_another_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no training split, only \['test'\]"):
         load_splits(pictures(tmp_path / "x", "test/a", "test/b"))
+    with pytest.raises(DataError, match="labels out of range"):
+        load_splits(pictures(tmp_path / "y", "train", "test_set"))
+    with pytest.raises(DataError, match=r"one split folder lies within another: train.val"):
+        load_splits(pictures(tmp_path / "z", "train/a", "train/b", "train/val/a"))
 
 
 def test_a_table_beside_pictures_or_a_readme_says_what_they_are(tmp_path):

@@ -86,6 +86,19 @@ def test_pictures_that_are_not_square_are_resized_and_cut_as_it_does(maker):
     assert ((ours - mean) / std - theirs).abs().max() < 0.1  # of 4: a pixel is 0.1
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "known"),
+    [
+        ("Levit", {"do_center_crop": False}, {"crop_pct": 1.0, "size": (224, 224)}),
+        ("Perceiver", {}, {"crop_pct": 1.0, "crop_mode": "squash", "size": (224, 224)}),
+        ("ViT", {"do_resize": False}, {"size": (224, 224)}),
+    ],
+)
+def test_what_it_does_not_do_is_not_said(kind, options, known):
+    data = processor_data(getattr(transformers, f"{kind}ImageProcessor")(**options), "folder")
+    assert {k: data[k] for k in ("crop_pct", "crop_mode", "size") if k in data} == known
+
+
 def test_one_that_reorders_channels_is_refused():
     with pytest.raises(FolderError, match="image processor of some/model reorders or mixes the ch"):
         processor_data(transformers.MobileViTImageProcessor(), "some/model")
