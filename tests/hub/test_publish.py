@@ -326,6 +326,14 @@ def test_other_ranks_do_nothing(hub, encoder, monkeypatch):
     assert not hub.requests
 
 
+def test_results_on_a_card_of_another_library_are_no_report_of_this_one(hub, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    results = "model-index: [{name: x, results: []}]"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{results}\n---\n# By a Trainer\n")
+    publish(tmp_path)
+    assert "Not measured" in files_of(hub)["README.md"].decode()
+
+
 class TestRefusedBeforeAnythingIsSent:
     @pytest.fixture(autouse=True)
     def nothing_was_sent(self, hub):
