@@ -56,7 +56,7 @@ class Subject:
         name: str | None = None,
         device: torch.device | str | None = None,
     ) -> "Subject":
-        """Load a model that is named, lift it to float32, and put it on a device.
+        """Load a model that is named, in float32, and put it on a device.
 
         Args:
             model: as for `evaluate_robustness`.
@@ -69,7 +69,7 @@ class Subject:
         space, flags = None, []
         if isinstance(model, FeatureSpace):
             space, model = model, model.model
-        if from_name := isinstance(model, str | Path):
+        if isinstance(model, str | Path):
             model = str(model)
             if "/" not in model and not Path(model).is_dir():
                 flags.append(f"the weights are random: {model} is the name of an architecture")
@@ -80,11 +80,6 @@ class Subject:
                 "one, such as hf-specreg transfer trains"
             )
         weights = weights_sha256(model)
-        half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-        if from_name and half:
-            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-            flags.append(f"the weights are {names}: attacked in float32")
-            model = model.float()
         if device is not None:
             model = model.to(device)
         classifier = Classifier(model, device=device)
