@@ -56,11 +56,13 @@ def _stated(processor: Any) -> dict[str, Any]:
     cut = getattr(processor, "do_center_crop", False) and crop.get("height")
     if cut and edge and type(processor).__name__.startswith("Levit"):
         edge = int(256 / 224 * edge)  # as its class does
-    whole = edge or size.get("height") or 0
-    kept = crop if cut and not 0 < whole < cut else size  # a larger one is cut before
+    whole = min(size["height"], size["width"]) if squashed else edge
+    # A part that is larger than the whole is cut before.
+    larger = cut and whole and whole < min(crop["height"], crop["width"])
+    kept = crop if cut and not larger else size
     height, width = kept.get("height") or edge, kept.get("width") or edge
     if resized and whole and height:
-        data["crop_pct"] = height / whole
+        data["crop_pct"] = min(height, width) / whole
     if resized and squashed:
         data["crop_mode"] = "squash"
     if getattr(processor, "crop_pct", None):
