@@ -48,7 +48,9 @@ def picture_splits(folder: Path) -> dict[str, list[str]] | None:
     if without_classes or _is_described(folder / "README.md"):
         return None
     if inner := [b for b in splits if any(a in splits for a in b.parents)]:
-        raise DataError(f"{folder}: one split folder lies within another: {inner[0]}")
+        raise DataError(
+            f"{folder}: one split folder lies within another: {inner[0]}; move it beside that one"
+        )
     patterns: dict[str, list[str]] = {}
     for place in splits:
         patterns.setdefault(_split(place.name), []).append(f"{escape(place.as_posix())}/**")

@@ -65,7 +65,8 @@ TIMM_CONFIG = {
     },
 }
 TRANSFORMERS_CONFIG = {
-    **{"type": "object", "$ref": "#/$defs/part"},
+    "type": "object",
+    "$ref": "#/$defs/part",
     "required": ["model_type"],
     "properties": {
         "model_type": {"type": "string"},

@@ -110,8 +110,7 @@ def push(
 
     Raises:
         PublishError: it is not fit to be published, or must not be; the message says why.
-        CardError: an incomplete card, a report of other weights, or none where the folder's card
-            shows one, or the Hub has one of these.
+        CardError: an incomplete card, a report of other weights, or one that would be lost.
         HubError: the Hub is away or refuses, and nothing changed; or a file arrived damaged.
     """
     if not _is_main_process():
@@ -129,8 +128,7 @@ def push(
     with translated(f"pushing to {repo_id}"):
         _patiently(lambda: _check_card(files[CARD_FILE]))
         parent = head or _create(api, repo_id, private)
-        if not create_pr:
-            _make_branch(api, repo_id, revision)
+        _make_branch(api, repo_id, None if create_pr else revision)
         pushed = _commit(api, repo_id, files, parent, revision, create_pr, commit_message)
         check_arrival(api, repo_id, pushed.commit, files, _patience())
     return pushed

@@ -108,7 +108,6 @@ class TrainingLoop:
         shards = Shards(objective, self.accelerator, settings) if settings else None
         optimizer = build_optimizer(objective, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, **length)
-        decay = config.optimizer.ema_decay
         prepare = shards.prepare if shards else partial(self.accelerator.prepare, objective)
         self.objective, self.optimizer, self.loader, self.validation, self.test = prepare(
             optimizer, *loaders
@@ -118,7 +117,7 @@ class TrainingLoop:
             shards.whole if shards else objective,
             *(self.penalty, self.optimizer, scheduler),
             # Of weights that are the same on all processes, as they are once prepared.
-            ema=ModelEmaV3(self.encoder, decay=decay) if decay else None,
+            ema=ModelEmaV3(self.encoder, decay=d) if (d := config.optimizer.ema_decay) else None,
             metadata={**(metadata or {}), "config": recorded_settings(config)},
             start_sha256=start_sha256,
             shards=shards,
