@@ -14,7 +14,7 @@ is cut from the training split: stratified, and the same for the same seed.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from hf_specreg.data.labels import (
 from hf_specreg.ranges import require
 
 DIGITS = "digits"
+Rows = Dataset | datasets.IterableDataset
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -62,6 +63,8 @@ class DataConfig:
         classes: names of the classes to use, the others are left out; default: all.
         train_samples: how many of the (once shuffled) training images to use; the first ones of a
             stream; default: all.
+        held_out_samples: how many of the (once shuffled) validation images, and of the test images,
+            to use at most; the first ones of a stream; default: all.
         streaming: read from the Hub while training instead of downloading first.
         in_memory: decode once and keep; default: if it fits into 2 GiB.
         skip_unreadable: leave out images that cannot be read, instead of stopping.
@@ -78,13 +81,14 @@ class DataConfig:
     ignore_splits: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     train_samples: int | None = None
+    held_out_samples: int | None = None
     streaming: bool = False
     in_memory: bool | None = None
     skip_unreadable: bool = False
     num_workers: int = 0
 
     def __post_init__(self):
-        require(self, "at least 1", "train_samples")
+        require(self, "at least 1", "train_samples", "held_out_samples")
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,9 @@ class ImageSplits:
         cut: the splits that the source does not have, and that were cut from its training split.
     """
 
-    train: Dataset | datasets.IterableDataset
-    validation: Dataset | datasets.IterableDataset
-    test: Dataset | datasets.IterableDataset
+    train: Rows
+    validation: Rows
+    test: Rows
     label_names: list[str]
     source: str
     cut: tuple[str, ...] = ()
@@ -163,7 +167,7 @@ def load_splits(
 
 
 def build_splits(config: DataConfig) -> ImageSplits:
-    """Load the splits, the training split cut down to `train_samples`."""
+    """Load the splits, cut down to `train_samples` and `held_out_samples`."""
     splits = load_splits(
         config.source,
         configuration=config.configuration,
@@ -176,18 +180,26 @@ def build_splits(config: DataConfig) -> ImageSplits:
         classes=config.classes,
         streaming=config.streaming,
     )
-    if config.train_samples is None:
-        return splits
-    if not config.streaming and config.train_samples > len(splits.train):
+    if not config.streaming and (config.train_samples or 0) > len(splits.train):
         raise DataError(
             f"data.train_samples ({config.train_samples}) exceeds the {len(splits.train)} training "
             "images"
         )
-    train = splits.train
-    if not config.streaming:
-        train = train.shuffle(seed=config.split_seed)
-    train = train.take(config.train_samples)
-    return ImageSplits(**{**vars(splits), "train": train})
+    return replace(
+        splits,
+        train=_part(splits.train, config.train_samples, config.split_seed),
+        validation=_part(splits.validation, config.held_out_samples, config.split_seed),
+        test=_part(splits.test, config.held_out_samples, config.split_seed),
+    )
+
+
+def _part(rows: Rows, count: int | None, seed: int) -> Rows:
+    """So many of the images, or all where there are no more; the first ones of a stream."""
+    if count is None:
+        return rows
+    if isinstance(rows, Dataset):
+        return rows.shuffle(seed=seed).take(min(count, len(rows)))
+    return rows.take(count)
 
 
 def place(source: str) -> str:

@@ -16,6 +16,7 @@ from hf_specreg.training.metrics import DivergedError
 
 ROUNDS = 3
 WARM_UP = 3  # steps that are left out: they have what is done once
+HELD_OUT = 100  # images a timed training is evaluated on, which is not timed
 
 
 def timed_methods(cells: Cells) -> dict[str, RunConfig]:
@@ -72,7 +73,9 @@ def _short(run: RunConfig, output: Path, steps: int, images: int) -> RunConfig:
         epochs=epochs,
         log_every=1,
         eval_every_epochs=epochs,
-        data=replace(run.data, train_samples=an_epoch * run.batch_size),
+        data=replace(
+            run.data, train_samples=an_epoch * run.batch_size, held_out_samples=HELD_OUT
+        ),
         penalty=replace(run.penalty, **at_once),
         regularizers=replace(run.regularizers, **terms),
         optimizer=replace(run.optimizer, warmup_epochs=0),

@@ -494,6 +494,17 @@ def test_a_stream_is_read_in_order_and_stated_wrong_is_refused(class_folders):
     assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
 
 
+def test_parts_of_the_splits_are_drawn_by_the_split_seed_and_leave_the_others_as_they_are():
+    whole, part = build_splits(DataConfig()), build_splits(DataConfig(held_out_samples=20))
+    assert (len(part.validation), len(part.test)) == (20, 20)
+    assert set(part.test["row"]) < set(whole.test["row"])
+    assert part.train["row"][:] == whole.train["row"][:]
+    assert build_splits(DataConfig(held_out_samples=20)).test["row"][:] == part.test["row"][:]
+    more = build_splits(DataConfig(held_out_samples=10_000, train_samples=30))
+    assert set(more.test["row"]) == set(whole.test["row"])
+    assert set(more.train["row"]) < set(whole.train["row"]) and len(more.train) == 30
+
+
 def test_seeded_puts_the_random_state_back():
     torch.manual_seed(0)
     expected = torch.rand(3)
