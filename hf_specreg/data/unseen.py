@@ -33,11 +33,13 @@ class Unseen:
     Attributes:
         rows: its images and labels.
         options: the arguments of `load_splits` that it was loaded with.
+        cut: whether it was cut from the training split, for lack of one.
         flags: what must be said of it.
     """
 
     rows: datasets.Dataset
     options: dict[str, Any]
+    cut: bool = False
     flags: list[str] = field(default_factory=list)
 
 
@@ -95,7 +97,7 @@ def unseen_split(
             f"an earlier training of the model saw {len(seen)} of the {len(rows)} images of the "
             f"{split} split of {_shown(source)}"
         )
-    return Unseen(rows, options, flags)
+    return Unseen(rows, options, True, flags)
 
 
 def cut_by(trained: Mapping[str, Any]) -> dict[str, Any]:

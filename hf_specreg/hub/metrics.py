@@ -55,12 +55,12 @@ def model_index(content: Mapping[str, Any], task: str) -> list[EvalResult]:
 
 def eval_results_file(encoder: Encoder) -> dict[str, bytes]:
     """Return the numbers in the Hub's newer format, `.eval_results/*.yaml`, which knows a data set
-    by its name alone; nothing where there is no report, or it is not of the test split of a data
-    set of the Hub, with all its classes.
+    by its name alone; nothing where there is no report, or it is not of a data set of the Hub with
+    all its classes, on the test split that it has there.
     """
     content = encoder.report.content if encoder.report else None
     data = hub_data(content["data"]["id"]) if content else None
-    if data is None or content["data"]["split"] != "test":
+    if data is None or content["data"]["split"] != "test" or content["data"].get("cut"):
         return {}
     splits = content["data"].get("splits", {})
     if splits.get("classes"):

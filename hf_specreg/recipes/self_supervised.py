@@ -65,7 +65,7 @@ def train(config: SelfSupervisedRunConfig, *, resume: bool = False) -> TrainingR
     found = save_probed(classifier, splits, images["test_images"], config, accelerator, folder)
     if config.report.samples:
         name = f"{config.ssl.method} {config.model.name}"
-        evaluate_side_by_side({name: folder}, splits.test, **of_report(config, accelerator))
+        evaluate_side_by_side({name: folder}, splits.test, **of_report(config, splits, accelerator))
     return add_metrics(result, found)
 
 

@@ -65,7 +65,7 @@ def train(config: TransferRunConfig, *, resume: bool = False) -> TrainingResult:
     result = add_metrics(loop.run(resume=resume), probed)
     if config.report.samples:
         folders = {"before (probe)": before, "after": result.model_folder}
-        evaluate_side_by_side(folders, splits.test, **of_report(config, accelerator))
+        evaluate_side_by_side(folders, splits.test, **of_report(config, splits, accelerator))
     return result
 
 

@@ -78,7 +78,7 @@ class Images:
             )
             options, self.flags = dict(found.options), found.flags
             about = {"id": place(dataset), "revision": options.pop("revision", None)}
-            about |= {"split": image_set.split, "splits": options}
+            about |= {"split": image_set.split, "splits": options, "cut": found.cut}
             dataset = found.rows
         self.dataset = _readable(dataset, subject)
         if not len(self):

@@ -116,6 +116,8 @@ def data_name(data: Mapping[str, Any]) -> str:
     if data["revision"]:
         name += f" at {data['revision'][:12]}"
     split = f", {data['split']} split" if data["split"] else ""
+    if data.get("cut"):
+        split += " (cut from its training split)"
     return f"{name}{part_name(data.get('splits', {}))}{split}"
 
 

@@ -73,9 +73,7 @@ def _short(run: RunConfig, output: Path, steps: int, images: int) -> RunConfig:
         epochs=epochs,
         log_every=1,
         eval_every_epochs=epochs,
-        data=replace(
-            run.data, train_samples=an_epoch * run.batch_size, held_out_samples=HELD_OUT
-        ),
+        data=replace(run.data, train_samples=an_epoch * run.batch_size, held_out_samples=HELD_OUT),
         penalty=replace(run.penalty, **at_once),
         regularizers=replace(run.regularizers, **terms),
         optimizer=replace(run.optimizer, warmup_epochs=0),

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_specreg.data.datasets import place
+from hf_specreg.data.datasets import ImageSplits, place
 from hf_specreg.data.unseen import cut_by
 from hf_specreg.ranges import require
 
@@ -29,21 +29,28 @@ class ReportConfig:
         require(self, "not negative", "samples")
 
 
-def of_report(config: Any, accelerator: Accelerator) -> dict[str, Any]:
+def of_report(config: Any, splits: ImageSplits, accelerator: Accelerator) -> dict[str, Any]:
     """Return the arguments of `evaluate_side_by_side` that a run's `report` stands for.
 
     Args:
         config: of a self-supervised run or a transfer.
+        splits: its images.
         accelerator: of the run; its processes share the images out.
     """
-    splits = cut_by(vars(config.data))
-    about = {"id": place(config.data.source), "revision": splits.pop("revision", None)}
+    options, part = cut_by(vars(config.data)), config.data.held_out_samples
+    about = {
+        "id": place(config.data.source),
+        "revision": options.pop("revision", None),
+        "split": f"{len(splits.test)} of the test" if part else "test",
+        "splits": options,
+        "cut": "test" in splits.cut,
+    }
     return {
         "attacks": config.report.attacks,
         "eps": config.report.eps,
         "samples": config.report.samples,
         "seed": config.seed,
-        "about": {**about, "split": "test", "splits": splits},
+        "about": about,
         "device": accelerator.device,
         "shard": (accelerator.process_index, accelerator.num_processes),
         "barrier": accelerator.wait_for_everyone,

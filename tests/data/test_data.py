@@ -502,7 +502,8 @@ def test_parts_of_the_splits_are_drawn_by_the_split_seed_and_leave_the_others_as
     assert build_splits(DataConfig(held_out_samples=20)).test["row"][:] == part.test["row"][:]
     more = build_splits(DataConfig(held_out_samples=10_000, train_samples=30))
     assert set(more.test["row"]) == set(whole.test["row"])
-    assert set(more.train["row"]) < set(whole.train["row"]) and len(more.train) == 30
+    assert set(more.train["row"]) < set(whole.train["row"])
+    assert len(more.train) == 30
 
 
 def test_seeded_puts_the_random_state_back():

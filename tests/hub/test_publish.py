@@ -296,6 +296,11 @@ def test_eval_results_are_written_where_the_data_set_is_on_the_hub(
         opened.report.content["data"]["id"] = elsewhere
         assert eval_results_file(opened) == {}
     assert eval_results_file(replace(opened, report=None)) == {}
+    for other in ({"cut": True}, {"split": "100 of the test"}, {"splits": {"classes": ["a", "b"]}}):
+        opened = Encoder.open(encoder)
+        assert eval_results_file(opened)
+        opened.report.content["data"] |= other
+        assert eval_results_file(opened) == {}
 
 
 def test_eval_results_are_of_the_whole_test_split_alone(encoder):

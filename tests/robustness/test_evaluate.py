@@ -612,6 +612,8 @@ def test_a_cut_that_may_not_be_the_models_own_is_said():
     chosen = {"validation_fraction": 0.2, "seed": 3}
     report = evaluate_robustness(model, ImageSet("digits", options=chosen), **arguments)
     assert report.content["data"]["splits"] == chosen
+    assert report.content["data"]["cut"]
+    assert "(cut from its training split)" in report.to_markdown()
     assert not any("cut from" in f for f in report.content["flags"])
     with pytest.raises(DataError, match=r"splits .*fraction.* must be arguments of load_spl"):
         evaluate_robustness(model, ImageSet("digits", options={"fraction": 0.2}), **arguments)

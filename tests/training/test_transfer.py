@@ -1,6 +1,7 @@
 """What is trained of a pretrained encoder, and what is left as it came."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 from hf_specreg import SpecRegModel, SpectralPenalty
-from hf_specreg.data.datasets import DataConfig
+from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.training.objectives import Supervised
 from hf_specreg.training.report import ReportConfig, of_report
@@ -177,7 +178,12 @@ def test_the_report_of_a_run_names_a_folder_as_one_and_says_how_it_was_cut(tmp_p
         device="cpu", process_index=0, num_processes=1, wait_for_everyone=None
     )
     config = SimpleNamespace(data=data, report=ReportConfig(), seed=0, output_dir="run")
-    assert of_report(config, accelerator)["about"] == {
-        **{"id": "./data/mnist", "revision": "abc", "split": "test"},
+    splits = build_splits(DataConfig(held_out_samples=7))
+    assert of_report(config, splits, accelerator)["about"] == {
+        **{"id": "./data/mnist", "revision": "abc", "split": "test", "cut": True},
         "splits": {"classes": ("1", "2"), "validation_fraction": 0.1, "seed": 0},
     }
+    config.data = replace(data, held_out_samples=7)
+    about = of_report(config, replace(splits, cut=()), accelerator)["about"]
+    assert about["split"] == "7 of the test"
+    assert not about["cut"]
