@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import yaml
@@ -23,6 +23,7 @@ from hf_specreg.study.result import Study
 CARD_FILE = "README.md"
 REPORT_FILE = "robustness.json"
 NOTES = re.compile(r"<!-- notes: yours, kept -->\n(.*?)<!-- end of notes -->", re.DOTALL)
+BOOLEAN = "tag:yaml.org,2002:bool"
 HINT = "*Intended use, what you saw, what to know.*\n"
 
 
@@ -177,6 +178,18 @@ def report_files(encoder: Encoder, repo_id: str) -> dict[str, bytes]:
     return files
 
 
+class _FrontMatter(yaml.SafeLoader):
+    """With the Hub's booleans, true and false: to YAML 1.1 the language "no" is one as well."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if tag != BOOLEAN]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_FrontMatter.add_implicit_resolver(BOOLEAN, re.compile("(?i:true|false)$"), list("tTfF"))
+
+
 def card_of(folder: Path) -> str:
     """Return the text of a folder's card; empty where there is none."""
     card = folder / CARD_FILE
@@ -187,7 +200,7 @@ def card_metadata(text: str) -> dict[str, Any]:
     """Return the front matter of a card; empty where there is none that can be read."""
     found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     try:
-        content = yaml.safe_load(found.group(1)) if found else None
+        content = yaml.load(found.group(1), _FrontMatter) if found else None
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
