@@ -15,7 +15,7 @@ from hf_specreg.encoders.blueprint import check_schema, read_json
 from hf_specreg.encoders.checksum import weights_sha256
 from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
-from hf_specreg.hub.run import RUN_SCHEMA, public_name, runs_of, without_paths
+from hf_specreg.hub.run import RUN_SCHEMA, public_name, runs_of, settings_of, without_paths
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.robustness.text import part_name
 from hf_specreg.study.result import Study
@@ -125,8 +125,8 @@ class Encoder:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's settings."""
-        return self.run.get("config", {})
+        """The run's settings, without what had not entered when it was saved."""
+        return settings_of(self.run)
 
     @property
     def data(self) -> str | None:

@@ -29,6 +29,8 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
         "metrics": {**_OBJECT, "additionalProperties": _NUMBER},
         "penalty_share": _NUMBER,
         "images_per_second": {"type": ["number", "null"], "minimum": 0, "maximum": 1e15},
+        "step": _NUMBER,
+        "steps_per_epoch": _NUMBER,
         "norms": _TEXT,
         "pinned": {"type": "array", "items": _TEXT},
         "config": {
@@ -104,6 +106,31 @@ def runs_of(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         found.append(run)
         run = run.get("before")
     return found
+
+
+def settings_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a run's settings, with strength 0 for what had not entered when it was saved.
+
+    Args:
+        run: what specreg.json holds, without those before.
+    """
+    config = run.get("config", {})
+    terms = {**config.get("regularizers", {}), "penalty": config.get("penalty", {})}
+    waiting = {n: {**t, "strength": 0} for n, t in terms.items() if _in_burn_in(t, run)}
+    if not waiting:
+        return config
+    penalty = waiting.pop("penalty", terms.pop("penalty"))
+    return {**config, "penalty": penalty, "regularizers": {**terms, **waiting}}
+
+
+def _in_burn_in(term: Any, run: Mapping[str, Any]) -> bool:
+    """Whether a run that was saved at a step had not got to where a term enters."""
+    if not isinstance(term, Mapping) or run.get("step") is None:
+        return False
+    epoch, epochs = run.get("steps_per_epoch") or 0, run["config"].get("epochs") or 0
+    lengths = {"burn_in_steps": 1, "burn_in_epochs": epoch, "burn_in_fraction": epoch * epochs}
+    burn_in = next((term[k] * n for k, n in lengths.items() if term.get(k) is not None), 0)
+    return 0 < run["step"] <= burn_in
 
 
 def without_paths(run: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_specreg.hub.encoder import Encoder
-from hf_specreg.hub.run import runs_of
+from hf_specreg.hub.run import runs_of, settings_of
 from hf_specreg.robustness.text import listed, norm_name
 
 KEY = "hf_specreg"
@@ -41,7 +41,8 @@ def method(run: Mapping[str, Any]) -> str | None:
     """
     if not run.get("config"):
         return None
-    return ", after ".join(own_method(one["config"]) for one in runs_of(run) if one.get("config"))
+    known = [settings_of(one) for one in runs_of(run)]
+    return ", after ".join(own_method(config) for config in known if config)
 
 
 def own_method(config: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ class TrainingLoop:
             *(self.penalty, self.optimizer, scheduler),
             # Of weights that are the same on all processes, as they are once prepared.
             ema=ModelEmaV3(self.encoder, decay=d) if (d := config.optimizer.ema_decay) else None,
-            metadata={**(metadata or {}), "config": recorded_settings(config)},
+            metadata={**(metadata or {}), **length, "config": recorded_settings(config)},
             start_sha256=start_sha256,
             shards=shards,
         )

@@ -15,6 +15,7 @@ from hf_specreg.hub.card import card_files, write_card
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.encoder import CardError, Encoder, report_files
 from hf_specreg.hub.run import public_name
+from hf_specreg.hub.summary import method
 from tests.hub.conftest import make_model, report_on
 
 
@@ -86,6 +87,35 @@ def test_a_schedule_in_steps_is_told_in_steps(tmp_path):
     model.metadata["config"]["penalty"] |= {"burn_in_steps": 500, "every": 24}
     model.save_pretrained(tmp_path)
     assert "at one step in 24 from step 500 on" in card_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "burn_in", "entered"),
+    [
+        (20, {"burn_in_epochs": 2.0}, False),
+        (21, {"burn_in_epochs": 2.0}, True),
+        (15, {"burn_in_fraction": 0.5}, False),
+        (16, {"burn_in_fraction": 0.5}, True),
+        (5, {"burn_in_steps": 5}, False),
+        (6, {"burn_in_steps": 5}, True),
+        (1, {}, True),
+    ],
+)
+def test_what_was_saved_before_the_penalty_entered_claims_none(tmp_path, step, burn_in, entered):
+    model = make_model()
+    config = model.metadata["config"]  # of 3 epochs
+    later = {"strength": 0.1, "every": 1, "burn_in_steps": 30}
+    config |= {
+        "penalty": {"strength": 0.01, "scope": "features", "every": 1, **burn_in},
+        "regularizers": {"sensitivity": later, "spectral_norm": False},
+    }
+    model.metadata |= {"step": step, "steps_per_epoch": 10}
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert ("- rep-spectral" in card) == entered
+    assert ("without a penalty: a baseline" in card) == (not entered)
+    assert "sensitivity" not in card
+    assert method(model.metadata) == ("supervised, rep-spectral 0.01" if entered else "supervised")
 
 
 def test_a_baseline_claims_no_penalty(tmp_path):
