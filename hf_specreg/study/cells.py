@@ -175,6 +175,8 @@ class Cells(Sequence[Cell]):
             settings[method.key] = int(strength) if strength == int(strength) else strength
         arguments = ["--config", self._base]
         for key, value in settings.items():
+            if isinstance(value, bool):  # YAML's of mixed_precision: no
+                value = "yes" if value else "no"
             written = value if isinstance(value, str) else json.dumps(value)
             if strength is not None:
                 written = written.replace("{strength}", f"{strength:g}")

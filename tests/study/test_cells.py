@@ -192,6 +192,17 @@ def test_the_settings_of_all_cells_can_be_nested_or_dotted(tmp_path):
     assert cells(study(tmp_path, settings=dotted)).plain.optimizer.lr == 0.5
 
 
+def test_no_of_a_yaml_file_is_a_word_where_one_is_asked_for(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "base: digits\nmethods: {none: {}}\nsettings: {mixed_precision: no, channels_last: no, "
+        "data.in_memory: yes, regularizers.sensitivity.strength: 0}\n"
+    )
+    config, _ = parse(["--config", str(path)])
+    plain = cells(config).plain
+    assert (plain.mixed_precision, plain.channels_last, plain.data.in_memory) == ("no", False, True)
+
+
 def test_settings_of_the_command_line_stand_beside_those_of_the_file(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(
