@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hf_specreg.arguments import errors_in_one_line
 from hf_specreg.hub.citation import public
 from hf_specreg.robustness.page import svg
 from hf_specreg.robustness.plots import need_matplotlib
-from hf_specreg.robustness.text import number, percent, table
+from hf_specreg.robustness.text import listed, number, percent, table
 from hf_specreg.study.plots import frontier
 from hf_specreg.study.result import Study
 from hf_specreg.study.tables import attacks, maybe, ratio, signs, step_time, strength
@@ -74,10 +76,31 @@ def results(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [INTRODUCTION]
     for content in found:
         lines += [f"## {content['name']}: what was found", "", content["description"], ""]
-        lines += [f"- {said}" for said in summary(content)] + [""]
+        lines += [f"- {said}" for said in summary(content) + not_made(content)] + [""]
     for content in found:
         lines.append(re.sub(r"^(#+) ", r"#\1 ", to_markdown(content), flags=re.MULTILINE))
     return "\n".join(lines)
+
+
+def not_made(content: Mapping[str, Any]) -> list[str]:
+    """Return, in a sentence, what the file of a study asks for beyond what is kept of it; nothing
+    where all is kept.
+    """
+    named = re.search(r"--config (\S+)", content["command"])
+    path = HERE / f"studies/{Path(named[1]).stem}.yaml" if named else None
+    if path is None or not path.exists():
+        return []
+    asked = yaml.safe_load(path.read_text("utf-8"))
+    control = {content["stopped"]: {"strengths": asked.get("stopped_epochs", [])}}
+    lacking = []
+    for name, method in {**asked["methods"], **control}.items():
+        made = content["methods"].get(name, {"strengths": []})["strengths"]
+        left = [f"{s:g}" for s in method.get("strengths", []) if s not in made]
+        lacking += [f"{name} at {listed(left)}"] if left else []
+    if asked["evaluation"].get("final_attacks") and not content["final"]:
+        lacking.append("the final attacks")
+    said = f"Asked for in recipes/studies/{path.name} and not made yet: {'; '.join(lacking)}."
+    return [said] if lacking else []
 
 
 def headline(content: Mapping[str, Any]) -> str:

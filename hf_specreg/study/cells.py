@@ -70,7 +70,7 @@ class Cell:
 
 class Cells(Sequence[Cell]):
     """All cells of a study, checked before any compute is spent; seeds are the outer loop, so that
-    an unfinished study compares all methods over fewer seeds.
+    an unfinished study has all methods of its first seeds, which `--seeds` compares.
 
     Args:
         config: of the study.

@@ -1,9 +1,10 @@
 """The cells that are done, as arrays over seeds and images, and which of them are chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -33,14 +34,14 @@ class Attacked:
     reports: Sequence[RobustnessReport]
 
     def at_half_budget(self) -> np.ndarray | None:
-        """Return what was found at half of every attack's budget, [S, n]; None where an attack does
-        not tell.
+        """Return what was found at half of the budget of every attack of minimum distance, and by
+        all of the others', [S, n]; None where an attack does not tell.
         """
         halves = []
         for report in self.reports:
-            attacks = report.content["attacks"].items()
-            names = [n for n, a in attacks if "distance" in a and a["norm"] == "l2"]
-            half = nearest_at_half_budget(report, names) if names else None
+            attacks = {n: a for n, a in report.content["attacks"].items() if a["norm"] == "l2"}
+            tells = any("distance" in attack for attack in attacks.values())
+            half = nearest_at_half_budget(report, [*attacks]) if tells else None
             if half is None:
                 return None
             halves.append(half)
@@ -122,8 +123,8 @@ class Results:
 
     def answers(self, key: Key, split: str) -> np.ndarray:
         """Return which images of the whole split are classified correctly, bool [S, n]."""
-        folders = [self.folder.cell(cell.name) for cell in self.cells_of(key)]
-        return np.stack([np.load(f / "answers.npz")[f"{split}_correct"] for f in folders])
+        paths = [self.folder.cell(cell.name) / "answers.npz" for cell in self.cells_of(key)]
+        return np.stack([_read(path)[f"{split}_correct"] for path in paths])
 
     def attacked(self, key: Key, split: str, seeds: Sequence[int] | None = None) -> Attacked:
         """Return what the attacks found.
@@ -242,6 +243,10 @@ class Results:
         """Return the plain network, stopped earlier or not, that a choice is compared with."""
         return self.plain if choice.control is None else (STOPPED, choice.control)
 
+    def unconfirmed(self) -> list[Cell]:
+        """Return those of the chosen cells on which the final attacks are still to be made."""
+        return [cell for cell in self.chosen() if not self._has(cell, "final")]
+
     def chosen(self) -> list[Cell]:
         """Return the cells that get the final attacks: the plain network's, the chosen ones and
         their controls.
@@ -250,3 +255,14 @@ class Results:
         keys = [self.plain, *((choice.method, choice.strength) for choice in choices)]
         keys += [self.control(choice) for choice in choices]
         return [cell for key in dict.fromkeys(keys) for cell in self.cells_of(key)]
+
+
+def _read(path: Path) -> Mapping[str, np.ndarray]:
+    """The arrays of a cell's file."""
+    try:
+        return dict(np.load(path))
+    except (OSError, ValueError, BadZipFile) as error:
+        raise StudyRunError(
+            f"{path} cannot be read ({error}): delete its folder, and the same command makes it "
+            "again"
+        ) from error

@@ -16,10 +16,12 @@ All keys: --help=all, and hf_specreg/study/config.py.
 """
 
 import multiprocessing
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +116,8 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
     """
     cells, folder = Cells(config, recipe_of(config)), StudyFolder(config.output_dir)
     if how.dry_run:
+        folder.check(config)
+        check_records(cells, folder)
         print_cells(cells, folder)
         return None
     folder.begin(config)
@@ -139,13 +143,21 @@ def run(config: StudyConfig, how: HowConfig, command: str) -> Path | None:
     page = write(cells, folder, command)
     failures = folder.failures(cell.name for cell in cells).values()
     said = [f"{failure['task']}: {failure['reason']}" for failure in failures]
-    if ended and any(folder.record(cell.name) is None for cell in cells):
+    if ended and not _is_done(cells, folder):
         said.append(f"workers that ended before their time: {', '.join(ended)}")
     if said:
         raise UnfinishedError(
             f"{page} leaves out what failed, and the same command tries it again: {'; '.join(said)}"
         )
     return page
+
+
+def _is_done(cells: Cells, folder: StudyFolder) -> bool:
+    """Whether all is trained, attacked and timed."""
+    results, timed = Results(cells, folder), cells.config.evaluation.timing_steps
+    states = {results.status(cell) for cell in cells}
+    timed = (folder.path / "timing.json").exists() or not timed
+    return not (states & {"missing", "failed"} or results.unconfirmed()) and timed
 
 
 def _side_by_side(arguments: Sequence[tuple]) -> list[str]:
@@ -208,7 +220,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[StudyConfig, HowConfi
     parser.add_class_arguments(HowConfig, skip={"dry_run", "report"})
     parser.add_argument("--dry_run", action="store_true", help="list the cells; nothing is trained")
     parser.add_argument("--report", action="store_true", help="write what came out so far")
-    rest, given = settings_of(sys.argv[1:] if arguments is None else arguments)
+    try:
+        rest, given = settings_of(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        parser.error(str(error))
     settings = parser.parse_args(rest)
     settings.pop("config")
     names = set(asdict(HowConfig()))
@@ -226,13 +241,22 @@ def settings_of(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
     --settings.data.source FOLDER is a key beside the others of the file's settings.data, which
     jsonargparse would put it in the place of.
+
+    Raises:
+        ValueError: one without a value, or not in YAML.
     """
     rest, given, left = [], {}, iter(arguments)
     for argument in left:
         key, equals, value = argument.partition("=")
         if key.startswith("--settings."):
-            value = value if equals else next(left, "")
-            given[key.removeprefix("--settings.")] = yaml.safe_load(value)
+            value = value if equals else next(left, "--")
+            if value.startswith("--"):
+                raise ValueError(f"{key} is without a value")
+            try:
+                parsed = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{key} ({value}) must be YAML") from error
+            given[key.removeprefix("--settings.")] = value if isinstance(parsed, date) else parsed
         else:
             rest.append(argument)
     return rest, given
@@ -243,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config, how = parse(arguments)
     trains = [argument for argument in arguments if argument != "--report"]
-    command = " ".join([f"{PROGRAM} study", *trains])
+    command = shlex.join([PROGRAM, "study", *trains])
     with errors_in_one_line(CheckpointError, UnfinishedError):
         page = run(config, how, command)
     if page is not None:

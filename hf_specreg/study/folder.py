@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from hf_specreg.robustness.documents import to_json, write_whole
 from hf_specreg.study.cells import StudyRunError
-from hf_specreg.study.config import StudyConfig
+from hf_specreg.study.config import MethodConfig, StudyConfig
 from hf_specreg.training.resume import differences
 
 # What changes no cell, or is looked at cell by cell: a cell's record has its whole configuration.
@@ -49,22 +49,36 @@ class StudyFolder:
         self.path = Path(path)
 
     def begin(self, config: StudyConfig) -> None:
-        """Write down what the study is; refuse a folder that holds another.
+        """Write down what the study is.
+
+        Raises:
+            StudyRunError: the folder holds another, see `check`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.claimed(self.path, wait=True):
+            self.check(config)
+            write_json(self.path / "settings.json", asdict(config))
+
+    def check(self, config: StudyConfig) -> None:
+        """Refuse a folder that holds another study.
 
         Raises:
             StudyRunError: other settings than when the study began, by name.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        settings = json.loads(json.dumps(asdict(config)))
-        path = self.path / "settings.json"
-        with self.claimed(self.path, wait=True):
-            known = read_json(path)
-            if known is not None and (changed := _changes(known, settings)):
-                raise StudyRunError(
-                    f"{self.path} holds a study with other settings (there and here): "
-                    f"{'; '.join(changed)}; choose another output_dir"
-                )
-            write_json(path, settings)
+        known = read_json(self.path / "settings.json")
+        if known is None:
+            return
+        settings, default = (
+            json.loads(json.dumps(asdict(c)))
+            for c in (config, StudyConfig(config.base, {config.plain: MethodConfig()}))
+        )
+        evaluation = {**default["evaluation"], **known.get("evaluation", {})}
+        known = {**default, **known, "evaluation": evaluation}  # of an older version
+        if changed := _changes(known, settings):
+            raise StudyRunError(
+                f"{self.path} holds a study with other settings (there and here): "
+                f"{'; '.join(changed)}; choose another output_dir"
+            )
 
     def cell(self, name: str) -> Path:
         """Return the folder of a cell."""

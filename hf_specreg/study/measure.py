@@ -22,6 +22,7 @@ from hf_specreg.robustness.chunks import EvaluationError
 from hf_specreg.robustness.evaluate import Measures, evaluate_robustness
 from hf_specreg.robustness.images import Images, ImageSet
 from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.schema import ReportError
 from hf_specreg.robustness.subject import Subject
 from hf_specreg.study.config import EvaluationConfig
 from hf_specreg.study.ood import ood_auroc
@@ -172,10 +173,13 @@ class Evaluation:
 def kept_report(
     folder: Path, attacks: Mapping[str, Mapping[str, Any]], count: int
 ) -> RobustnessReport | None:
-    """Return the report that a folder has, if it is of these attacks on so many images."""
-    if not (folder / "robustness.json").exists():
+    """Return the report that a folder has, if it can be read and is of these attacks on so many
+    images.
+    """
+    try:
+        report = RobustnessReport.load(folder)
+    except (FileNotFoundError, ReportError):
         return None
-    report = RobustnessReport.load(folder)
     wanted = {name: describe(attack) for name, attack in make_attacks(attacks).items()}
     known = {name: attack["settings"] for name, attack in report.content["attacks"].items()}
     same = json.loads(json.dumps(wanted)) == known and report.content["n"] == count

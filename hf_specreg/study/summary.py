@@ -268,4 +268,7 @@ def _device(results: Results) -> str:
 
 def _comparisons(row: Content) -> int:
     """How many comparisons with another network a row, or a pair, states."""
-    return 0 if row["ratio"] is None else 2 + (row.get("control") is not None)
+    if row["ratio"] is None:
+        return 0
+    control = row.get("control")  # which may be the same network
+    return 2 + (control is not None and control["ratio"] != row["ratio"])

@@ -50,8 +50,8 @@ def _distances(content: Mapping[str, Any], part: str, faced: str, title: str) ->
         f"{attacks(content, faced)} found, over those of {images:,} test images that are "
         f"classified correctly. Ratio: mean distance over that of {plain}, seed by seed, on images "
         "that both classify correctly; its seeds: + farther, - nearer. Ratio to stopped: the same "
-        f"over {plain} trained for as many epochs as bring it to the method's accuracy. Images: "
-        "that are compared, a seed; left out: where nothing was found for one of both networks."
+        f"over {plain} trained for as many epochs as bring it nearest to the method's accuracy. "
+        "Images: that are compared, a seed; left out: where nothing was found for one of the two."
     )
     header = ["method", "strength", "accuracy", f"against {plain}", "mean distance"]
     header += ["ratio", "seeds", "ratio to stopped", "its seeds", "stopped at", "images"]

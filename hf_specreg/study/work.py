@@ -60,7 +60,8 @@ class Worker:
         self.cells = cells
         self.folder = folder
         self.limit = limit
-        self.failed: set[str] = set()  # labels of tasks, which this worker does not try again
+        # Of what failed before; what fails from now on, with any worker, is not tried again.
+        self.failures = {path: path.stat().st_mtime_ns for path in folder.path.rglob(FAILED)}
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.evaluation = Evaluation.of(cells.config.evaluation, build_splits(cells.plain.data))
 
@@ -79,14 +80,14 @@ class Worker:
             if outcome == "nothing":
                 break
         trainings = [self._training(cell) for cell in self.cells]
-        if all(task.done() or task.label in self.failed for task in trainings):
+        if all(task.done() or self._failed(task) for task in trainings):
             for tasks in ([self._final(cell) for cell in chosen()], self._timing()):
                 while self._next(tasks) != "nothing":
                     pass
 
     def _next(self, tasks: list[Task]) -> str:
         """Do one task: "did"; "waited" for other workers; or "nothing" is left."""
-        left = [task for task in tasks if task.label not in self.failed and not task.done()]
+        left = [task for task in tasks if not (self._failed(task) or task.done())]
         for task in left:
             with self.folder.claimed(task.folder) as mine:
                 if not mine or task.done():
@@ -100,7 +101,6 @@ class Worker:
                         raise
                     reason = f"{type(error).__name__}: {str(error)[:MOST_TOLD]}"
                     said = f"failed: {reason} (see {task.folder})"
-                    self.failed.add(task.label)
                     write_json(task.folder / FAILED, {"task": task.label, "reason": reason})
                     with (task.folder / "log.txt").open("a") as log:
                         traceback.print_exc(file=log)
@@ -110,6 +110,14 @@ class Worker:
             time.sleep(POLL)
             return "waited"
         return "nothing"
+
+    def _failed(self, task: Task) -> bool:
+        """Whether it failed since this worker began."""
+        path = task.folder / FAILED
+        try:
+            return path.stat().st_mtime_ns != self.failures.get(path)
+        except FileNotFoundError:
+            return False
 
     def _say(self, label: str, said: str, seconds: float, tasks: list[Task]) -> None:
         done = sum(task.done() for task in tasks)

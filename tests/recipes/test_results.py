@@ -25,6 +25,23 @@ def test_the_readmes_table_is_made_from_its_study():
     assert results.with_headline(text, content) == text
 
 
+def test_what_the_file_of_a_study_asks_for_beyond_what_is_kept_is_said():
+    found = {content["name"]: content for content in results.studies()}
+    whole = found["cifar10_animals"]
+    assert results.not_made(whole) == []
+    names = [name for name in whole["methods"] if name not in ("none", whole["stopped"])]
+    first, second, *rest = names
+    methods = {name: whole["methods"][name] for name in ("none", whole["stopped"], second, *rest)}
+    cut = {**methods[second], "strengths": methods[second]["strengths"][1:]}
+    (said,) = results.not_made({**whole, "methods": {**methods, second: cut}})
+    assert "recipes/studies/cifar10_animals.yaml" in said
+    lost = whole["methods"][second]["strengths"][0]
+    assert f"{first} at " in said
+    assert f"{second} at {lost:g}" in said
+    assert not any(f"{name} at" in said for name in rest)
+    assert results.not_made({**whole, "command": "hf-specreg study --config mine"}) == []
+
+
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_what_is_kept_is_a_whole_study_that_names_no_folder_of_a_machine(path):
     content = Study.load(path).content

@@ -181,12 +181,16 @@ def test_a_cell_that_fails_is_left_and_named_and_the_others_are_told(
     assert [p["seeds"] for p in content["frontier"] if p["method"] == "rep-spectral"] == [2]
     (flag,) = (flag for flag in content["flags"] if flag.startswith("failed"))
     assert f"none, seed 0: {told}" in flag
+    again = Worker(cells(config), folder(config))  # of the same command, begun before it failed
+    again.failures = {}
+    monkeypatch.setattr(Worker, "_train", lambda *_: pytest.fail("tried again"))
+    again.run(list)
+    monkeypatch.undo()
     row = f"| none |  | 0 | failed | {told} |"
     assert row in (tmp_path / "study.md").read_text()
     assert folder(config).record("none_seed0") is None
     assert folder(config).record("rep-spectral_0.01_seed1")["status"] == "done"
     assert "none left" in (folder(config).cell("none_seed0") / "log.txt").read_text()
-    monkeypatch.undo()
     run(config, HowConfig(), "command")  # which forgets the failure
     assert table(config) == table(whole)
 
@@ -286,6 +290,53 @@ def test_final_attacks_that_were_made_by_other_settings_are_not_reported(whole, 
     assert Study.load(tmp_path).content["final"] == []
 
 
+def test_that_final_attacks_are_still_to_be_made_is_said(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    folder(config).begin(config)
+    said = "a look for masked gradients, are not made yet on"
+    assert not any(said in flag for flag in Study.load(whole.output_dir).content["flags"])
+    for name in ("none_seed0", "rep-spectral_0.01_seed1"):
+        shutil.rmtree(folder(config).cell(name) / "final")
+    run(config, HowConfig(report=True), "command")
+    (flag,) = (flag for flag in Study.load(tmp_path).content["flags"] if said in flag)
+    assert flag.endswith("networks that are compared: none, seed 0; rep-spectral 0.01, seed 1")
+
+
+def test_a_worker_that_ends_in_the_final_attacks_is_told(whole, tmp_path, monkeypatch):
+    config = copied(whole, tmp_path)
+    monkeypatch.setattr(study_command, "_side_by_side", lambda _: ["Process-1 (exit code -9)"])
+    run(config, HowConfig(workers=2), "command")  # for another did the rest
+    shutil.rmtree(folder(config).cell("none_seed0") / "final")
+    with pytest.raises(UnfinishedError, match="workers that ended before their time: Process-1"):
+        run(config, HowConfig(workers=2), "command")
+
+
+def test_reports_that_cannot_be_read_are_made_again_and_answers_named(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    place = folder(config).cell("none_seed0")
+    (place / "cell.json").unlink()
+    (place / "test/robustness.json").write_text("{")
+    (place / "final/robustness.json").write_text("{")
+    run(config, HowConfig(), "command")
+    assert table(config) == table(whole)
+    (place / "answers.npz").write_bytes((place / "answers.npz").read_bytes()[:100])
+    with pytest.raises(StudyRunError, match=r"answers.npz cannot be read .*: delete its folder"):
+        run(config, HowConfig(report=True), "command")
+
+
+def test_settings_that_an_older_version_did_not_know_are_its_defaults(whole, tmp_path):
+    config = copied(whole, tmp_path)
+    folder(config).begin(config)
+    path = tmp_path / "settings.json"
+    known = json.loads(path.read_text())
+    del known["pairs"], known["stopped_epochs"], known["evaluation"]["channels_last"]
+    path.write_text(json.dumps(known))
+    run(config, HowConfig(report=True), "command")
+    other = replace(config, evaluation=replace(config.evaluation, channels_last=True))
+    with pytest.raises(StudyRunError, match=r"evaluation\.channels_last: False and True"):
+        run(other, HowConfig(report=True), "command")
+
+
 def test_a_study_on_few_images_says_how_many_were_attacked(whole, tmp_path):
     """The split has 360."""
     config = copied(whole, tmp_path)
@@ -377,12 +428,22 @@ def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path, capsys):
     assert not (tmp_path / "study").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(whole):
+    other = replace(whole, settings={**whole.settings, "epochs": 5})
+    with pytest.raises(StudyRunError, match="holds a study with other settings"):
+        run(other, HowConfig(dry_run=True), "command")
+
+
 def test_what_a_report_says_of_a_study_names_the_command_that_trains_it(monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(study_command, "parse", lambda arguments: (None, None))
     monkeypatch.setattr(study_command, "run", lambda config, how, said: commands.append(said))
     main(["--config", "digits", "--report", "--workers", "2"])
-    assert commands == ["hf-specreg study --config digits --workers 2"]
+    main(["--config", "digits", "--output_dir", "my runs/digits"])
+    assert commands == [
+        "hf-specreg study --config digits --workers 2",
+        "hf-specreg study --config digits --output_dir 'my runs/digits'",
+    ]
 
 
 def test_a_full_disk_is_named_and_what_is_done_stays(whole, tmp_path, monkeypatch):
@@ -406,6 +467,16 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--config", str(path)])
     assert "go with a key" in capsys.readouterr().err
+    for given, said in (
+        (["--settings.optimizer.lr", "--dry_run"], "--settings.optimizer.lr is without a value"),
+        (["--settings.optimizer.lr"], "--settings.optimizer.lr is without a value"),
+        (["--settings.model.args", "{a: ["], "--settings.model.args ({a: [) must be YAML"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(["--config", "digits", *given])
+        assert said in capsys.readouterr().err
+    config, _ = parse(["--config", "digits", "--settings.data.revision", "2024-01-01"])
+    assert config.settings["data.revision"] == "2024-01-01"
 
 
 @pytest.mark.slow
