@@ -1,7 +1,8 @@
 """The ranges of settings: a value outside of its own is named, with the range."""
 
+import math
 from types import NoneType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 WHOLE = "a whole number: round it"
 RULES = {
@@ -19,9 +20,23 @@ RULES = {
 def require(config: object, rule: str, *names: str) -> None:
     """Raise ValueError for the first setting that breaks a rule of RULES; None never does."""
     for name in names:
-        value = getattr(config, name)
-        if value is not None and not RULES[rule](value):
-            raise ValueError(f"{name} ({value}) must be {rule}")
+        require_value(name, getattr(config, name), rule)
+
+
+def require_value(name: str, value: Any, rule: str) -> None:
+    """Raise ValueError for a setting that is no finite number, or breaks a rule of RULES."""
+    if value is None:
+        return
+    try:
+        finite = math.isfinite(value)
+    except TypeError:  # YAML's 1e-2 is a text
+        raise ValueError(
+            f"{name} ({value!r}) must be a number, not a {type(value).__name__}"
+        ) from None
+    if not finite:
+        raise ValueError(f"{name} ({value}) must be finite")
+    if not RULES[rule](value):
+        raise ValueError(f"{name} ({value}) must be {rule}")
 
 
 def require_choices(config: object) -> None:

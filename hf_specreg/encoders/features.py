@@ -87,6 +87,10 @@ class FeatureSpace:
             if input_size or example_inputs is not None:
                 given["input_size"] = tuple(input_size or _size_of(example_inputs))
             return replace(model, **given) if given else model
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"the model is a {type(model).__name__}, and must be a torch.nn.Module"
+            )
         check_not_fsdp1(model)
         network = unwrap(model)
         head = check_head(network, head)

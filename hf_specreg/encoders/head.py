@@ -83,8 +83,11 @@ def check_head(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str,
     """
     if head is None:
         return find_head(model)
-    names = (head,) if isinstance(head, str) else tuple(head)
     modules = dict(model.named_modules())
+    if isinstance(head, nn.Module):
+        name = next((name for name, module in modules.items() if module is head), "fc")
+        raise ValueError(f"head is a {type(head).__name__}: give its dotted name, such as {name!r}")
+    names = (head,) if isinstance(head, str) else tuple(head)
     for name in names:
         if name not in modules or not name:
             raise ValueError(

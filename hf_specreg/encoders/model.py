@@ -165,6 +165,8 @@ class SpecRegModel(nn.Module):
             label_names: of the classes.
             model_args: further arguments of `timm.create_model`; they are saved as JSON.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"a name is taken here: give a model to {cls.__name__}(model, ...)")
         if ":" in name:
             if not pretrained or model_args or input_size or pixel_mean or pixel_std:
                 raise ValueError(f"load {name} with SpecRegModel.from_pretrained, as it was saved")

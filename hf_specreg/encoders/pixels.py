@@ -108,8 +108,8 @@ class PixelModel(nn.Module):
     def check(self, images: Tensor) -> None:
         """Warn, of the first images only, if they are in [0, 1] though the user or the model's
         configuration says that they are divided by less: then what is per pixel would be too
-        little; or if they are `FAR` from [0, 1] where it takes that. Images in [-1, 1] are as near
-        as noisy ones, and pass. Asks the device once.
+        little; or if they are `FAR` from what it takes, [0, 1] or normalised. Images in [-1, 1] are
+        as near to [0, 1] as noisy ones, and pass. Asks the device once.
 
         Args:
             images: [B, C, H, W], as the model takes them.
@@ -117,24 +117,36 @@ class PixelModel(nn.Module):
         if not self._to_check:
             return
         self._to_check = False
-        if self._takes_pixels:
-            if (images - 0.5).square().mean() > FAR:
-                remedy = "give it pixels divided by 255, which it normalises itself"
-                if self.std is not None:
-                    remedy = "pass by what they were divided as pixel_std, which is 1 now"
-                warnings.warn(
-                    f"the images are far from [0, 1], in which {type(self.model).__name__} is said "
-                    f"to take them, and the strength is per [0, 1] pixel: {remedy}",
-                    stacklevel=2,
-                )
-        elif ((images >= 0) & (images <= 1)).all():
-            std = [round(value, 4) for value in self.std.flatten().tolist()]
+        from_middle = images - 0.5 if self._takes_pixels else self.pixels(images)
+        far, inside = torch.stack(
+            [from_middle.square().mean() > FAR, ((images >= 0) & (images <= 1)).all()]
+        ).tolist()
+        if self._takes_pixels and far:
+            remedy = "give it pixels divided by 255, which it normalises itself"
+            if self.std is not None:
+                remedy = "pass by what they were divided as pixel_std, which is 1 now"
             warnings.warn(
-                f"the images lie in [0, 1], but {self._said_by} says that they are normalised, "
-                f"divided by {std}, and the strength counts on that: pass pixel_std=1 for images "
-                "in [0, 1], or the std that they were divided by",
+                f"the images are far from [0, 1], in which {type(self.model).__name__} is said "
+                f"to take them, and the strength is per [0, 1] pixel: {remedy}",
                 stacklevel=2,
             )
+        elif far:
+            warnings.warn(
+                f"the images are far from what {self._said_by} says, which is that they are "
+                f"normalised, divided by {self._shown()}, and the strength counts on that: "
+                "normalise them, or pass by what they were divided as pixel_std",
+                stacklevel=2,
+            )
+        elif inside and not self._takes_pixels:
+            warnings.warn(
+                f"the images lie in [0, 1], but {self._said_by} says that they are normalised, "
+                f"divided by {self._shown()}, and the strength counts on that: pass pixel_std=1 "
+                "for images in [0, 1], or the std that they were divided by",
+                stacklevel=2,
+            )
+
+    def _shown(self) -> list[float]:
+        return [round(value, 4) for value in self.std.flatten().tolist()]
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W], as the model takes them, in pixels."""

@@ -141,6 +141,8 @@ def _class_names(dataset: Any) -> list[str | None]:
 
 def _readable(dataset: Any, subject: Subject) -> Any:
     _check_rows(dataset)
+    if isinstance(dataset, Tensor | np.ndarray):
+        raise EvaluationError("images alone have no labels: give (images, labels)")
     if isinstance(dataset, datasets.Dataset):
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:

@@ -16,6 +16,7 @@ from hf_specreg.encoders.pixels import in_pixels
 from hf_specreg.spectral.loop_term import of_its_model
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.regularizers.term import (
+    BURN_INS,
     Compute,
     Regularizer,
     RegularizerConfig,
@@ -80,9 +81,10 @@ class ImagePenalty:
         seed: int = 0,
         **settings: Any,
     ):
+        for name in sorted({*BURN_INS, "ramp_epochs"} & set(settings)):
+            own = "ramp" if name == "ramp_epochs" else "burn_in"
+            raise ValueError(f"{name} is of recipes: pass {own}, which counts calls")
         self.settings = self.kind(strength, burn_in_steps=burn_in, **settings)
-        if self.settings.ramp_epochs:
-            raise ValueError("ramp_epochs is of recipes: pass ramp, which counts calls")
         self.space = FeatureSpace.of(model, head=head, input_size=input_size)
         self._in_pixels = in_pixels(self.space, pixel_std)
         if self.kind.of_labels and not self.space.head:

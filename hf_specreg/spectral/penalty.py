@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.modules import is_compiled
-from hf_specreg.ranges import WHOLE, require, require_choices
+from hf_specreg.ranges import WHOLE, require, require_choices, require_value
 from hf_specreg.spectral.folding import acting
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
@@ -184,8 +184,7 @@ class SpectralPenalty:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if not value >= 0:
-            raise ValueError(f"strength ({value}) must not be negative")
+        require_value("strength", value, "not negative")
         if value >= 2 * self._strength:
             self._sum.pace.quicken()
         self._strength = value

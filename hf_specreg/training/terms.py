@@ -197,6 +197,11 @@ def check_settings(
         config: the regularizers beside it.
         by: what takes `head` and `input_size`.
     """
+    if not isinstance(penalty, Mapping | None):
+        raise ValueError(
+            f"penalty is a {type(penalty).__name__}: pass arguments of SpectralPenalty by name, "
+            'such as penalty={"strength": 1e-2}'
+        )
     if not isinstance(config, RegularizersConfig):
         raise ValueError(
             f"regularizers is a {type(config).__name__}: pass a RegularizersConfig, such as "

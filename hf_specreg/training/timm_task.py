@@ -74,19 +74,31 @@ def regularize_task(
         The task.
 
     Raises:
-        ValueError: nothing is asked for, burn-in or ramp in epochs, `penalty` is shared or has a
-            head or an input size of its own, spectral_norm is on, a term of the cross-entropy
-            beside a binary loss, or the head, the input size or pixel_std is not known; in a step,
-            a term of the data where NaFlex feeds patches, or of labels that are no classes.
+        ValueError: it is no task of timm or was regularized before, nothing is asked for, burn-in
+            or ramp in epochs, `penalty` is shared or has a head or an input size of its own,
+            spectral_norm is on, a term of the cross-entropy beside a binary loss, or the head, the
+            input size or pixel_std is not known; in a step, a term of the data where NaFlex feeds
+            patches, or of labels that are no classes.
     """
     config = regularizers or RegularizersConfig()
+    if not isinstance(task, TrainingTask):
+        raise ValueError(
+            f"a {type(task).__name__} is no task of timm: make one first, such as "
+            "ClassificationTask(model, criterion)"
+        )
+    if isinstance(task, _Regularized):
+        raise ValueError("this task has been regularized before: make a new one")
     check_settings(penalty, config, by="regularize_task")
     if (penalty or {}).get("shared"):
         raise ValueError("timm saves from one process alone: the penalty cannot be shared")
     _check_loss(config, task)
-    task.__class__ = type(f"Regularized{type(task).__name__}", (_Regularized, type(task)), {})
-    known = {"head": head, "input_size": input_size}
-    task._regularize(penalty, config, pixel_std, **known)
+    kind, known = type(task), {"head": head, "input_size": input_size}
+    task.__class__ = type(f"Regularized{kind.__name__}", (_Regularized, kind), {})
+    try:
+        task._regularize(penalty, config, pixel_std, **known)
+    except Exception:
+        task.__class__ = kind
+        raise
     return task
 
 

@@ -104,8 +104,8 @@ class SpecRegTrainer(Trainer):
         if hasattr(model, "pretrained_cfg") and not self._own_loss:
             raise ValueError(
                 f"Trainer calls its model with pixel_values and labels, which timm's "
-                f"{type(model).__name__} does not take: make a SpecRegModel with "
-                "SpecRegModel.from_timm(name, ...), whose images are in [0, 1]"
+                f"{type(model).__name__} does not take: give SpecRegModel(model, input_size=..., "
+                "pixel_mean=..., pixel_std=...), whose images are in [0, 1]"
             )
         return model
 

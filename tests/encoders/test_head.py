@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_specreg import FeatureSpace
+from hf_specreg import FeatureSpace, SpecRegModel
 from hf_specreg.encoders.head import find_head
 from hf_specreg.spectral.penalty import SpectralPenalty
 from tests.architectures import timm_model
@@ -39,6 +39,18 @@ def test_a_classifier_that_was_replaced_under_another_name_is_an_error():
     model.fc = nn.Identity()
     with pytest.raises(ValueError, match=r"3 classes, but its classifier .* pass head="):
         find_head(model)
+
+
+def test_a_head_or_a_model_that_is_something_else_is_named_with_the_remedy():
+    model = timm.create_model("test_resnet")
+    with pytest.raises(ValueError, match="head is a Linear: give its dotted name, such as 'fc'"):
+        SpectralPenalty(model, head=model.fc)
+    with pytest.raises(ValueError, match=r"the model is a str, and must be a torch.nn.Module"):
+        SpectralPenalty("resnet18")
+    with pytest.raises(
+        ValueError, match=r"a name is taken here: give a model to SpecRegModel\(mod"
+    ):
+        SpecRegModel.from_timm(model)
 
 
 def test_a_head_that_is_not_called_is_an_error():

@@ -115,6 +115,20 @@ def test_images_far_from_0_1_are_warned_of_where_these_are_taken_and_noisy_ones_
             penalty(far)
 
 
+def test_images_far_from_normalised_ones_are_warned_of_where_these_are_taken():
+    torch.manual_seed(0)
+    network = pixel_model().network
+    white = torch.full((8, 1, 8, 8), (1 - 0.1) / 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for usual in (white, (images(64) - 0.5) / 0.5, torch.randn(64, 1, 8, 8)):
+            SensitivityPenalty(network, strength=1, burn_in=9)(usual)
+    with pytest.warns(
+        UserWarning, match=r"OneHiddenLayer says, .* divided by \[0\.5\].* normalise"
+    ):
+        SensitivityPenalty(network, strength=1, burn_in=9)(255 * images())
+
+
 def test_a_training_warns_of_images_in_0_1_too():
     config = RegularizersConfig(input_gradient=InputGradientConfig(strength=1, burn_in_steps=100))
     terms = Terms(pixel_model().network, config)

@@ -25,6 +25,11 @@ def pixels():
     return torch.rand(N, *SIZE, generator=torch.Generator().manual_seed(0))
 
 
+def test_images_without_labels_are_refused(subject):
+    with pytest.raises(EvaluationError, match=r"images alone have no labels: give \(images, lab"):
+        Images(pixels(), subject)
+
+
 @pytest.mark.parametrize(
     "give",
     [

@@ -152,6 +152,10 @@ def test_autocast_in_a_models_own_forward_does_not_round_it(monkeypatch):
         ({"strength": 1, "norm": "linf"}, r"norm \(linf\) must be one of \['l2', 'l1'\]"),
         ({"strength": 1, "norm": "x1"}, "norm"),
         ({"strength": 1, "images": 0}, "images"),
+        ({"strength": 1, "images": 2.5}, r"images \(2\.5\) must be a whole number"),
+        ({"strength": 1, "burn_in_steps": 3}, "burn_in_steps is of recipes: pass burn_in"),
+        ({"strength": "1e-2"}, r"strength \('1e-2'\) must be a number, not a str"),
+        ({"strength": float("inf")}, r"strength \(inf\) must be finite"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, says):

@@ -536,7 +536,7 @@ def test_bad_arguments_name_the_argument(net):
         ({"burn_in": 0.6 * 391}, r"burn_in \(234\.6\) must be a whole number: round it"),
         ({"every": 1.5}, r"every \(1\.5\) must be a whole number"),
         ({"ramp": 2.5}, r"ramp \(2\.5\) must be a whole number"),
-        ({"burn_in": float("inf")}, r"burn_in \(inf\) must be a whole number"),
+        ({"burn_in": float("inf")}, r"burn_in \(inf\) must be finite"),
         ({"strength": -1.0}, "strength"),
         ({"head": "fc"}, "head 'fc' is no module of SmallNet; .*'head', 'proj'"),
         ({"head": None}, "cannot find the head of SmallNet"),

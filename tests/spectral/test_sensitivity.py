@@ -350,7 +350,9 @@ def test_a_wrapped_model_and_one_without_a_head():
         ({"ramp": -1}, r"ramp \(-1\) must be not negative"),
         ({"ramp_epochs": 1.0}, "ramp_epochs is of recipes"),
         ({"burn_in": -1}, r"burn_in_steps \(-1\)"),
-        ({"burn_in_epochs": 1.0}, "not several"),
+        ({"burn_in_epochs": 1.0}, "burn_in_epochs is of recipes: pass burn_in"),
+        ({"burn_in_fraction": 0.5}, "burn_in_fraction is of recipes: pass burn_in"),
+        ({"images": 2.5}, r"images \(2\.5\) must be a whole number"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):

@@ -39,7 +39,7 @@ def test_values_out_of_range_are_named():
         PenaltyConfig(strength=-1)
     with pytest.raises(ValueError, match=r"epochs \(0\) must be at least 1"):
         RunConfig(epochs=0)
-    with pytest.raises(ValueError, match=r"optimizer.clip_grad \(inf\) must be finite"):
+    with pytest.raises(ValueError, match=r"clip_grad \(inf\) must be finite"):
         RunConfig(optimizer=OptimizerConfig(clip_grad=float("inf")))
     with pytest.raises(ValueError, match=r"bss.k \(40\) exceeds the images .* \(32\)"):
         RunConfig(

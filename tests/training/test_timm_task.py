@@ -190,6 +190,7 @@ def test_settings_that_a_task_cannot_keep_are_errors():
         ({"penalty": {"shared": True}}, "cannot be shared"),
         ({"penalty": {"head": "head"}}, "pass head= to regularize_task"),
         ({"penalty": None}, "neither a penalty nor a regularizer"),
+        ({"penalty": 0.01}, "penalty is a float: pass arguments of SpectralPenalty by name"),
         (
             {"regularizers": RegularizersConfig(spectral_norm=True)},
             "spectral_norm changes the model",
@@ -209,6 +210,20 @@ def test_settings_that_a_task_cannot_keep_are_errors():
             input_size=(1, 8, 8),
             regularizers=RegularizersConfig(jacobian=JacobianConfig(strength=1.0)),
         )
+
+
+def test_a_task_that_cannot_be_regularized_stays_as_it_was():
+    with pytest.raises(ValueError, match="a VisionTransformer is no task of timm: make one first"):
+        regularize_task(model := network(), penalty=PENALTY)
+    assert type(model) is type(network())
+    plain = ClassificationTask(network(), nn.CrossEntropyLoss(), verbose=False)
+    with pytest.raises(TypeError, match="strenght"):
+        regularize_task(plain, penalty={"strenght": 1.0})
+    assert type(plain) is ClassificationTask
+    expected = task()(*batch())["penalty"]
+    assert torch.equal(regularize_task(plain, penalty=PENALTY)(*batch())["penalty"], expected)
+    with pytest.raises(ValueError, match="regularized before"):
+        regularize_task(plain, penalty=PENALTY)
 
 
 def test_no_settings_are_the_penaltys_defaults():

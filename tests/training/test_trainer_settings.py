@@ -16,7 +16,7 @@ def test_all_that_shapes_the_penalty_is_recorded_and_told(tmp_path):
     shape = {"fold_norm": True, "fold_gradient": "exact", "skip": ["conv1"], "split_qkv": False}
     trainer = SpecRegTrainer(
         tiny("resnet20_cifar", num_classes=10),
-        arguments(tmp_path, max_steps=1),
+        arguments(tmp_path, max_steps=3),
         train_dataset=Digits(),
         penalty={"strength": 0.05, "burn_in": 2, "ramp": 3, **shape},
     )

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require
 from hf_specreg.spectral.regularizers.term import Compute, RegularizerConfig
 
 Function = Callable[[Tensor], Tensor]  # images [B, ...] -> outputs [B, K]
@@ -38,6 +38,7 @@ class DerivativeConfig(RegularizerConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self, "at least 1", "images")
+        require(self, WHOLE, "images")
 
     @property
     def of_encoder(self) -> bool:

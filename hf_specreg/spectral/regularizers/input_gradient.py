@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require
 from hf_specreg.spectral.regularizers.derivative import (
     By,
     Function,
@@ -103,6 +103,7 @@ class InputGradientConfig(RegularizerConfig):
         super().__post_init__()
         require(self, "positive", "step")
         require(self, "at least 1", "images")
+        require(self, WHOLE, "images")
 
     def term(self, space: FeatureSpace) -> Compute:
         """Return `input_gradient_norm` of a batch, with the network in evaluation mode: batch norms

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.spectral.regularizers.derivative import (
     By,
@@ -195,6 +195,7 @@ class SensitivityConfig(RegularizerConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self, "at least 2", "images")
+        require(self, WHOLE, "images")
         require(self, "not negative", "power_steps")
         require(self, "positive", "step")
 
