@@ -43,8 +43,8 @@ method is chosen by validation images and reported by test images; what speaks a
 stands as all else does.
 
 FMN's steps were 1 long at first, as the paper has them; by now they are in proportion to the
-distance, as in the studies cifar10, cifar10_float32, cifar10_from_imagenet, cifar10_norm_free_muon, digits_probe
-and digits_transfer.
+distance, as in the studies cifar10, cifar10_float32, cifar10_from_imagenet, cifar10_norm_free_muon,
+digits_probe and digits_transfer.
 """
 
 

@@ -50,7 +50,11 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return of what and how it was measured, by name."""
     data, attacked = content["data"], content["attacked"]
     asked = content["settings"]
-    given = (f"{key} {value}" for key, value in dotted(asked.get("settings", {})).items())
+    words = {True: "yes", False: "no"}  # as a file has them: mixed_precision: no
+    given = (
+        f"{key} {words[value] if isinstance(value, bool) else value}"
+        for key, value in dotted(asked.get("settings", {})).items()
+    )
     counts = (f"{maybe('{:,}'.format, data[k]) or 'unknown'} {k}" for k in SPLITS)
     eps = (
         f"{norm_name(norm)} {', '.join(f'{e:g}' for e in radii)}"

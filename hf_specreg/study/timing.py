@@ -14,7 +14,7 @@ from hf_specreg.study.config import STOPPED
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.metrics import DivergedError
 
-ROUNDS = 3
+ROUNDS = 5
 WARM_UP = 3  # steps that are left out: they have what is done once
 HELD_OUT = 100  # images a timed training is evaluated on, which is not timed
 
@@ -48,7 +48,7 @@ def time_methods(
             steps = -(-cells.config.evaluation.timing_steps // cycle) * cycle
             try:
                 cells.recipe.train(_short(run, folder / "run", steps, images), resume=False)
-                seconds[name].append(_seconds_an_image(folder / "run", steps))
+                seconds[name].append(_seconds_an_image(folder / "run", steps, cycle))
             except DivergedError:
                 seconds[name].append(np.nan)
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -81,7 +81,9 @@ def _short(run: RunConfig, output: Path, steps: int, images: int) -> RunConfig:
     )
 
 
-def _seconds_an_image(output: Path, steps: int) -> float:
+def _seconds_an_image(output: Path, steps: int, cycle: int) -> float:
+    """The median over cycles of steps, which forgets those in which others had the machine."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return float(np.mean([1 / speed for speed in speeds[WARM_UP : WARM_UP + steps]]))
+    seconds = 1 / np.array(speeds[WARM_UP : WARM_UP + steps])
+    return float(np.median(seconds.reshape(-1, cycle).mean(1)))
