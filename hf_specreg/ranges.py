@@ -29,7 +29,7 @@ def require_value(name: str, value: Any, rule: str) -> None:
         return
     try:
         finite = math.isfinite(value)
-    except TypeError:  # YAML's 1e-2 is a text
+    except (TypeError, OverflowError):  # YAML's 1e-2 is a text
         raise ValueError(
             f"{name} ({value!r}) must be a number, not a {type(value).__name__}"
         ) from None

@@ -92,6 +92,8 @@ def not_made(content: Mapping[str, Any]) -> list[str]:
     if path is None or not path.exists():
         return []
     asked = yaml.safe_load(path.read_text("utf-8"))
+    if Path(asked["output_dir"]).name != content["name"]:
+        return [f"A part of recipes/studies/{path.name}, under other settings."]
     control = {content["stopped"]: {"strengths": asked.get("stopped_epochs", [])}}
     lacking = []
     for name, method in {**asked["methods"], **control}.items():

@@ -133,7 +133,9 @@ def _result(
     return EvalResult(
         task_type=task,
         dataset_type=source,
-        dataset_name=source + part_name(splits),
+        dataset_name=source
+        + part_name(splits)
+        + (" (cut from its training split)" if data.get("cut") else ""),
         dataset_config=splits.get("configuration"),
         dataset_args=splits or None,
         dataset_split=data["split"],

@@ -114,7 +114,9 @@ def settings_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
     Args:
         run: what specreg.json holds, without those before.
     """
-    config = run.get("config", {})
+    config = run.get("config")
+    if not config:
+        return {}
     terms = {**config.get("regularizers", {}), "penalty": config.get("penalty", {})}
     waiting = {n: {**t, "strength": 0} for n, t in terms.items() if _in_burn_in(t, run)}
     if not waiting:
@@ -125,12 +127,12 @@ def settings_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _in_burn_in(term: Any, run: Mapping[str, Any]) -> bool:
     """Whether a run that was saved at a step had not got to where a term enters."""
-    if not isinstance(term, Mapping) or run.get("step") is None:
+    if not isinstance(term, Mapping) or not run.get("step"):
         return False
     epoch, epochs = run.get("steps_per_epoch") or 0, run["config"].get("epochs") or 0
     lengths = {"burn_in_steps": 1, "burn_in_epochs": epoch, "burn_in_fraction": epoch * epochs}
-    burn_in = next((term[k] * n for k, n in lengths.items() if term.get(k) is not None), 0)
-    return 0 < run["step"] <= burn_in
+    burn_in = next((round(term[k] * n) for k, n in lengths.items() if term.get(k) is not None), 0)
+    return run["step"] <= burn_in
 
 
 def without_paths(run: dict[str, Any]) -> dict[str, Any]:

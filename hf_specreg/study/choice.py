@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from hf_specreg.robustness.comparison import nearest_at_half_budget
-from hf_specreg.robustness.report import RobustnessReport
+from hf_specreg.robustness.report import UNREADABLE, RobustnessReport
 from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
@@ -261,7 +260,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
     """The arrays of a cell's file."""
     try:
         return dict(np.load(path))
-    except (OSError, ValueError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise StudyRunError(
             f"{path} cannot be read ({error}): delete its folder, and the same command makes it "
             "again"

@@ -1,6 +1,7 @@
 """What a training step of each method costs, against the plain network's in the same process."""
 
 import json
+import math
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -44,7 +45,9 @@ def time_methods(
     for _ in range(rounds):
         for name, run in shown.items():
             shutil.rmtree(folder / "run", ignore_errors=True)
-            cycle = max([run.penalty.every, *(t.every for t in run.regularizers.terms().values())])
+            cycle = math.lcm(*(term.every for term in run.regularizers.terms().values()))
+            if run.penalty.strength:
+                cycle = math.lcm(cycle, run.penalty.every * run.penalty.renew_every)
             steps = -(-cells.config.evaluation.timing_steps // cycle) * cycle
             try:
                 cells.recipe.train(_short(run, folder / "run", steps, images), resume=False)

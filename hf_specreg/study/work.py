@@ -90,7 +90,7 @@ class Worker:
         left = [task for task in tasks if not (self._failed(task) or task.done())]
         for task in left:
             with self.folder.claimed(task.folder) as mine:
-                if not mine or task.done():
+                if not mine or task.done() or self._failed(task):
                     continue
                 start = time.perf_counter()
                 try:

@@ -92,12 +92,15 @@ def regularize_task(
     if (penalty or {}).get("shared"):
         raise ValueError("timm saves from one process alone: the penalty cannot be shared")
     _check_loss(config, task)
-    kind, known = type(task), {"head": head, "input_size": input_size}
+    kind, before = type(task), set(vars(task))
+    known = {"head": head, "input_size": input_size}
     task.__class__ = type(f"Regularized{kind.__name__}", (_Regularized, kind), {})
     try:
         task._regularize(penalty, config, pixel_std, **known)
     except Exception:
         task.__class__ = kind
+        for name in set(vars(task)) - before:
+            del task.__dict__[name]
         raise
     return task
 

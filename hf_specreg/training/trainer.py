@@ -90,6 +90,7 @@ class SpecRegTrainer(Trainer):
         super().__init__(self._as_trainer_takes_it(model), *args, **kwargs)
         self._regularized: nn.Module | None = None
         self._last: dict[str, Tensor] = {}
+        self._best: dict[int, int | None] = {}  # by the step at which it was loaded, that of it
         if self.model_init is None:
             self._regularize()  # its errors come before any compute is spent
         self.add_callback(_FromTheStart(self))
@@ -205,7 +206,8 @@ class SpecRegTrainer(Trainer):
             if ours:
                 self._trained.save_pretrained(folder)
             config = {**self._method(), "seed": self.args.seed}
-            metadata = {"config": config, "step": self.state.global_step}
+            step = self._best.get(self.state.global_step, self.state.global_step)
+            metadata = {"config": config, "step": step}
             if ours and self._trained.metadata:
                 metadata["before"] = self._trained.metadata
             write_json(folder / RUN_FILE, metadata)
@@ -232,6 +234,7 @@ class SpecRegTrainer(Trainer):
         self._load_renamed(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._best[self.state.global_step] = self.state.best_global_step
         if isinstance(self.model, Classifier):
             _load_network(unwrap(self._trained), Path(self.state.best_model_checkpoint))
             return

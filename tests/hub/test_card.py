@@ -99,6 +99,8 @@ def test_a_schedule_in_steps_is_told_in_steps(tmp_path):
         (5, {"burn_in_steps": 5}, False),
         (6, {"burn_in_steps": 5}, True),
         (1, {}, True),
+        (4, {"burn_in_epochs": 0.35}, False),  # rounded, as in the training
+        (5, {"burn_in_epochs": 0.35}, True),
     ],
 )
 def test_what_was_saved_before_the_penalty_entered_claims_none(tmp_path, step, burn_in, entered):
@@ -116,6 +118,7 @@ def test_what_was_saved_before_the_penalty_entered_claims_none(tmp_path, step, b
     assert ("without a penalty: a baseline" in card) == (not entered)
     assert "sensitivity" not in card
     assert method(model.metadata) == ("supervised, rep-spectral 0.01" if entered else "supervised")
+    assert method({**model.metadata, "before": {"step": 3}}) == method(model.metadata)
 
 
 def test_a_baseline_claims_no_penalty(tmp_path):

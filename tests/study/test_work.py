@@ -319,9 +319,11 @@ def test_reports_that_cannot_be_read_are_made_again_and_answers_named(whole, tmp
     (place / "final/robustness.json").write_text("{")
     run(config, HowConfig(), "command")
     assert table(config) == table(whole)
-    (place / "answers.npz").write_bytes((place / "answers.npz").read_bytes()[:100])
-    with pytest.raises(StudyRunError, match=r"answers.npz cannot be read .*: delete its folder"):
-        run(config, HowConfig(report=True), "command")
+    whole_file = (place / "answers.npz").read_bytes()
+    for damaged in (b"", whole_file[:100], whole_file[:200] + b"x" * 50 + whole_file[250:]):
+        (place / "answers.npz").write_bytes(damaged)
+        with pytest.raises(StudyRunError, match=r"answers.npz cannot be read .*: delete its fold"):
+            run(config, HowConfig(report=True), "command")
 
 
 def test_settings_that_an_older_version_did_not_know_are_its_defaults(whole, tmp_path):

@@ -217,9 +217,14 @@ def test_a_task_that_cannot_be_regularized_stays_as_it_was():
         regularize_task(model := network(), penalty=PENALTY)
     assert type(model) is type(network())
     plain = ClassificationTask(network(), nn.CrossEntropyLoss(), verbose=False)
+    before = set(vars(plain))
     with pytest.raises(TypeError, match="strenght"):
         regularize_task(plain, penalty={"strenght": 1.0})
+    jacobian = RegularizersConfig(jacobian=JacobianConfig(strength=1.0))
+    with pytest.raises(ValueError, match="pixel_std"):  # when the penalty is made
+        regularize_task(plain, penalty=PENALTY, regularizers=jacobian, pixel_std=2.0)
     assert type(plain) is ClassificationTask
+    assert set(vars(plain)) == before
     expected = task()(*batch())["penalty"]
     assert torch.equal(regularize_task(plain, penalty=PENALTY)(*batch())["penalty"], expected)
     with pytest.raises(ValueError, match="regularized before"):

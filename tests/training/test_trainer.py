@@ -1,6 +1,7 @@
 """SpecRegTrainer: Trainer's results plus the penalty's gradient, under accumulation and resume."""
 
 import functools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -346,11 +347,16 @@ def test_the_best_checkpoint_of_a_spec_reg_model_is_loaded_at_the_end(tmp_path, 
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     best = SpecRegModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     assert all(torch.equal(best[name], value) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "checkpoint-2/specreg.json").read_text())["step"] == 2
+    trainer.save_model(str(tmp_path / "last"))
+    assert json.loads((tmp_path / "last/specreg.json").read_text())["step"] == 1
 
 
 def test_what_a_timm_network_lacks_is_said_before_training(tmp_path):
     network = of_timm().network
-    with pytest.raises(ValueError, match=r"timm's ResNet does not take.*SpecRegModel.from_timm"):
+    with pytest.raises(
+        ValueError, match=r"timm's ResNet does not take.*SpecRegModel\(model, input"
+    ):
         SpecRegTrainer(network, arguments(tmp_path), penalty={})
     headless = SpecRegModel.from_timm("resnet10t", num_classes=0)
     with pytest.raises(ValueError, match="has no head to train: load it with num_classes"):
