@@ -152,7 +152,7 @@ def test_layout_and_compilation_change_weights_by_rounding_and_a_resumed_run_not
     tmp_path, as_usual, setting, monkeypatch
 ):
     settings, expected = as_usual
-    # By oneDNN the backward pass of channels_last maps as narrow as these corrupts the heap on AMD Zen 3.
+    # By oneDNN, backward of channels_last maps as narrow as these corrupts the heap on AMD Zen 3.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     frames = CompileCounterWithBackend("aot_eager")  # needs no compiler
     compile_with = torch.nn.Module.compile
