@@ -97,7 +97,7 @@ def unseen_split(
             f"an earlier training of the model saw {len(seen)} of the {len(rows)} images of the "
             f"{split} split of {_shown(source)}"
         )
-    return Unseen(rows, options, True, flags)
+    return Unseen(rows, options, cut=True, flags=flags)
 
 
 def cut_by(trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,22 +21,7 @@ def flags(
         table: the rows at equal accuracy.
         final: those by the final attacks.
     """
-    found, rows = [], [*table, *final]
-    states = [results.status(cell) for cell in results.cells]
-    if missing := states.count("missing"):
-        found.append(f"{missing} of {len(states)} cells are not done: the same command goes on")
-    if results.failures:
-        said = (f"{failure['task']}: {failure['reason']}" for failure in results.failures.values())
-        found.append(f"failed, and tried again by the same command: {'; '.join(said)}")
-    if lacking := results.unconfirmed():
-        found.append(
-            "all attacks in one, with a look for masked gradients, are not made yet on "
-            f"{len(lacking)} of the {len(results.chosen())} networks that are compared: "
-            f"{'; '.join(cell.label for cell in lacking)}"
-        )
-    diverged = [c.label for c in results.cells if results.status(c) == "diverged"]
-    if diverged:
-        found.append(f"diverged, and not chosen from: {'; '.join(diverged)}")
+    found, rows = _of_cells(results), [*table, *final]
     if len(results.config.seeds) == 1:
         found.append(
             "one seed: the intervals are over images alone, and say nothing of another training"
@@ -70,6 +55,27 @@ def flags(
             "for some images nothing was found, and means leave them out, though they are the "
             f"farthest: {', '.join(sorted(lost))}"
         )
+    return found
+
+
+def _of_cells(results: Results) -> list[str]:
+    """What is not done, failed or diverged."""
+    found = []
+    states = [results.status(cell) for cell in results.cells]
+    if missing := states.count("missing"):
+        found.append(f"{missing} of {len(states)} cells are not done: the same command goes on")
+    if results.failures:
+        said = (f"{failure['task']}: {failure['reason']}" for failure in results.failures.values())
+        found.append(f"failed, and tried again by the same command: {'; '.join(said)}")
+    if lacking := results.unconfirmed():
+        found.append(
+            "all attacks in one, with a look for masked gradients, are not made yet on "
+            f"{len(lacking)} of the {len(results.chosen())} networks that are compared: "
+            f"{'; '.join(cell.label for cell in lacking)}"
+        )
+    diverged = [c.label for c in results.cells if results.status(c) == "diverged"]
+    if diverged:
+        found.append(f"diverged, and not chosen from: {'; '.join(diverged)}")
     return found
 
 

@@ -61,7 +61,8 @@ class Worker:
         self.folder = folder
         self.limit = limit
         # Of what failed before; what fails from now on, with any worker, is not tried again.
-        self.failures = {path: path.stat().st_mtime_ns for path in folder.path.rglob(FAILED)}
+        before = [*folder.path.glob(f"cells/*/{FAILED}"), folder.path / "timing" / FAILED]
+        self.failures = {path: path.stat().st_mtime_ns for path in before if path.exists()}
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.evaluation = Evaluation.of(cells.config.evaluation, build_splits(cells.plain.data))
 

@@ -81,6 +81,21 @@ def regularize_task(
             patches, or of labels that are no classes.
     """
     config = regularizers or RegularizersConfig()
+    _check_task(task)
+    check_settings(penalty, config, by="regularize_task")
+    if (penalty or {}).get("shared"):
+        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
+    _check_loss(config, task)
+    model, known = without_trainers(task.get_eval_model()), {"head": head, "input_size": input_size}
+    made = None if penalty is None else SpectralPenalty(model, **known, **penalty)
+    terms = Terms(model, config, pixel_std=pixel_std, **known)  # the last that may be refused
+    task.__class__ = type(f"Regularized{type(task).__name__}", (_Regularized, type(task)), {})
+    task._regularize(unwrap(model), made, terms)
+    return task
+
+
+def _check_task(task: Any) -> None:
+    """Raise ValueError for what is no task, or one that has a penalty already."""
     if not isinstance(task, TrainingTask):
         raise ValueError(
             f"a {type(task).__name__} is no task of timm: make one first, such as "
@@ -88,21 +103,6 @@ def regularize_task(
         )
     if isinstance(task, _Regularized):
         raise ValueError("this task has been regularized before: make a new one")
-    check_settings(penalty, config, by="regularize_task")
-    if (penalty or {}).get("shared"):
-        raise ValueError("timm saves from one process alone: the penalty cannot be shared")
-    _check_loss(config, task)
-    kind, before = type(task), set(vars(task))
-    known = {"head": head, "input_size": input_size}
-    task.__class__ = type(f"Regularized{kind.__name__}", (_Regularized, kind), {})
-    try:
-        task._regularize(penalty, config, pixel_std, **known)
-    except Exception:
-        task.__class__ = kind
-        for name in set(vars(task)) - before:
-            del task.__dict__[name]
-        raise
-    return task
 
 
 def _check_loss(config: RegularizersConfig, task: TrainingTask) -> None:
@@ -121,16 +121,10 @@ class _Regularized(TrainingTask):
     """What `regularize_task` puts before a task's class."""
 
     def _regularize(
-        self,
-        penalty: Mapping[str, Any] | None,
-        config: RegularizersConfig,
-        pixel_std: float | Sequence[float] | None,
-        **known: Any,
+        self, network: nn.Module, penalty: SpectralPenalty | None, terms: Terms
     ) -> None:
-        model = without_trainers(self.get_eval_model())
-        self._network = [unwrap(model)]  # in a list, lest it be a module of the task once more
-        self.penalty = None if penalty is None else SpectralPenalty(model, **known, **penalty)
-        self._terms = Terms(model, config, pixel_std=pixel_std, **known)
+        self._network = [network]  # in a list, lest it be a module of the task once more
+        self.penalty, self._terms = penalty, terms
         self._step, self._next, self._seen = 0, 0, None
         self._value, self._gradients, self._weights = torch.zeros(()), (), ()
         # A fused optimizer, or one that writes to `.data`, leaves a weight's version as it was.
