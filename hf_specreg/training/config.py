@@ -48,7 +48,8 @@ class RunConfig:
         channels_last: keep the encoder's weights and the images of training in
             torch.channels_last, which can be faster for convolutions. Up to rounding the results
             are the same, but for dropout on maps, which then draws in that order. What is saved is
-            contiguous.
+            contiguous. Not for strided 1x1 convolutions of fewer than 8 channels on CPUs without
+            AVX-512, where oneDNN writes outside of its memory (oneDNN's issue 6035).
         compile: have torch compile the encoder's passes in training, once for each size of batch,
             by its default backend, which on a CPU needs a C++ compiler. Up to rounding and the
             random numbers of dropout the results are the same; names in what is saved are. What is
