@@ -17,6 +17,7 @@ from hf_specreg.usage import GroupedHelp, ShortHelp
 PROGRAM = "hf-specreg"
 PACKAGE = Path(__file__).parent
 REFUSED = (OSError, ValueError, ImportError)  # exit code 2
+INTERRUPTED = 130  # the exit code that shells know Ctrl-C by
 
 UNKNOWN = (
     r"unrecognized arguments: (?P<key>--\S+)",
@@ -140,7 +141,7 @@ def with_its_key(error: ValueError, settings: Mapping[str, Any]) -> str:
 @contextmanager
 def errors_in_one_line(*failures: type[Exception]) -> Iterator[None]:
     """Print an error of this package's without its traceback, and exit: with 2 if what was asked
-    for cannot begin.
+    for cannot begin. Ctrl-C is said in a line too.
 
     Args:
         failures: errors of what failed on its way; the exit code is 1.
@@ -152,6 +153,9 @@ def errors_in_one_line(*failures: type[Exception]) -> Iterator[None]:
             raise
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, failures) else 2) from error
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _says_all(error: Exception) -> bool:

@@ -121,6 +121,14 @@ def test_a_mistake_is_one_line_that_names_it_and_the_exit_code_2(
     assert [line for line in said if "error" in line or "Traceback" in line] == said[-1:]
 
 
+def test_who_interrupts_a_command_is_shown_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("hf_specreg.recipes.evaluate.evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "model", "digits"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nhf-specreg: interrupted\n"
+
+
 def test_a_dry_run_is_asked_for_by_a_flag(monkeypatch):
     monkeypatch.setattr("hf_specreg.recipes.evaluate.evaluate", asked := Mock())
     for flags in ([], ["--dry_run"]):
