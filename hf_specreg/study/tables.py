@@ -1,6 +1,8 @@
 """The tables of a study, for Markdown and the page."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from hf_specreg.robustness.statistics import Estimate
@@ -108,7 +110,7 @@ def _at(method: str, strength: float | None) -> str:
 
 
 def _robust_accuracy(content: Mapping[str, Any]) -> Section:
-    columns = [(norm, eps) for norm, radii in content["eps"].items() for eps in radii]
+    columns = _eps(content)
     note = (
         "Of the attacked test images: classified correctly, and nothing found within eps. The mean "
         "is over the eps."
@@ -172,18 +174,37 @@ def _frontier(content: Mapping[str, Any]) -> Section:
                 for key, shown in (("accuracy", percent), ("distance", number))
             ),
             ratio(p.get("over_plain")),
+            *_mean_robust(content, p),
         ]
         for p in content["frontier"]
     ]
     header = ["method", "strength", "seeds", "validation accuracy", "validation distance"]
     header += ["test accuracy", "test distance", "over stopped"]
+    header += [f"robust at {norm_name(norm)} {eps:g}" for norm, eps in _eps(content)]
     note = (
         f"Over stopped: the test distance over that of {content['plain']} stopped at the same test "
         "accuracy, of the same images, on straight lines between the epochs at which it was "
         "stopped; of what is more accurate than all of these over that of the most accurate; "
-        "nothing of what is less. The intervals take the accuracies as known."
+        "nothing of what is less. The intervals take the accuracies as known. Robust: robust "
+        "accuracy, the mean over seeds."
     )
     return Section("Every strength", note, header, rows)
+
+
+def _mean_robust(content: Mapping[str, Any], point: Mapping[str, Any]) -> list[str]:
+    """The robust accuracy of a strength over eps, the mean over its cells."""
+    of_point = point["method"], point["strength"]
+    found = defaultdict(list)
+    for cell in content["cells"]:
+        if cell["status"] == "done" and (cell["method"], cell["strength"]) == of_point:
+            for one in cell["test"]["robust_accuracy"]:
+                found[one["norm"], one["eps"]].append(one["value"])
+    columns = (found[column] for column in _eps(content))
+    return [f"{100 * fmean(values):.1f} %" if values else "" for values in columns]
+
+
+def _eps(content: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [(norm, eps) for norm, radii in content["eps"].items() for eps in radii]
 
 
 def chosen_is(chosen: Mapping[str, float | None], point: Mapping[str, Any]) -> bool:

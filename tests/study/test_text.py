@@ -366,3 +366,19 @@ def test_every_strength_is_held_to_the_plain_networks_curve_at_its_accuracy(cont
     shown = sections(content)["frontier"]
     over = [row[shown.header.index("over stopped")] for row in shown.rows]
     assert over[-2:] == ["", "1.500 (1.200 to 1.900), farther"]
+
+
+def test_every_strength_has_its_mean_robust_accuracy_at_each_eps(content):
+    point = next(p for p in content["frontier"] if p["seeds"] > 1)
+    done = [
+        cell
+        for cell in content["cells"]
+        if (cell["method"], cell["strength"]) == (point["method"], point["strength"])
+    ]
+    for cell, value in zip(done, (0.1, 0.3, 0.8), strict=True):
+        for one in cell["test"]["robust_accuracy"]:
+            one["value"] = value - 0.01 * one["eps"]
+    shown = sections(content)["frontier"]
+    row = dict(zip(shown.header, shown.rows[content["frontier"].index(point)], strict=True))
+    for eps in content["eps"]["l2"]:
+        assert row[f"robust at L2 {eps:g}"] == f"{40 - eps:.1f} %"
