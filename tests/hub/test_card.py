@@ -61,6 +61,17 @@ def test_every_robust_number_has_its_norm_eps_attack_n_and_seed(folder):
     assert (data.library_name, data.license, data.datasets) == ("timm", "mit", ["org/pictures"])
 
 
+def test_attacks_without_gradients_alone_are_said_to_be_so(folder):
+    said = "No attack that uses gradients was run"
+    assert said not in card_of(folder)
+    path = folder / "robustness.json"
+    content = json.loads(path.read_text())
+    for attack in content["attacks"].values():
+        attack["black_box"] = True
+    path.write_text(json.dumps(content))
+    assert said in card_of(folder)
+
+
 def test_a_part_of_a_data_set_is_other_data(folder):
     path = folder / "robustness.json"
     content = json.loads(path.read_text())

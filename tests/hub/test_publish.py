@@ -23,6 +23,7 @@ from hf_specreg.hub.encoder import CardError, Encoder, card_metadata
 from hf_specreg.hub.metrics import eval_results_file
 from hf_specreg.hub.publish import PublishError, push
 from tests.hub.conftest import make_model, report_on
+from tests.hub.server import _Handler
 
 REPO = "me/resnet"
 
@@ -415,6 +416,14 @@ class TestRefusedBeforeAnythingIsSent:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
             publish(encoder)
+
+
+def test_a_card_that_the_hub_does_not_take_is_not_sent(hub, encoder, monkeypatch):
+    said = {"errors": [{"message": "license must be one of"}], "warnings": []}
+    monkeypatch.setattr(_Handler, "validate", lambda self, body: (said, {"status": 400}))
+    with pytest.raises(PublishError, match=r"the Hub does not take the card: .*license must be"):
+        publish(encoder)
+    assert not [r for r in hub.requests if r[0] in ("POST", "PUT") and "validate" not in r[1]]
 
 
 def test_a_member_that_reads_an_organisation_is_tried_and_refused_by_the_hub(hub, encoder):

@@ -106,6 +106,16 @@ def test_who_is_harder_to_attack_is_decided_by_images_where_nothing_was_found_fo
     assert f"farther on {33 if swap else 65} and nearer on {65 if swap else 33}" in verdict
 
 
+def test_a_bare_majority_of_the_images_shows_nothing(reports):
+    near = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    far = np.where(np.arange(100) < 57, near + 0.1, near - 0.1)
+    far[:5] = near[:2] = np.inf
+    models = [with_distances(reports[0], n, d) for n, d in (("near", near), ("far", far))]
+    verdict = RobustnessReport.compare(models).verdicts[0][0]
+    assert verdict.startswith("No difference between far and near is shown")
+    assert "farther on 55 and nearer on 43" in verdict
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_nothing_is_said_where_attacks_found_nothing_for_many_images(reports, swap):
     near = np.random.default_rng(0).lognormal(0, 0.3, 100)
@@ -164,6 +174,18 @@ def test_at_another_accuracy_farther_is_not_said_to_be_harder(reports, swap, les
     assert f"whether it is {harder} to attack at equal accuracy is not known (`hf-sp" in verdict
     assert f"{'nearer' if swap else 'farther'} on average, on the same 60 images" in verdict
     assert f"is {harder} to attack than" not in verdict
+
+
+def test_a_model_that_is_more_accurate_and_farther_is_harder_to_attack(reports):
+    before = np.random.default_rng(0).lognormal(0, 0.3, 100)
+    a, b = (with_distances(reports[0], n, d) for n, d in (("a", before), ("b", before + 0.1)))
+    a.images["correct"][:40] = False
+    assert (
+        RobustnessReport.compare([a, b]).verdicts[0][0].startswith("b is harder to attack than a")
+    )
+    assert (
+        RobustnessReport.compare([b, a]).verdicts[0][0].startswith("a is easier to attack than b")
+    )
 
 
 def test_few_images_are_no_proof_of_equal_accuracy(reports):

@@ -23,6 +23,9 @@ def case():
     [
         ("pgd-l2", {"steps": 3, "restarts": 2}, True),
         ("fmn-l2", {"steps": 4}, True),
+        ("deepfool-l2", {"steps": 3}, True),
+        ("cw-l2", {"steps": 3, "binary_search_steps": 2}, False),
+        ("autoattack-l2", {"attacks": ["square"]}, False),
         ("tangent", {"iterations": 6}, False),
         ("hopskipjump", {"iterations": 6}, False),
     ],

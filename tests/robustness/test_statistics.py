@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from hf_specreg.robustness.statistics import (
     at_half_budget,
@@ -73,6 +74,16 @@ def test_infinite_distances_count_in_quantiles():
     values = np.array([1.0, 2.0, np.inf, np.inf, np.inf])
     assert quantile(values, 0.25, seed=0)["value"] == 2
     assert quantile(values, 0.5, seed=0)["value"] is None
+
+
+def test_the_interval_of_a_median_is_that_of_the_binomial_distribution():
+    """A resample's median is at most the k-th value where half of its draws are of the first k."""
+    n, ranks = 100, np.arange(1, 101)
+    at_most = binom.sf(n / 2 - 1, n, ranks / n)
+    expected = [ranks[np.argmax(at_most >= tail)] for tail in (0.025, 0.975)]
+    assert expected == [40, 60]
+    ends = quantile(ranks.astype(float), 0.5, seed=0)["ci"]
+    assert ends == pytest.approx(expected, abs=1)  # resampled 2,000 times
 
 
 def test_nothing_to_average():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_specreg.study.choice import Results
+from hf_specreg.study.choice import Attacked, Results
 from hf_specreg.study.config import STOPPED, MethodConfig
 from tests.study.small import cells, folder, study
 
@@ -12,7 +12,7 @@ METHODS = {
     "a": MethodConfig("penalty.strength", (0.1, 0.2, 0.3)),
 }
 ACCURACY = {("none", None): 0.900, (STOPPED, 1): 0.880, (STOPPED, 2): 0.893, (STOPPED, 3): 0.897}
-RATIO = {0.1: 1.1, 0.2: 1.3, 0.3: 1.5}
+DISTANCE = {None: 1.0, 0.1: 1.1, 0.2: 1.3, 0.3: 1.5}  # on validation images
 
 
 class Found(Results):
@@ -29,8 +29,10 @@ class Found(Results):
         assert path == ("validation", "accuracy")
         return np.full(2, self.accuracy[key])
 
-    def _gain(self, key):
-        return RATIO[key[1]]
+    def attacked(self, key, split, seeds=None):
+        """On test images the order is the reverse."""
+        distance = DISTANCE[key[1]] if split == "validation" else 2 - DISTANCE[key[1]]
+        return Attacked(np.full((2, 20), distance), np.ones((2, 20), bool), [])
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from hf_specreg.recipes import supervised
+from hf_specreg.study import timing
 from hf_specreg.study.cells import StudyRunError
 from hf_specreg.study.cluster import Job, submit
 from hf_specreg.study.command import HowConfig, run, work
 from hf_specreg.study.config import MethodConfig
 from hf_specreg.study.result import Study
 from hf_specreg.study.timing import time_methods
-from tests.study.small import EVALUATION, cells, folder, study
+from tests.study.small import EVALUATION, METHODS, cells, folder, study
 
 pytestmark = pytest.mark.usefixtures("without_page")
 
@@ -52,6 +54,38 @@ def test_steps_are_timed_against_the_plain_networks_with_everything_from_the_fir
     assert all(ratio > 0 for ratio in found["rep-spectral"]["rounds"])
     assert not (tmp_path / "run").exists()
     json.dumps(found)
+
+
+def test_what_is_timed_begins_with_the_first_step_and_a_ratio_is_over_the_plain_network(
+    tmp_path, monkeypatch
+):
+    sensitive = MethodConfig(
+        "regularizers.sensitivity.strength",
+        (0.1,),
+        {"regularizers.sensitivity": {"burn_in_epochs": 2, "ramp_epochs": 1}},
+    )
+    evaluation = replace(EVALUATION, timing_steps=2)
+    config = study(
+        tmp_path, methods={**METHODS, "sensitivity": sensitive}, seeds=(0,), evaluation=evaluation
+    )
+    trained = []
+
+    def seconds(*_):
+        return 3.0 if trained[-1].penalty.strength else 2.0
+
+    monkeypatch.setattr(supervised, "train", lambda run, resume: trained.append(run))
+    monkeypatch.setattr(timing, "_seconds_an_image", seconds)
+    found = time_methods(cells(config), tmp_path, images=1149, rounds=1)
+    assert {name: entry["ratio"] for name, entry in found.items()} == {
+        "none": 1.0,
+        "weight decay": 1.0,
+        "rep-spectral": 1.5,
+        "sensitivity": 1.0,
+    }
+    for short in trained:
+        assert short.optimizer.warmup_epochs == 0
+        for term in (short.penalty, short.regularizers.sensitivity):
+            assert not any((term.burn_in_epochs, term.burn_in_fraction, term.burn_in_steps))
 
 
 def test_a_method_that_diverges_without_its_burn_in_has_no_time(tmp_path):

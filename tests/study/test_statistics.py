@@ -10,6 +10,7 @@ from hf_specreg.study.statistics import (
     paired_difference,
     paired_ratio,
     signs,
+    unpaired,
 )
 
 NONE = {"value": None, "ci": [None, None]}
@@ -168,3 +169,12 @@ def test_other_images_or_seeds_are_refused():
         paired_ratio(own, correct, reference[:1], other[:1])
     with pytest.raises(ValueError, match="same seeds and images"):
         mean_over_seeds(own[0])
+
+
+def test_left_out_is_where_something_was_found_for_one_of_two_that_are_right():
+    own = np.array([[1.0, np.inf, 1.0, np.inf, np.inf]])
+    other = np.array([[1.0, 1.0, np.inf, np.inf, 1.0]])
+    right, wrong_last = np.ones((1, 5), bool), np.array([[True, True, True, True, False]])
+    pair = own, right, other, wrong_last
+    assert unpaired(*pair).tolist() == [[False, True, True, False, False]]
+    assert compared(*pair).tolist() == [[True, False, False, False, False]]

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import yaml
 
+from hf_specreg.data.datasets import build_splits
+from hf_specreg.robustness.calibration import calibration, temperature
 from hf_specreg.robustness.flags import MASKED
 from hf_specreg.robustness.report import RobustnessReport
 from hf_specreg.study import command as study_command
@@ -23,7 +25,9 @@ from hf_specreg.study.choice import Results
 from hf_specreg.study.command import HowConfig, UnfinishedError, main, parse, run, work
 from hf_specreg.study.config import STOPPED, MethodConfig
 from hf_specreg.study.folder import StudyFolder
+from hf_specreg.study.frontier import over_curve
 from hf_specreg.study.measure import Evaluation
+from hf_specreg.study.ood import ood_auroc
 from hf_specreg.study.result import Study
 from hf_specreg.study.statistics import paired_ratio
 from hf_specreg.study.summary import summarize
@@ -78,6 +82,29 @@ def test_a_ratio_is_made_anew_from_the_per_image_results(whole):
         assert paired_ratio(*pair) == row["ratio"]
 
 
+def test_a_row_is_made_of_what_the_cells_found(whole):
+    """Against the control and the curve of plain networks too, from accuracies and distances."""
+    study, results = Study.load(whole.output_dir), Results(cells(whole), folder(whole))
+    points = {(p["method"], p["strength"]): p for p in study.content["frontier"]}
+
+    def place(key):
+        return results.answers(key, "test").mean(), *study.attacked(*key)
+
+    plain, stopped = ("none", None), (STOPPED, 3)
+    for row in study.content["table"][1:]:
+        key = row["method"], row["strength"]
+        accuracy, distances, correct = place(key)
+        of_control = study.attacked(*{3: stopped, 4: plain}[row["control"]["strength"]])
+        assert row["control"]["ratio"] == paired_ratio(distances, correct, *of_control)
+        loss = row["accuracy_difference"]["value"]
+        assert loss == pytest.approx(accuracy - place(plain)[0])
+        assert points[key]["over_plain"] == over_curve(place(key), [place(plain), place(stopped)])
+        for one in row["robust_accuracy"]:
+            stands = correct & (distances > np.float32(one["eps"]))
+            assert one["value"] == pytest.approx(stands.mean())
+    assert any(point["over_plain"] for point in points.values())
+
+
 def test_numbers_are_those_of_the_reports(whole):
     """Accuracy on all images, the distance on those that are attacked and correct."""
     results = Results(cells(whole), folder(whole))
@@ -90,6 +117,43 @@ def test_numbers_are_those_of_the_reports(whole):
     assert record["test"]["distance"] == pytest.approx(own[np.isfinite(own)].mean())
     rows = [report.images["row"] for report in results.attacked(("none", None), "test").reports]
     assert np.array_equal(*rows)
+
+
+def test_the_temperature_is_fitted_on_validation_images_and_others_are_told_from_test_images(
+    whole, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 60)
+    logits = {
+        name: (size * (np.eye(10)[labels] + 0.3 * rng.normal(size=(60, 10))), labels)
+        for name, size in (("validation", 2.0), ("test", 20.0), ("outside", 1.0))
+    }
+    place = folder(whole).cell("none_seed0")
+
+    def report(self, model, folder, split, attacks):
+        return RobustnessReport.load(place / split / "robustness.json")
+
+    monkeypatch.setattr(Evaluation, "_logits", lambda self, subject, name: logits[name])
+    monkeypatch.setattr(Evaluation, "attack", report)
+    evaluation = replace(EVALUATION, ood="digits", ood_classes=())
+    found = Evaluation.of(evaluation, build_splits(cells(whole).plain.data)).measure(
+        place / "run/model", tmp_path
+    )
+    fitted = temperature(*logits["validation"])
+    assert fitted != pytest.approx(temperature(*logits["test"]), rel=0.5)
+    for split in ("validation", "test"):
+        own, _ = logits[split]
+        assert found[split]["calibrated"] == {
+            "temperature": fitted,
+            **calibration(own / fitted, labels),
+        }
+        assert found[split]["ood_auroc"] == ood_auroc(own, logits["outside"][0])
+
+
+def test_masked_gradients_are_looked_for_beside_the_final_attacks_alone(whole):
+    for split, looked in (("validation", False), ("test", False), ("final", True)):
+        report = RobustnessReport.load(folder(whole).cell("none_seed0") / split / "robustness.json")
+        assert ("masking" in report.content["stage_seconds"]) == looked
 
 
 def test_what_is_done_is_not_done_again(whole, monkeypatch):

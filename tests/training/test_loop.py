@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -444,6 +445,21 @@ def test_the_best_epochs_weights_are_kept(tmp_path):
     ]
     equal = [all(torch.equal(best[name], of[name]) for name in best) for of in of_epochs]
     assert equal == [False, True, False]
+
+
+def test_a_resumed_run_keeps_the_best_of_the_epochs_before(tmp_path):
+    run = config(tmp_path, checkpoint=CheckpointConfig(keep=9))
+    accuracies = iter([0.5, 0.9, 0.7, 0.6])
+    steps = build(run).steps_per_epoch
+    for resume in (False, True):
+        in_the_third = interrupted_at(2 * steps * run.accumulation + 1)
+        loop = build(run, objective=Supervised if resume else in_the_third)
+        loop.score = lambda *_: {"accuracy": next(accuracies)}
+        with nullcontext() if resume else pytest.raises(Interrupted):
+            loop.run(resume=resume)
+    best = weights(tmp_path / "run/best")
+    of_epoch = weights(tmp_path / f"run/checkpoints/step_{2 * steps:08d}/model")
+    assert all(torch.equal(best[name], of_epoch[name]) for name in best)
 
 
 def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):

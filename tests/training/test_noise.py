@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hf_specreg.data.datasets import DataConfig, build_splits
 from hf_specreg.data.transforms import AugmentConfig, add_noise
@@ -28,8 +29,8 @@ class Recorded(Objective):
         return self.encoder(first).square().mean()
 
 
-def received(folder, kind, augment):
-    """What the objective and a regularizer get in an epoch."""
+def received(folder, kind, augment, epochs=1):
+    """What the objective and a regularizer get in all epochs."""
     seen = []
 
     class Recording(VolumeElementConfig):
@@ -39,7 +40,7 @@ def received(folder, kind, augment):
 
     run = kind(
         output_dir=str(folder),
-        epochs=1,
+        epochs=epochs,
         batch_size=64,
         data=DataConfig(train_samples=256),
         model=ModelConfig("mlp_2000", input_size=SIZE, args=ARGS["mlp_2000"]),
@@ -72,6 +73,24 @@ def test_the_loss_and_the_regularizers_get_the_same_noise_on_the_same_images(
     correlation = torch.corrcoef(torch.stack([view.flatten() for view in views]))[0, 1]
     assert abs(correlation) < 0.05
     assert torch.equal(seen, noisy[:, 0] if noisy.ndim == 5 else noisy)
+
+
+@pytest.mark.parametrize(("variation", "again"), [("none", True), ("crop_flip", False)])
+def test_an_epoch_has_the_same_images_in_other_crops(tmp_path, variation, again):
+    images, _ = received(tmp_path, RunConfig, AugmentConfig(variation), epochs=2)
+    first, second = (torch.unique(epoch, dim=0) for epoch in images.flatten(1).chunk(2))
+    assert torch.equal(first, second) == again
+
+
+def test_processes_draw_noise_of_their_own(tmp_path, monkeypatch):
+    noisy = []
+    for process in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        clean, _ = received(tmp_path / f"clean{process}", RunConfig, AugmentConfig())
+        images, _ = received(tmp_path / f"{process}", RunConfig, AugmentConfig(noise=0.1))
+        noisy.append(images - clean)
+    correlation = torch.corrcoef(torch.stack([noise.flatten() for noise in noisy]))[0, 1]
+    assert abs(correlation) < 0.05
 
 
 def test_none_draws_nothing():
