@@ -108,7 +108,7 @@ class PixelModel(nn.Module):
     def check(self, images: Tensor) -> None:
         """Warn, of the first images only, if they are in [0, 1] though the user or the model's
         configuration says that they are divided by less: then what is per pixel would be too
-        little; or if they are `FAR` from what it takes, [0, 1] or normalised. Images in [-1, 1] are
+        much; or if they are `FAR` from what it takes, [0, 1] or normalised. Images in [-1, 1] are
         as near to [0, 1] as noisy ones, and pass. Asks the device once.
 
         Args:

@@ -29,11 +29,12 @@ class ImagePenalty:
     """A term of images beside the loss, called once per optimizer step.
 
     It is of a batch's first images (`images`), with the model in evaluation mode, whatever mode it
-    is in: batch norms use their running statistics and leave them as they are. Images are what the
-    model takes, and derivatives per [0, 1] pixel (`pixel_std`). They run in float32, uncompiled
-    and, of timm's models, without activation checkpointing; checkpointing in code of your own is
-    not differentiated twice. With gradient accumulation, call it in one of the micro-batches only,
-    as `SpectralPenalty`; with several processes each has its own images.
+    is in: batch norms use their running statistics and leave them as they are; call it after the
+    model's own pass in training, which would change them under a gradient that is still to come.
+    Images are what the model takes, and derivatives per [0, 1] pixel (`pixel_std`). They run in
+    float32, uncompiled and, of timm's models, without activation checkpointing; checkpointing in
+    code of your own is not differentiated twice. With gradient accumulation, call it in one of the
+    micro-batches only, as `SpectralPenalty`; with several processes each has its own images.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together

@@ -29,6 +29,26 @@ def test_it_is_the_mean_norm_of_the_losss_gradient_on_the_first_images():
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
+def test_it_acts_through_hardsigmoid_which_torch_does_not_differentiate_twice():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+    by_hand = nn.Sequential(net[0], net[1], nn.ReLU6(), net[3])
+
+    def plain(x):  # relu6(x + 3) / 6
+        return by_hand[3](by_hand[2](by_hand[1](by_hand[0](x)) + 3) / 6)
+
+    options = {"strength": 1.0, "head": "3", "input_size": (1, 8, 8), "pixel_std": 1}
+    value = InputGradientPenalty(net, **options)(images(), LABELS)
+    expected = gradient_norm(plain, images(), LABELS)
+    torch.testing.assert_close(value, expected)
+    (own,) = torch.autograd.grad(value, net[1].weight)
+    x = images().clone().requires_grad_(True)
+    loss = F.cross_entropy(plain(x), LABELS, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    (other,) = torch.autograd.grad(gradient.flatten(1).norm(dim=1).mean(), net[1].weight)
+    assert own.any()
+    torch.testing.assert_close(own, other)
+
+
 def test_it_enters_after_the_burn_in_rises_and_is_due_in_its_cadence():
     model = tiny().eval()
     penalty = InputGradientPenalty(model, strength=1.0, burn_in=2, ramp=4, every=2)

@@ -93,6 +93,21 @@ def test_a_volume_with_more_features_than_pixels(linear):
     torch.testing.assert_close(volume, sigma.log().sum())
 
 
+def test_a_volume_of_features_that_lie_in_a_plane_is_not_of_rounding():
+    """As after a layer norm: the smallest eigenvalue is the damping's."""
+    weight = 30 * torch.randn(12, 64, generator=seeded())
+    weight = (weight - weight.mean(0)).requires_grad_()
+    images = torch.rand(2, 64, generator=seeded())
+    volume = volume_element(lambda x: x @ weight.T, images)
+    (gradient,) = torch.autograd.grad(volume, weight)
+    exact = weight.detach().double().requires_grad_()
+    expected = volume_element(lambda x: x @ exact.T, images.double())
+    (other,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(volume, expected.float())
+    assert volume.dtype == torch.float32
+    assert (gradient - other).norm() < 1e-3 * other.norm()
+
+
 @pytest.mark.parametrize(
     "penalty",
     [

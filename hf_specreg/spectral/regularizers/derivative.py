@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.modules import evaluating
@@ -60,12 +61,22 @@ class DerivativeConfig(RegularizerConfig):
         return compute
 
 
+class HardsigmoidByReLU6(TorchFunctionMode):
+    """Computes hardsigmoid as relu6(x + 3) / 6, since torch has no second derivative of its own."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call a function of torch's."""
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode, as it can be differentiated twice: uncompiled, with
-    attention in the one form for that, without the activation checkpointing of timm's models (that
-    of transformers' is off in evaluation mode), whose memory is not saved here, and without the
-    autocast that accelerate puts into a model's `forward`.
+    attention and hardsigmoid in the one form for that, without the activation checkpointing of
+    timm's models (that of transformers' is off in evaluation mode), whose memory is not saved here,
+    and without the autocast that accelerate puts into a model's `forward`.
     """
     attributes = [vars(module) for module in model.modules()]
     changes = [(own, "grad_checkpointing", False) for own in attributes]
@@ -73,7 +84,7 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
     changes = [(own, name, new) for own, name, new in changes if own.get(name) and new is not None]
     before = [own[name] for own, name, _ in changes]
     eager = torch.compiler.set_stance("force_eager")
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), eager:
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), eager, HardsigmoidByReLU6():
         try:
             for own, name, new in changes:
                 own[name] = new

@@ -19,7 +19,7 @@ def orthogonality(
     iterations: int = 2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return sum ||W W^T - I|| (largest absolute eigenvalue), by power iteration.
+    """Return sum ||W W^T - I|| (largest absolute eigenvalue), from below, by power iteration.
 
     Kernels are reshaped to matrices of a row an output channel. Where that has more rows than
     columns, it is W^T W - I: the other can never be 0.

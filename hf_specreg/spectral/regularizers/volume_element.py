@@ -12,7 +12,8 @@ def volume_element(function: Function, images: Tensor, *, damping: float = 1e-6)
     """Return the mean over images of 1/2 log det of the metric that the features pull back.
 
     Of J [K, d], where K < d, the metric J^T J has no more than K eigenvalues that are not 0: the
-    determinant is over those, that of J J^T.
+    determinant is over those, that of J J^T, in float64: where features lie in a plane, as after a
+    layer norm, float32 cannot tell its smallest eigenvalue from rounding.
 
     Args:
         function: images [B, ...] -> features [B, K]; K backward passes.
@@ -23,11 +24,12 @@ def volume_element(function: Function, images: Tensor, *, damping: float = 1e-6)
     decision boundaries", arXiv:2301.11375.
     """
     rows = jacobian(function, images)
+    dtype, rows = rows.dtype, rows.double()
     if rows.shape[1] > rows.shape[2]:
         rows = rows.mT
     gram = rows @ rows.mT
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.slogdet(gram + damping * eye).logabsdet.mean() / 2
+    return torch.linalg.slogdet(gram + damping * eye).logabsdet.mean().to(dtype) / 2
 
 
 @dataclass(frozen=True)
