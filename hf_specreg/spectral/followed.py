@@ -39,7 +39,7 @@ class FollowedSum:
         operators: in forward order, the same on all processes.
         weight: a stack's weight as it acts, with its graph, in full precision.
         every: optimizer steps from one use to the next.
-        renew_every: steps between two renewals of a layer's vectors at most.
+        renew_every: uses between two renewals of a layer's vectors at most.
         lanczos_steps: of a renewal at most.
         shared: share the layers out over the processes of torch.distributed.
         seed: of the vectors' first draw.
@@ -72,7 +72,7 @@ class FollowedSum:
         self.shared = shared
         self.uses = 0
         self.stacks = stacks(operators)
-        self.pace = Pace(renew_every, lanczos_steps, every=every)
+        self.pace = Pace(renew_every * every, lanczos_steps, every=every)
         self.triplets = Triplets(self.stacks, pace=self.pace, seed=seed, device=device)
         self._device, self._sharded, self.vectors_loaded = device, False, False
         self._is_frozen_said = False

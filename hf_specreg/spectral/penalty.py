@@ -76,7 +76,7 @@ class SpectralPenalty:
         every: one call in `every` gives the penalty, the others 0.
         burn_in: the first `burn_in` calls give 0.
         ramp: calls after the burn-in in which the strength rises linearly from 0.
-        renew_every: calls between two renewals of a layer's singular vectors, at most: where the
+        renew_every: uses between two renewals of a layer's singular vectors, at most: where the
             weights move too fast for that, they are renewed more often (`pace.py`).
         lanczos_steps: of a renewal, at least 2, at most; each is a product with W and one with W^T.
         input_size: (C, H, W) of the images, which convolutions depend on; default: the model's own

@@ -22,7 +22,7 @@ class PenaltyConfig(RegularizerConfig):
         burn_in_fraction: part of the whole training without it at first. Of the three, one at most.
         ramp_epochs: epochs after the burn-in in which the strength rises from 0; may be a fraction.
         scope: penalised layers: "features" (rep-spectral) or "all" (ll-spectral, with the head).
-        renew_every: optimizer steps between two renewals of a layer's singular vectors.
+        renew_every: uses, one in `every` steps, between two renewals of a layer's singular vectors.
         lanczos_steps: Lanczos steps a renewal; more of them, or more renewals, follow sigma better
             and cost more.
         split_qkv: penalise stacked q, k and v each.
