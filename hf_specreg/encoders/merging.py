@@ -13,6 +13,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 from hf_specreg.encoders.modules import check_takes_lora, is_adapted
 
 
+def is_plain(network: nn.Module) -> bool:
+    """Return whether stock libraries have such a network: without LoRA, parametrizations and the
+    older hooks of torch.nn.utils.
+    """
+    adapters = ("get_base_layer", "unload_and_optionally_merge_module")
+    return not any(
+        is_parametrized(m) or _weight_hooks(m) or any(hasattr(m, name) for name in adapters)
+        for m in network.modules()
+    )
+
+
 def merged(network: nn.Module) -> nn.Module:
     """Return the network with LoRA merged, parametrizations and the older hooks of torch.nn.utils
     computed, and weights contiguous.
@@ -29,12 +40,7 @@ def merged(network: nn.Module) -> nn.Module:
             "options=StateDictOptions(full_state_dict=True)), and load them into a copy of the "
             "model that was made before fully_shard, to be saved"
         )
-    adapted = any(
-        hasattr(m, "get_base_layer") or hasattr(m, "unload_and_optionally_merge_module")
-        for m in network.modules()
-    )
-    computed = any(is_parametrized(m) or _weight_hooks(m) for m in network.modules())
-    if not (adapted or computed) and all(p.is_contiguous() for p in network.parameters()):
+    if is_plain(network) and all(p.is_contiguous() for p in network.parameters()):
         return network
     network = _copied(network).eval().to(memory_format=torch.contiguous_format)
     for module in list(network.modules()):  # before adapters, which are merged into what is there

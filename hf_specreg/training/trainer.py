@@ -19,13 +19,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import safe_open
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_specreg.encoders.blueprint import read_json
 from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE
 from hf_specreg.encoders.formats import write_json
+from hf_specreg.encoders.merging import is_plain
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -34,6 +35,10 @@ from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.classifier import Classifier
 from hf_specreg.training.distributed import averages_gradients
 from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
+
+# In a checkpoint of a network with LoRA or parametrizations: its own weights. Beside them stand
+# those that stock libraries load, in which these are merged.
+TRAINED_FILE = "trained.safetensors"
 
 
 class SpecRegTrainer(Trainer):
@@ -249,8 +254,8 @@ class SpecRegTrainer(Trainer):
         as they were (huggingface/transformers#43701).
         """
         network = unwrap(self.model)
-        if not isinstance(network, PreTrainedModel):
-            return
+        if self.is_fsdp_enabled or not isinstance(network, PreTrainedModel):
+            return  # its shards are loaded by their own names
         names = _stored_names(Path(folder))
         if names - set(network.state_dict()):
             _load_network(network, Path(folder))
@@ -259,6 +264,11 @@ class SpecRegTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.penalty is not None:
             save_penalty(self.penalty, Path(output_dir), write=self.args.should_save)
+        ours = isinstance(self.model, Classifier | PreTrainedModel)
+        if ours and self.args.should_save and not self.is_fsdp_enabled:
+            network = unwrap(self._trained)
+            if not is_plain(network):
+                save_model(network, str(Path(output_dir) / TRAINED_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -284,8 +294,20 @@ class _FromTheStart(TrainerCallback):
 
 
 def _load_network(network: nn.Module, folder: Path) -> None:
-    """Load all weights of a timm or transformers network from what its library saved."""
-    if isinstance(network, PreTrainedModel):
+    """Load all weights of a timm or transformers network from what its library saved.
+
+    Raises:
+        ValueError: it has LoRA or parametrizations, and the weights were saved without them.
+    """
+    if not is_plain(network):
+        if not (folder / TRAINED_FILE).is_file():
+            raise ValueError(
+                f"{folder} has no {TRAINED_FILE}, as those of save_only_model, and the LoRA or "
+                f"parametrizations of this {type(network).__name__} are merged in its weights: "
+                "train without save_only_model"
+            )
+        load_model(network, folder / TRAINED_FILE)
+    elif isinstance(network, PreTrainedModel):
         found = type(network).from_pretrained(folder, dtype=network.dtype)
         network.load_state_dict(found.state_dict())
     else:

@@ -3,6 +3,7 @@
 import functools
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from hf_specreg.encoders.blueprint import FolderError
 from hf_specreg.hub.card import card_files
 from hf_specreg.hub.encoder import Encoder
 from hf_specreg.spectral.regularizers import L2SPConfig
+from hf_specreg.spectral.regularizers.spectral_norm import normalize_spectra
 from hf_specreg.training.trainer import _check_shards
+from hf_specreg.training.transfer import TransferConfig, add_lora
 from tests.tiny import vit_config
 
 
@@ -154,6 +157,38 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path):
     assert again.penalty.step == whole.penalty.step == 6
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_a_network_with_parametrizations_is_resumed_and_not_from_merged_weights(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    model, other = vit(), vit()
+    normalize_spectra(model)
+    normalize_spectra(other)
+    whole = trained(tmp_path / "run", model, **settings)
+    again = SpecRegTrainer(
+        other,
+        arguments(tmp_path / "run", **settings),
+        train_dataset=Digits(),
+        penalty={"strength": 0.05},
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    (tmp_path / "run/checkpoint-2/trained.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no trained.safetensors.* without save_only_model"):
+        again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+
+
+def test_shards_are_loaded_by_their_own_names(tmp_path, monkeypatch):
+    """And not anew by those that transformers gives a ViT's weights in a file."""
+    whole = trained(tmp_path, vit(), max_steps=1, save_strategy="steps", save_steps=1)
+    loaded = Mock()
+    monkeypatch.setattr("hf_specreg.training.trainer._load_network", loaded)
+    whole._load_renamed(str(tmp_path / "checkpoint-1"))
+    loaded.assert_called_once()
+    monkeypatch.setattr(whole, "is_fsdp_enabled", True)
+    whole._load_renamed(str(tmp_path / "checkpoint-1"))
+    loaded.assert_called_once()
 
 
 @pytest.mark.parametrize(("kind", "only"), [(Trainer, False), (SpecRegTrainer, True)])
@@ -301,7 +336,20 @@ def of_transformers():
     return SpecRegModel.from_transformers(vit().config, label_names=[f"no {n}" for n in range(10)])
 
 
-@pytest.mark.parametrize("make", [of_timm, of_transformers])
+def normalized():
+    """With parametrizations, which what is saved has computed."""
+    model = of_timm()
+    normalize_spectra(model)
+    return model
+
+
+def with_lora():
+    model = of_transformers()
+    add_lora(model, TransferConfig(train="lora", lora_rank=2))
+    return model
+
+
+@pytest.mark.parametrize("make", [of_timm, of_transformers, normalized, with_lora])
 def test_a_spec_reg_model_is_trained_saved_and_resumed(tmp_path, make):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     before, model = make(), make()
