@@ -224,6 +224,10 @@ def test_a_module_of_lightning_has_a_regularizer_of_images(tmp_path):
         settings |= {"max_steps": 1, "default_root_dir": tmp_path, "enable_model_summary": False}
         pl.Trainer(**settings, enable_checkpointing=False).fit(module, loader)
         ends.append(module.backbone)
+    module.on_save_checkpoint(checkpoint := {})
+    again = names["Regularized"]()
+    again.on_load_checkpoint(checkpoint)
+    assert (module.gradient.step, again.gradient.step) == (1, 1)
     reference = Lit().backbone
     InputGradientPenalty(reference, strength=0.05)(images, labels).backward()
     for plain, ours, weight in zip(*(m.parameters() for m in (*ends, reference)), strict=True):

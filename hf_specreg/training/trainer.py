@@ -10,6 +10,7 @@ has scaled them itself; where it does, they are multiplied by k before.
 A SpecRegModel, which maps images in [0, 1] to logits, is trained by cross-entropy.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.download import RUN_FILE, WEIGHTS_FILE
+from hf_specreg.encoders.download import PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE
 from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.merging import is_plain
 from hf_specreg.encoders.model import SpecRegModel
@@ -216,6 +217,14 @@ class SpecRegTrainer(Trainer):
             if ours and self._trained.metadata:
                 metadata["before"] = self._trained.metadata
             write_json(folder / RUN_FILE, metadata)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push weights with what belongs to them: Trainer takes them and config.json alone."""
+        if self.is_world_process_zero():
+            for name in (RUN_FILE, PROCESSOR_FILE):
+                if (path := Path(checkpoint_folder) / name).is_file():
+                    shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _method(self) -> dict[str, Any]:
         """What `specreg.json` says of the penalty and the regularizers."""

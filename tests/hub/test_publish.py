@@ -14,9 +14,15 @@ import pytest
 import timm
 import torch
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    TrainingArguments,
+    pipeline,
+)
 
-from hf_specreg import RobustnessReport, SpecRegModel
+from hf_specreg import RobustnessReport, SpecRegModel, SpecRegTrainer
 from hf_specreg.encoders.connection import HubError
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.encoder import CardError, Encoder, card_metadata
@@ -125,8 +131,6 @@ def test_it_loads_where_this_package_is_not_installed(hub, encoder):
 
 
 def test_a_transformers_model_and_its_processor_are_published(hub, tmp_path):
-    from transformers import ResNetConfig
-
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     model = SpecRegModel.from_transformers(config, num_classes=4, input_size=(3, 32, 32)).eval()
     model.push_to_hub(REPO, license="mit")
@@ -134,6 +138,24 @@ def test_a_transformers_model_and_its_processor_are_published(hub, tmp_path):
     images = torch.rand(2, 3, 32, 32)
     again = AutoModelForImageClassification.from_pretrained(REPO).eval()
     torch.testing.assert_close(logits(again, model.normalize(images)), logits(model, images))
+
+
+def test_what_the_trainer_pushes_from_a_checkpoint_loads(hub, tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    model = SpecRegModel.from_transformers(config, num_classes=4, input_size=(3, 32, 32))
+    row = {"pixel_values": torch.rand(3, 32, 32), "labels": 1}
+    settings = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "every_save"}
+    settings |= {"save_steps": 1, "max_steps": 1, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), **settings, disable_tqdm=True)
+    trainer = SpecRegTrainer(
+        model, arguments, train_dataset=[row] * 4, penalty={"strength": 0.01, "every": 2}
+    )
+    trainer.train()
+    trainer.push_in_progress.wait_until_done()
+    again = SpecRegModel.from_pretrained(REPO).eval()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(again(images), model.eval()(images))
+    assert again.metadata["config"]["penalty"]["every"] == 2
 
 
 def test_a_headless_encoder_is_a_feature_extractor(hub, tmp_path):
