@@ -7,7 +7,8 @@
 
 d(g) is sign(g) in Linf and g / ||g||_2 in L2; P projects onto the eps ball around the image, then
 onto the box of its pixels. fgsm and pgd are crafted against the very loss that is trained: with
-mixup against mixed images and their mixed labels, with label smoothing against smoothed ones.
+mixup against mixed images and their mixed labels, with label smoothing against smoothed ones. They
+may move a part of each batch alone, of which the crafting costs as much less.
 
 While images are crafted dropout and its like are off, batch norms are in the mode `batch_norm`, and
 neither statistics nor gradients of the model change. The pass that is trained is as without an
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.ranges import require
+from hf_specreg.ranges import WHOLE, require
 from hf_specreg.spectral.precision import full_precision
 from hf_specreg.training.features import evaluation_loader
 from hf_specreg.training.metrics import Score
@@ -56,6 +57,8 @@ class AdversarialConfig:
         eps: how far an image is moved at most, in [0, 1] pixel units.
         steps: of pgd and trades; default: 10.
         step_size: in [0, 1] pixel units; default: 1.25 eps for one step, else 2.5 eps / steps.
+        images: how many of each micro-batch are moved, the first; default: all, as in
+            self-supervision and by trades always.
         beta: weight of trades' KL divergence.
         batch_norm: mode of the batch norms while images are crafted: "eval", their running
             statistics, or "train", those of the batch. Neither updates them.
@@ -66,17 +69,21 @@ class AdversarialConfig:
     eps: float = 0.5
     steps: int | None = None
     step_size: float | None = None
+    images: int | None = None
     beta: float = 6.0
     batch_norm: Literal["eval", "train"] = "eval"
 
     def __post_init__(self):
         require(self, "positive", "eps", "step_size")
-        require(self, "at least 1", "steps")
+        require(self, "at least 1", "steps", "images")
+        require(self, WHOLE, "images")
         require(self, "not negative", "beta")
         if self.norm == "linf":
             require(self, "in [0, 1]", "eps")
         if self.method == "fgsm" and self.steps not in (None, 1):
             raise ValueError(f"steps ({self.steps}) of fgsm are 1: for more set method to pgd")
+        if self.method == "trades" and self.images is not None:
+            raise ValueError(f"images ({self.images}) are of fgsm and pgd: trades moves all")
 
     @property
     def schedule(self) -> tuple[int, float]:
@@ -89,8 +96,13 @@ class AdversarialConfig:
         """Whether images are adversarial by one step, which a training can overfit."""
         return self.method in ("fgsm", "pgd") and self.schedule[0] == 1
 
-    def check_needs_no_head(self) -> None:
-        """Raise ValueError if the method is of logits."""
+    def check_takes_views(self) -> None:
+        """Raise ValueError if it is not for the loss of two views of all images."""
+        if self.images is not None:
+            raise ValueError(
+                f"adversarial.images ({self.images}) is of classifiers: the loss of views is of "
+                "all images together"
+            )
         if self.method == "trades":
             raise ValueError(
                 "adversarial.method 'trades' compares logits, which an encoder without a head does "
@@ -108,14 +120,15 @@ def adversarial_loss(
 
     Args:
         model: images -> logits [B, K].
-        criterion: logits -> mean loss, 0-d.
+        criterion: logits of the first images, or all -> their mean loss, 0-d.
         images: [B, C, H, W].
         config: its method is not "none".
     """
     if config.method != "trades":
+        first = images[: config.images]
         with crafting(model, config):
-            moved = perturbed(lambda x: criterion(model(x)), images, config)
-        return criterion(model(moved))
+            moved = perturbed(lambda x: criterion(model(x)), first, config)
+        return criterion(model(torch.cat([moved, images[len(first) :]])))
     with crafting(model, config):
         fixed = model(images).detach()
         moved = perturbed(lambda x: divergence(fixed, model(x)), images, config)

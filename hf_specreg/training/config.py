@@ -201,7 +201,7 @@ class SelfSupervisedRunConfig(RunConfig):
             raise ValueError("mixup, cutmix and label_smoothing need labels: set them to 0")
         if named := [name for name, r in self.regularizers.terms().items() if r.of_labels]:
             raise ValueError(f"regularizers {named} need labels: set their strength to 0")
-        self.adversarial.check_needs_no_head()
+        self.adversarial.check_takes_views()
         if self.data.streaming:
             raise ValueError("the probes read the training images again: data.streaming must be no")
         if all(getattr(self.penalty, name) is None for name in BURN_INS):

@@ -94,7 +94,7 @@ class Supervised(Objective):
             (images, labels), smoothing = self.mixup(images.clone(), labels), 0.0
 
         def criterion(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            return F.cross_entropy(logits, labels[: len(logits)], label_smoothing=smoothing)
 
         if self.adversarial.method == "none":
             return criterion(self.encoder(images))

@@ -89,7 +89,7 @@ class SelfSupervised(Objective):
     ):
         super().__init__(encoder)
         self.adversarial = adversarial or AdversarialConfig()
-        self.adversarial.check_needs_no_head()
+        self.adversarial.check_takes_views()
         if encoder.head:
             raise ValueError("self-supervision trains an encoder without a head: num_classes=0")
         self.config = config

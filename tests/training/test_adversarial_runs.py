@@ -205,6 +205,17 @@ def test_the_images_of_the_check_are_spread_over_the_set():
             r"steps \(7\) of fgsm are 1: for more set method to pgd",
         ),
         (
+            supervised,
+            ["--adversarial.method", "trades", "--adversarial.images", "8"],
+            r"images \(8\) are of fgsm and pgd: trades moves all",
+        ),
+        (supervised, ["--adversarial.images", "0"], r"images \(0\) must be at least 1"),
+        (
+            self_supervised,
+            ["--adversarial.method", "pgd", "--adversarial.images", "8"],
+            r"adversarial.images \(8\) is of classifiers",
+        ),
+        (
             self_supervised,
             ["--adversarial.method", "trades"],
             "adversarial.method 'trades' compares logits.*set it to fgsm or pgd",
