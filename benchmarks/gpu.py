@@ -137,6 +137,7 @@ def on_one_of(rank: int, gpus: int, name: str, size: int, batch: int, rounds: in
     model = DistributedDataParallel(network(name, f"cuda:{rank}"), device_ids=[rank])
     penalty = SpectralPenalty(model, input_size=(3, size, size), shared=True)
     step = training_step(model, size, batch, "bfloat16")
+    settle(penalty)
     times = in_turn(rounds * penalty.renew_every, step, lambda: step(penalty))
     if rank == 0:
         send.put(times)
