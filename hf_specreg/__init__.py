@@ -16,12 +16,14 @@ if TYPE_CHECKING:
         SensitivityConfig,
     )
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
+    from hf_specreg.training.adversarial_images import AdversarialImages
     from hf_specreg.training.callback import SpectralPenaltyCallback
     from hf_specreg.training.regularizers_callback import RegularizersCallback
     from hf_specreg.training.timm_task import regularize_task
     from hf_specreg.training.trainer import SpecRegTrainer
 
 __all__ = [
+    "AdversarialImages",
     "FeatureSpace",
     "InputGradientConfig",
     "InputGradientPenalty",
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 # Where each name is imported from on its first use: the command's help needs no torch, and a loop
 # that adds the penalty no data sets, scipy or schemas.
 _PLACES = {
+    "AdversarialImages": "training.adversarial_images",
     "FeatureSpace": "encoders.features",
     "InputGradientConfig": "spectral.regularizers",
     "InputGradientPenalty": "spectral.input_gradient",

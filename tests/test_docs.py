@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
@@ -46,13 +47,17 @@ RUN_BY = {
         f"{HERE}::test_batch_norms_are_pinned_and_fused_as_shown",
         f"{HERE}::test_of_an_encoder_without_norms_all_maps_are_penalised_and_none_has_a_free_scale",
     ],
-    "regularizers.md": [f"{HERE}::test_a_penalty_on_the_function_is_added_to_a_loss"] * 2,
+    "regularizers.md": [
+        *[f"{HERE}::test_a_penalty_on_the_function_is_added_to_a_loss"] * 2,
+        f"{HERE}::test_a_part_of_a_batch_is_made_adversarial",
+    ],
     "robustness.md": [f"{HERE}::test_the_evaluation_runs_as_shown"],
     "stock-scripts.md": [
         f"{STOCK}::test_timms_train_script_has_a_term",
         f"{STOCK}::test_a_task_has_the_penalty_and_a_regularizer",
         f"{STOCK}::test_transformers_script_fine_tunes_what_is_saved_and_resumes",
         f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",
+        f"{STOCK}::test_a_trainer_moves_the_first_images_of_a_batch",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
         f"{STOCK}::test_a_trainer_has_a_regularizer_of_images",
         f"{STOCK}::test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters",
@@ -115,6 +120,19 @@ def test_a_penalty_on_the_function_is_added_to_a_loss(penalty, name):
     names["loss"].backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
     assert names[name].step == 1
+
+
+def test_a_part_of_a_batch_is_made_adversarial():
+    torch.manual_seed(0)
+    model, seen = timm.create_model("test_vit", img_size=32, num_classes=5), []
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 5
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    names = {"model": model, "criterion": F.cross_entropy, "images": images, "labels": labels}
+    exec(only(page("regularizers"), "AdversarialImages"), names)
+    names["loss"].backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    moved = (seen[-1] != images).flatten(1).any(1)
+    assert moved.tolist() == [True] * 16 + [False] * 4
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "bare_vit", "bare_convnext"])

@@ -155,6 +155,26 @@ def test_a_trainer_has_a_regularizer_of_images(tmp_path, by):
     assert names["trainer"].state.log_history[0]["input_gradient"] > 0
 
 
+def test_a_trainer_moves_the_first_images_of_a_batch(tmp_path):
+    model, seen = vit(), []
+
+    def see(_, inputs, named):
+        (images,) = inputs or [named["pixel_values"]]
+        seen.append(images.detach().clone())
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    args = arguments(tmp_path, max_steps=1, batch=16)
+    processor = SimpleNamespace(image_std=[0.5])
+    names = {"model": model, "args": args, "images": Digits(), "processor": processor}
+    exec(snippet("AdversarialTrainer"), names)
+    names["trainer"].train()
+    trained_on = seen[-1]
+    known = torch.stack([names["images"][i]["pixel_values"] for i in range(len(names["images"]))])
+    far = (trained_on[:, None] - known).flatten(2).norm(dim=2).amin(1)
+    assert far[8:].max() == 0
+    assert 0 < far[:8].min() <= far[:8].max() <= 0.25 / 0.5 + 1e-6
+
+
 class Lit(pl.LightningModule):
     """A network with a backbone, in the least of Lightning."""
 

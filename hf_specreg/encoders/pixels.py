@@ -156,9 +156,13 @@ class PixelModel(nn.Module):
         self.std = self.std.to(images)  # copied to the device once
         return images * self.std
 
+    def as_taken(self, pixels: Tensor) -> Tensor:
+        """Return pixels [B, C, H, W] as the model takes images."""
+        return pixels if self.std is None else pixels / self.std
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the model on [B, C, H, W] of `pixels`; on weights of half precision as float32."""
-        images = pixels if self.std is None else pixels / self.std
+        images = self.as_taken(pixels)
         named = (*self.model.named_parameters(), *self.model.named_buffers())
         wide = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
         return functional_call(self.model, wide, (images,)) if wide else call(self.model, images)

@@ -25,7 +25,6 @@ from hf_specreg.spectral.regularizers.rep_spectral import build_penalty
 from hf_specreg.spectral.regularizers.term import checked_loss
 from hf_specreg.spectral.sharding import whole
 from hf_specreg.training.accelerator import build_accelerator
-from hf_specreg.training.adversarial import OverfittingCheck
 from hf_specreg.training.config import RunConfig
 from hf_specreg.training.distributed import averages_gradients, synchronize_batch_norms
 from hf_specreg.training.images import build_loaders, with_channels_last
@@ -42,6 +41,7 @@ from hf_specreg.training.metrics import (
 from hf_specreg.training.model import prepare_for_training
 from hf_specreg.training.objectives import Objective
 from hf_specreg.training.optimizer import build_optimizer, build_scheduler
+from hf_specreg.training.overfitting import OverfittingCheck
 from hf_specreg.training.resume import check_agreement, starting_point
 from hf_specreg.training.sharded import Shards, check_statistics, fsdp_settings
 from hf_specreg.training.state import RunState, recorded_settings

@@ -17,8 +17,8 @@ from hf_specreg.data.transforms import AugmentConfig
 from hf_specreg.recipes import self_supervised, supervised
 from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.spectral.regularizers.bss import BSSConfig
-from hf_specreg.training import adversarial
-from hf_specreg.training.adversarial import AdversarialConfig, OverfittingCheck
+from hf_specreg.training import overfitting
+from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import CheckpointConfig
 from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
 from hf_specreg.training.model import ModelConfig
@@ -154,7 +154,7 @@ def check(model, count=400):
         torch.zeros(count, dtype=torch.long),
     )
     config = AdversarialConfig("fgsm", "linf", eps=0.1, step_size=0.2)
-    checked = OverfittingCheck(lambda *_: {"accuracy": 1.0}, config)
+    checked = overfitting.OverfittingCheck(lambda *_: {"accuracy": 1.0}, config)
     accelerator = Accelerator(cpu=True)
     with torch.no_grad():
         return [checked(model.eval(), DataLoader(data), accelerator) for _ in range(2)]
@@ -185,7 +185,7 @@ def test_a_model_without_it_is_not_warned_of(caplog, bias, accuracy):
 
 
 def test_the_images_of_the_check_are_spread_over_the_set():
-    some = adversarial._some(TensorDataset(torch.arange(1000)))
+    some = overfitting._some(TensorDataset(torch.arange(1000)))
     assert [int(x) for (x,) in some] == list(range(0, 1000, 4))
 
 
