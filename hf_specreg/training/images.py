@@ -93,8 +93,8 @@ def build_loaders(
         pin_memory: copy batches to page-locked memory, from which a GPU takes them without waiting.
 
     Raises:
-        ValueError: the batch size does not fit the processes, the data or mixup, or a burn-in is as
-            long as the training.
+        ValueError: the batch size does not fit the processes, the data, mixup or the adversarial
+            images, or a burn-in is as long as the training.
     """
     parts = processes * config.accumulation
     micro_batch = config.batch_size // parts
@@ -107,6 +107,11 @@ def build_loaders(
         raise ValueError(
             f"mixup pairs the images of a micro-batch, so its size ({micro_batch}) must be even: "
             "change batch_size or accumulation"
+        )
+    if (config.adversarial.images or 0) > micro_batch:
+        raise ValueError(
+            f"adversarial.images ({config.adversarial.images}) exceeds the images of a micro-batch "
+            f"({micro_batch}, by batch_size): set it to {micro_batch} at most"
         )
     train, validation, test = splits
     stream = isinstance(train, IterableDataset)

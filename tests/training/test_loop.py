@@ -22,6 +22,7 @@ from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.training import checkpoints
+from hf_specreg.training.adversarial import AdversarialConfig
 from hf_specreg.training.checkpoints import (
     CheckpointConfig,
     CheckpointError,
@@ -563,6 +564,9 @@ def test_a_term_of_more_images_than_a_micro_batch_has_is_an_error(tmp_path):
     regularizers = RegularizersConfig(input_gradient=InputGradientConfig(0.1, images=65))
     with pytest.raises(ValueError, match=r"images \(65\) exceeds the images of a micro-batch \(64"):
         build(config(tmp_path, regularizers=regularizers))
+    of_part = AdversarialConfig("pgd", images=65)
+    with pytest.raises(ValueError, match=r"adversarial.images \(65\) exceeds .* \(64, by batch"):
+        build(config(tmp_path, adversarial=of_part))
 
 
 def test_a_batch_larger_than_the_data_or_not_divisible_is_an_error(tmp_path):
