@@ -215,7 +215,12 @@ def _regularized(encoder: Encoder) -> list[tuple[str, Any]]:
     adversarial = encoder.config.get("adversarial", {})
     if adversarial.get("method", "none") != "none":
         ball = f"{norm_name(adversarial['norm'])} eps {adversarial['eps']:g}"
-        rows.append(("adversarial training", f"{adversarial['method']}, {ball}"))
+        said = f"{adversarial['method']}, {ball}"
+        if steps := adversarial.get("steps"):
+            said += f", {steps} {'step' if steps == 1 else 'steps'}"
+        if images := adversarial.get("images"):
+            said += f", of the first {images} images of each micro-batch"
+        rows.append(("adversarial training", said))
     if noise := encoder.config.get("augment", {}).get("noise"):
         rows.append(("noise", f"{noise:g} in [0, 1] pixels"))
     share = encoder.run.get("penalty_share")

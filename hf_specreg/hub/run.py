@@ -13,6 +13,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _TEXT, _OBJECT = {"type": "string", "maxLength": 1000}, {"type": "object"}
 _NAME = {**_TEXT, "type": ["string", "null"]}
 _NUMBER = {"type": ["number", "null"], "minimum": -1e15, "maximum": 1e15}
+_COUNT = {"type": ["integer", "null"], "minimum": 1, "maximum": 10**9}
 _REGULARIZER = {
     "strength": _NUMBER,
     "every": {"type": "integer", "minimum": 1, "maximum": 10**9},
@@ -83,6 +84,8 @@ _RUN = {  # of what is read here of specreg.json; all of it may be missing
                         "method": {"enum": ["none", "fgsm", "pgd", "trades"]},
                         "norm": {"enum": ["l2", "linf"]},
                         "eps": {"type": "number", "minimum": 0, "maximum": 1e15},
+                        "steps": _COUNT,
+                        "images": _COUNT,
                     },
                 },
                 "ssl": {**_OBJECT, "properties": {"method": _TEXT}},

@@ -67,7 +67,8 @@ def own_method(config: Mapping[str, Any]) -> str:
     adversarial = config.get("adversarial", {})
     if adversarial.get("method", "none") != "none":
         ball = f"{norm_name(adversarial['norm'])} {adversarial['eps']:g}"
-        found.append(f"{adversarial['method'].upper()} {ball}")
+        part = f" of {images} images" if (images := adversarial.get("images")) else ""
+        found.append(f"{adversarial['method'].upper()} {ball}{part}")
     if noise := config.get("augment", {}).get("noise"):
         found.append(f"noise {noise:g}")
     return ", ".join(found)

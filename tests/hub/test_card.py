@@ -451,7 +451,7 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
                 "jacobian": off,
                 "spectral_norm": True,
             },
-            "adversarial": {"method": "fgsm", "norm": "linf", "eps": 0.125},
+            "adversarial": dict(method="pgd", norm="linf", eps=0.125, steps=1, images=16),
             "ssl": {"method": "simclr"},
             "transfer": {"train": "lora"},
         },
@@ -467,13 +467,15 @@ def test_the_card_says_how_a_self_supervised_or_transferred_encoder_was_trained(
         "| trained | low-rank updates (LoRA) and the head |",
         "| l2_sp | strength 0.5, at every step from step 7 on |",
         "| spectral_norm | yes |",
-        "| adversarial training | fgsm, Linf eps 0.125 |",
+        "| adversarial training | pgd, Linf eps 0.125, 1 step, of the first 16 images of each "
+        "micro-batch |",
         "| test accuracy of nearest neighbours | 50.00 % (n = 10) |",
         "| test accuracy of a logistic regression on the features | 75.00 % |",
     ):
         assert said in card, said
     assert "jacobian" not in card
     run = Encoder.open(folder, license="mit").run
+    assert "spectral norm, PGD Linf 0.125 of 16 images" in method(run)
     assert "/home/me" not in json.dumps(run)
 
 
