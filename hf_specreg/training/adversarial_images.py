@@ -18,7 +18,7 @@ class AdversarialImages:
 
     Train on what it returns, in the place of the batch:
 
-        adversarial = AdversarialImages(model, eps=0.25, images=16)  # of each batch
+        adversarial = AdversarialImages(model, eps=0.5, images=8)  # of each batch
         loss = criterion(model(adversarial(images, labels)), labels)
 
     A part of the batch is enough for most of the gain (`docs/results.md`, cifar10): one step costs
