@@ -20,10 +20,10 @@ class InputGradientPenalty(ImagePenalty):
         loss = criterion(model(images), labels) + penalty(images, labels)
 
     What it is of, its arguments and its state are those of `ImagePenalty`; further ones are `norm`,
-    `images`, `by` and `step` of `InputGradientConfig`. A part of the batch is enough: 8 images of
-    128 gave as much as 16 (`docs/results.md`, cifar10). It costs a forward and a backward pass
-    over those images, and in `loss.backward()` the derivative of both; by finite differences two
-    forward passes and a backward one.
+    `images`, `by` and `step` of `InputGradientConfig`. A part of the batch is enough, such as 8
+    images of 128 (`docs/results.md`, cifar10). It costs a forward and a backward pass over those
+    images, and in `loss.backward()` the derivative of both; by finite differences two forward
+    passes and a backward one.
     """
 
     kind = InputGradientConfig
