@@ -19,15 +19,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import safe_open
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.download import PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE
+from hf_specreg.encoders.download import PROCESSOR_FILE, RUN_FILE
 from hf_specreg.encoders.formats import write_json
-from hf_specreg.encoders.merging import is_plain
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
@@ -35,11 +31,8 @@ from hf_specreg.spectral.regularizers import RegularizersConfig
 from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.classifier import Classifier
 from hf_specreg.training.distributed import averages_gradients
+from hf_specreg.training.network_weights import load_network, save_unless_plain, stored_names
 from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
-
-# In a checkpoint of a network with LoRA or parametrizations: its own weights. Beside them stand
-# those that stock libraries load, in which these are merged.
-TRAINED_FILE = "trained.safetensors"
 
 
 class SpecRegTrainer(Trainer):
@@ -242,7 +235,7 @@ class SpecRegTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, Classifier):
-            _load_network(unwrap(self._trained), Path(resume_from_checkpoint))
+            load_network(unwrap(self._trained), Path(resume_from_checkpoint))
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
@@ -250,7 +243,7 @@ class SpecRegTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._best[self.state.global_step] = self.state.best_global_step
         if isinstance(self.model, Classifier):
-            _load_network(unwrap(self._trained), Path(self.state.best_model_checkpoint))
+            load_network(unwrap(self._trained), Path(self.state.best_model_checkpoint))
             return
         super()._load_best_model()
         if self.state.best_model_checkpoint:
@@ -265,9 +258,9 @@ class SpecRegTrainer(Trainer):
         network = unwrap(self.model)
         if self.is_fsdp_enabled or not isinstance(network, PreTrainedModel):
             return  # its shards are loaded by their own names
-        names = _stored_names(Path(folder))
+        names = stored_names(Path(folder))
         if names - set(network.state_dict()):
-            _load_network(network, Path(folder))
+            load_network(network, Path(folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -275,9 +268,7 @@ class SpecRegTrainer(Trainer):
             save_penalty(self.penalty, Path(output_dir), write=self.args.should_save)
         ours = isinstance(self.model, Classifier | PreTrainedModel)
         if ours and self.args.should_save and not self.is_fsdp_enabled:
-            network = unwrap(self._trained)
-            if not is_plain(network):
-                save_model(network, str(Path(output_dir) / TRAINED_FILE))
+            save_unless_plain(unwrap(self._trained), Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -302,27 +293,6 @@ class _FromTheStart(TrainerCallback):
         self.trainer._last = {}
 
 
-def _load_network(network: nn.Module, folder: Path) -> None:
-    """Load all weights of a timm or transformers network from what its library saved.
-
-    Raises:
-        ValueError: it has LoRA or parametrizations, and the weights were saved without them.
-    """
-    if not is_plain(network):
-        if not (folder / TRAINED_FILE).is_file():
-            raise ValueError(
-                f"{folder} has no {TRAINED_FILE}, as those of save_only_model, and the LoRA or "
-                f"parametrizations of this {type(network).__name__} are merged in its weights: "
-                "train without save_only_model"
-            )
-        load_model(network, folder / TRAINED_FILE)
-    elif isinstance(network, PreTrainedModel):
-        found = type(network).from_pretrained(folder, dtype=network.dtype)
-        network.load_state_dict(found.state_dict())
-    else:
-        load_model(network, folder / WEIGHTS_FILE)
-
-
 def _check_shards(
     accelerator: Accelerator, *, ours: bool = False, terms: Sequence[str] = ()
 ) -> None:
@@ -344,14 +314,3 @@ def _check_shards(
             "FSDP2 (fsdp_version 2 in accelerate's configuration or fsdp_config), "
             "DistributedDataParallel, or ZeRO-2"
         )
-
-
-def _stored_names(folder: Path) -> set[str]:
-    """The names of the weights in a checkpoint, whole or in shards; none where it is of others."""
-    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return set(read_json(index)["weight_map"])
-    if not file.is_file():
-        return set()
-    with safe_open(file, framework="pt") as stored:
-        return set(stored.keys())

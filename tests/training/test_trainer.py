@@ -183,7 +183,7 @@ def test_shards_are_loaded_by_their_own_names(tmp_path, monkeypatch):
     """And not anew by those that transformers gives a ViT's weights in a file."""
     whole = trained(tmp_path, vit(), max_steps=1, save_strategy="steps", save_steps=1)
     loaded = Mock()
-    monkeypatch.setattr("hf_specreg.training.trainer._load_network", loaded)
+    monkeypatch.setattr("hf_specreg.training.trainer.load_network", loaded)
     whole._load_renamed(str(tmp_path / "checkpoint-1"))
     loaded.assert_called_once()
     monkeypatch.setattr(whole, "is_fsdp_enabled", True)
