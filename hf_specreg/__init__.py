@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     )
     from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.adversarial_images import AdversarialImages
-    from hf_specreg.training.callback import SpectralPenaltyCallback
-    from hf_specreg.training.regularizers_callback import RegularizersCallback
+    from hf_specreg.training.callback import SpecRegCallback
     from hf_specreg.training.timm_task import regularize_task
     from hf_specreg.training.trainer import SpecRegTrainer
 
@@ -27,15 +26,14 @@ __all__ = [
     "FeatureSpace",
     "InputGradientConfig",
     "InputGradientPenalty",
-    "RegularizersCallback",
     "RegularizersConfig",
     "RobustnessReport",
     "SensitivityConfig",
     "SensitivityPenalty",
+    "SpecRegCallback",
     "SpecRegModel",
     "SpecRegTrainer",
     "SpectralPenalty",
-    "SpectralPenaltyCallback",
     "evaluate_robustness",
     "regularize_task",
 ]
@@ -48,15 +46,14 @@ _PLACES = {
     "FeatureSpace": "encoders.features",
     "InputGradientConfig": "spectral.regularizers",
     "InputGradientPenalty": "spectral.input_gradient",
-    "RegularizersCallback": "training.regularizers_callback",
     "RegularizersConfig": "spectral.regularizers",
     "RobustnessReport": "robustness.report",
     "SensitivityConfig": "spectral.regularizers",
     "SensitivityPenalty": "spectral.sensitivity",
+    "SpecRegCallback": "training.callback",
     "SpecRegModel": "encoders.model",
     "SpecRegTrainer": "training.trainer",
     "SpectralPenalty": "spectral.penalty",
-    "SpectralPenaltyCallback": "training.callback",
     "evaluate_robustness": "robustness.evaluate",
     "regularize_task": "training.timm_task",
 }

@@ -136,7 +136,7 @@ def test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters(tmp_path, mo
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     args = arguments(tmp_path, max_steps=1, report_to=["tensorboard"])
     names = {"model": vit(), "args": args, "images": Digits()}
-    exec(snippet("SpectralPenaltyCallback"), names)
+    exec(snippet("SpecRegCallback", "1e-2"), names)
     exec(snippet("TensorBoardCallback"), names)
     names["trainer"].train()
     assert names["trainer"].state.log_history[0]["penalty"] > 0
@@ -145,7 +145,7 @@ def test_a_callback_adds_the_penalty_to_a_trainer_and_its_reporters(tmp_path, mo
     assert "train/penalty" in events.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("by", ["SpecRegTrainer", "RegularizersCallback"])
+@pytest.mark.parametrize("by", ["SpecRegTrainer", "SpecRegCallback"])
 def test_a_trainer_has_a_regularizer_of_images(tmp_path, by):
     args = arguments(tmp_path, max_steps=1)
     processor = SimpleNamespace(image_std=[0.5])

@@ -36,13 +36,14 @@ def caution(content: Mapping[str, Any]) -> str:
     return (
         f"In brackets: 95 % intervals, over {over}. {content['comparisons'] + of_curve} paired "
         "comparisons are stated; each holds at 95 % by itself. They do not allow for the choice of "
-        "a strength, which was made by validation images of the same trainings. Harder is said "
-        "where the interval of the ratio lies above 1 against each of these: the plain network "
-        "trained to the end; the one, stopped earlier or not and so often the same, that is as "
-        f"accurate on validation images, within {100 * content['accuracy_margin']:g} points; the "
-        "line between all of them at the method's accuracy on test images, where that is known. "
-        "Where none is as accurate, it must lie above 1 against two that the method's accuracy "
-        "lies between, or against the most accurate where the method is more accurate than all."
+        "a strength, which was made by validation images of the same trainings. "
+        "A method is called harder to attack if the interval of its ratio lies above 1 against "
+        "(1) the plain network trained to the end; (2) the plain network, stopped earlier or not, "
+        "whose validation accuracy is nearest and within "
+        f"{100 * content['accuracy_margin']:g} points; (3) plain networks interpolated to the "
+        "method's test accuracy, where that can be done. Where (2) is missing, the most accurate "
+        "plain network takes its place for a method more accurate than all, and for others the two "
+        "that its accuracy lies between."
     )
 
 

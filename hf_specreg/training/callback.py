@@ -1,44 +1,45 @@
-"""The spectral penalty under a stock `transformers.Trainer`: a callback, and no subclass.
+"""The penalty and the regularizers under a stock `transformers.Trainer`: a callback, no subclass.
 
-    penalty = SpectralPenaltyCallback(strength=1e-2)
-    trainer = Trainer(model, args, train_dataset=images, callbacks=[penalty])
+    added = SpecRegCallback(penalty={"strength": 1e-2})
+    trainer = Trainer(model, args, train_dataset=images, callbacks=[added])
 
 When an optimizer step begins, the penalty's gradient is put where those of the micro-batches will
 be added. So it enters once and whole, whatever the Trainer multiplies or divides its losses by, and
 is averaged over processes and clipped with them. A `compute_loss_func` would have to undo those
 factors, is called in evaluation too, and switches label smoothing off.
+
+A callback is not told the batch. So for the regularizers a hook on the model looks at the first
+micro-batch of a step, and puts their gradient there too.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.formats import write_json
 from hf_specreg.encoders.modules import unwrap
-from hf_specreg.spectral.gradient import add_gradient
+from hf_specreg.spectral.gradient import add_gradient, add_gradient_of
 from hf_specreg.spectral.penalty import SpectralPenalty
-from hf_specreg.training.terms import warn_of_burn_ins
-
-VECTORS, COUNT = "penalty.safetensors", "penalty.json"
+from hf_specreg.spectral.regularizers import RegularizersConfig
+from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
+from hf_specreg.training.trainer_checkpoints import VECTORS, load_penalty, save_penalty
 
 logger = logging.getLogger(__name__)
 
 
-class SpectralPenaltyCallback(TrainerCallback):
-    """Adds the gradient of strength * sum of sigma^2 up to the features to every optimizer step.
+class SpecRegCallback(TrainerCallback):
+    """Adds the gradient of the spectral penalty and of other regularizers to every optimizer step.
 
     The Trainer's checkpoints hold the penalty's step and vectors beside its own files; a resumed
     run looks for them in `args.resume_from_checkpoint`, else in the output folder's checkpoint of
-    its step. The loss that is logged is without the penalty, which is logged beside it: in the
+    its step. The loss that is logged is without the terms, which are logged beside it: in the
     Trainer's history, and to callbacks that come after this one. The Trainer puts its own reporters
     (`report_to`) before; this moves one behind:
 
@@ -47,66 +48,111 @@ class SpectralPenaltyCallback(TrainerCallback):
     From the beginning of a step on it keeps a gradient of the penalised weights.
 
     Args:
-        penalty: of `SpectralPenalty`, such as strength, every, burn_in (in optimizer steps), scope,
-            head and input_size.
+        penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
+            steps) and scope; {}: its defaults; None: no penalty.
+        regularizers: their settings, with burn-in in steps. Terms of images are of the first of
+            each step's first micro-batch, in float32.
+        head: as for `FeatureSpace.of`, for the penalty and the regularizers.
+        input_size: likewise.
+        pixel_std: by what images were divided when they were normalised, such as
+            `processor.image_std`; terms of images must know it.
 
     Attributes:
-        penalty: the SpectralPenalty on the Trainer's model; None before there is a Trainer.
+        penalty: the SpectralPenalty on the Trainer's model; None without one, or without a Trainer.
 
     Raises:
-        ValueError: the model's head or input size is not known, see `SpectralPenalty`; weights are
-            sharded, which `SpecRegTrainer` takes under FSDP2; or, in a step, fp16's scaler is not
-            in the optimizer, where accelerate puts it.
+        ValueError: nothing is asked for, burn-in or ramp in epochs, `bss` or spectral_norm; when
+            there is a Trainer, the head, input size or pixel_std is not known, a term is of more
+            images than `per_device_train_batch_size`, weights are sharded (`SpecRegTrainer` takes
+            the penalty under FSDP2), or regularizers are on several devices of one process; in a
+            step, the model is given no labels, as under label smoothing, or fp16's scaler is not in
+            the optimizer, where accelerate puts it.
     """
 
-    def __init__(self, **penalty: Any):
-        self._settings = penalty
-        self._last = torch.zeros(())
+    def __init__(
+        self,
+        *,
+        penalty: Mapping[str, Any] | None = None,
+        regularizers: RegularizersConfig | None = None,
+        head: str | Sequence[str] | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        pixel_std: float | Sequence[float] | None = None,
+    ):
+        self._settings, self._config = penalty, regularizers or RegularizersConfig()
+        check_settings(penalty, self._config, by="SpecRegCallback")
+        if self._config.bss.strength:
+            raise ValueError("bss is of what the loss is computed from: use SpecRegTrainer for it")
+        self._known = {"head": head, "input_size": input_size}
+        self._pixel_std = pixel_std
+        self._network: nn.Module | None = None
+        self._hook: RemovableHandle | None = None
+        self._step, self._scale, self._due = 0, 1.0, False
+        self._last: dict[str, Tensor] = {}
         self.penalty: SpectralPenalty | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Make the penalty, so that its errors come before any compute is spent."""
-        self._attach(model)
+        """Make the terms, so that their errors come before any compute is spent."""
+        self._attach(args, model)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Begin at the Trainer's step, with the vectors of the checkpoint that it resumed from."""
-        self._attach(model)
-        if self.penalty.strength:
-            warn_of_burn_ins({"penalty": self.penalty.burn_in}, state.max_steps)
-        self._last = torch.zeros(())
-        self.penalty.step = state.global_step
-        if state.global_step:
-            checkpoints = list(_checkpoints(args, state))
-            found = [folder for folder in checkpoints if (folder / VECTORS).is_file()]
-            folder = (found or checkpoints)[0]
-            load_penalty(self.penalty, folder)
-            if self.penalty.step != state.global_step:
-                logger.warning(
-                    "%s has the penalty of step %d, and the Trainer is at step %d, from which "
-                    "burn-in and cadence go on",
-                    *(folder, self.penalty.step, state.global_step),
-                )
-                self.penalty.step = state.global_step
+        self._attach(args, model)
+        burn_ins = self._terms.burn_ins
+        if self.penalty is not None:
+            burn_ins |= {"penalty": self.penalty.burn_in} if self.penalty.strength else {}
+            self._resume(args, state)
+        warn_of_burn_ins(burn_ins, state.max_steps)
+        self._last = {}
+        self.on_train_end()
+        if self._terms.settings:
+            self._hook = self._network.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Look at batches no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._due = None, False
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
-        """Put the penalty's gradient where the micro-batches' will be added."""
-        value = add_gradient(self.penalty, scale=loss_scale(args, optimizer))
-        self._last = torch.where(value != 0, value, self._last.to(value.device))
+        """Put the penalty's gradient where the micro-batches' will be added, and wait for the first
+        of these.
+        """
+        self._step, self._scale, self._due = state.global_step, _loss_scale(args, optimizer), True
+        if self.penalty is not None:
+            value = add_gradient(self.penalty, scale=self._scale)
+            self._last = latest(self._last, {"penalty": value})
+
+    @torch.compiler.disable
+    def _look(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Add the gradient of the regularizers on this batch, if it is the first of a step."""
+        if not (self._due and network.training and torch.is_grad_enabled()):
+            return
+        self._due = False  # for the terms run the network too
+        images = kwargs.get("pixel_values", args[0] if args else None)
+        device = next(network.parameters()).device
+        terms = self._terms(images, kwargs.get("labels"), step=self._step, device=device)
+        add_gradient_of(sum(terms.values()), network, scale=self._scale)
+        self._last = latest(self._last, terms)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
     ) -> None:
-        """Log the last penalty that was not 0, in the Trainer's history and to later callbacks."""
+        """Log the last value of each term that was not 0, in the Trainer's history and to later
+        callbacks.
+        """
         if logs is not None and "loss" in logs:
-            logs["penalty"] = float(self._last)
-            state.log_history[-1]["penalty"] = logs["penalty"]
+            found = {name: float(value) for name, value in self._last.items()}
+            logs.update(found)
+            state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the penalty's step and vectors into the checkpoint."""
+        if self.penalty is None:
+            return
         *_, folder = _checkpoints(args, state)
         if args.should_save and not folder.is_dir():
             logger.warning(
@@ -114,22 +160,45 @@ class SpectralPenaltyCallback(TrainerCallback):
             )
         save_penalty(self.penalty, folder, write=args.should_save and folder.is_dir())
 
-    def _attach(self, model: nn.Module) -> None:
-        """Make the penalty, if it is not yet there or is on another model."""
+    def _attach(self, args: Any, model: nn.Module) -> None:
+        """Make the terms, if they are not yet there or are of another model."""
         network = unwrap(model)
-        if self.penalty is not None and self.penalty.space.network is network:
+        if self._network is network:
             return
-        kind = check_whole_weights("penalty")
-        shared = {"shared": kind.value.startswith("MULTI_")}
-        self.penalty = SpectralPenalty(model, **shared | self._settings)
+        kind = _check_whole_weights(list(self._config.terms()))
+        if self._config.terms() and args.n_gpu > 1:
+            raise ValueError(
+                f"the model is copied to {args.n_gpu} devices in each step, where no gradient can "
+                "be put: launch with torchrun or accelerate, which start a process for each"
+            )
+        if self._settings is not None:
+            settings = {"shared": kind.value.startswith("MULTI_"), **self._known}
+            self.penalty = SpectralPenalty(model, **settings | dict(self._settings))
+        self._terms = Terms(model, self._config, pixel_std=self._pixel_std, **self._known)
+        images = args.per_device_train_batch_size
+        self._terms.check_micro_batch(images, "per_device_train_batch_size")
+        self._network = network
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Go on at the Trainer's step, with the vectors of its checkpoint."""
+        self.penalty.step = state.global_step
+        if not state.global_step:
+            return
+        checkpoints = list(_checkpoints(args, state))
+        found = [folder for folder in checkpoints if (folder / VECTORS).is_file()]
+        folder = (found or checkpoints)[0]
+        load_penalty(self.penalty, folder)
+        if self.penalty.step != state.global_step:
+            logger.warning(
+                "%s has the penalty of step %d, and the Trainer is at step %d, from which burn-in "
+                "and cadence go on",
+                *(folder, self.penalty.step, state.global_step),
+            )
+            self.penalty.step = state.global_step
 
 
-def loss_scale(args: Any, optimizer: Any) -> float:
-    """Return what fp16 multiplies gradients by; 1 in other precisions.
-
-    Args:
-        args: of the Trainer.
-        optimizer: of accelerate's, or any.
+def _loss_scale(args: Any, optimizer: Any) -> float:
+    """What fp16 multiplies gradients by; 1 in other precisions.
 
     Raises:
         ValueError: fp16's scaler is not in the optimizer.
@@ -143,49 +212,20 @@ def loss_scale(args: Any, optimizer: Any) -> float:
     return scaler.get_scale() if scaler else 1.0
 
 
-def check_whole_weights(what: str) -> DistributedType:
+def _check_whole_weights(terms: Sequence[str]) -> DistributedType:
     """Return how accelerate distributes; raise ValueError if it shards the weights.
 
     Args:
-        what: the callback puts beside them: "penalty" or "regularizers".
+        terms: the regularizers, which no Trainer here takes beside shards.
     """
     kind = AcceleratorState().distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        sharded = "SpecRegTrainer with FSDP2, or " if what == "penalty" else ""
+        sharded = "" if terms else "SpecRegTrainer with FSDP2, or "
         raise ValueError(
             f"the callback puts gradients beside whole weights, which {kind.value} shards: use "
             f"{sharded}DistributedDataParallel"
         )
     return kind
-
-
-def save_penalty(penalty: SpectralPenalty, folder: Path, *, write: bool) -> None:
-    """Put the penalty's step and vectors into a checkpoint of the Trainer's.
-
-    All processes must call it, for they share the layers out.
-
-    Args:
-        penalty: of the training.
-        folder: of the checkpoint.
-        write: whether this process does.
-    """
-    state = penalty.state_dict()
-    if write:
-        save_file(state.pop("vectors"), folder / VECTORS)
-        write_json(folder / COUNT, state)
-
-
-def load_penalty(penalty: SpectralPenalty, folder: Path) -> None:
-    """Take over the step and vectors of a checkpoint; warn where it has none."""
-    if not (folder / VECTORS).is_file():
-        logger.warning(
-            "%s has no %s, as those of Trainer and of save_only_model: the penalty's vectors "
-            "start anew, so this run does not go on exactly as the one that was stopped",
-            *(folder, VECTORS),
-        )
-        return
-    state = read_json(folder / COUNT)
-    penalty.load_state_dict({**state, "vectors": load_file(folder / VECTORS)})
 
 
 def _checkpoints(args: Any, state: Any) -> Iterator[Path]:

@@ -28,11 +28,16 @@ from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import unwrap
 from hf_specreg.spectral.penalty import SpectralPenalty
 from hf_specreg.spectral.regularizers import RegularizersConfig
-from hf_specreg.training.callback import load_penalty, save_penalty
 from hf_specreg.training.classifier import Classifier
 from hf_specreg.training.distributed import averages_gradients
-from hf_specreg.training.network_weights import load_network, save_unless_plain, stored_names
 from hf_specreg.training.terms import Terms, check_settings, latest, warn_of_burn_ins
+from hf_specreg.training.trainer_checkpoints import (
+    load_network,
+    load_penalty,
+    save_penalty,
+    save_unless_plain,
+    stored_names,
+)
 
 
 class SpecRegTrainer(Trainer):

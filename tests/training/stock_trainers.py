@@ -14,10 +14,9 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, Trainer
 
 from hf_specreg import (
     InputGradientConfig,
-    RegularizersCallback,
     RegularizersConfig,
+    SpecRegCallback,
     SpecRegTrainer,
-    SpectralPenaltyCallback,
 )
 from tests.training.test_trainer import Digits, arguments
 
@@ -34,11 +33,12 @@ def convnext():
 
 
 def trainer(kind, folder, **settings):
+    terms = {"regularizers": TERMS, "pixel_std": 0.5}
     options, kind = {
         "subclass": ({"penalty": PENALTY}, SpecRegTrainer),
-        "callback": ({"callbacks": [SpectralPenaltyCallback(**PENALTY)]}, Trainer),
-        "terms": ({"regularizers": TERMS, "pixel_std": 0.5}, SpecRegTrainer),
-        "terms-callback": ({"callbacks": [RegularizersCallback(TERMS, pixel_std=0.5)]}, Trainer),
+        "callback": ({"callbacks": [SpecRegCallback(penalty=PENALTY)]}, Trainer),
+        "terms": (terms, SpecRegTrainer),
+        "terms-callback": ({"callbacks": [SpecRegCallback(**terms)]}, Trainer),
     }[kind]
     return kind(convnext(), arguments(folder, **settings), train_dataset=Digits(), **options)
 

@@ -1,4 +1,4 @@
-"""SpectralPenaltyCallback: a stock Trainer's results plus the penalty's gradient, once a step."""
+"""SpecRegCallback: a stock Trainer's results plus the penalty's gradient, once a step."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_specreg import SpectralPenalty
 from hf_specreg.spectral.gradient import add_gradient
-from hf_specreg.training.callback import SpectralPenaltyCallback
+from hf_specreg.training.callback import SpecRegCallback
 from tests.processes import run
 from tests.training import stock_trainers
 from tests.training.test_trainer import Digits, arguments, resnet, vit
@@ -80,7 +80,7 @@ def test_the_gradient_enters_once_and_whole_whatever_the_loss_is_divided_by(
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named(reference)}
     args = arguments(tmp_path, batch=2, accumulation=4, max_steps=1)
     ends = []
-    for callbacks in ([], [SpectralPenaltyCallback(strength=0.05)]):
+    for callbacks in ([], [SpecRegCallback(penalty={"strength": 0.05})]):
         trainer = Trainer(make(), args, train_dataset=Digits(), callbacks=callbacks, **options)
         trainer.train()
         ends.append({n: p.detach() for n, p in named(trainer.model)})
@@ -95,7 +95,7 @@ def named(model):
 
 
 def test_every_second_step_after_the_burn_in_has_it_and_evaluation_has_not(tmp_path):
-    callback = SpectralPenaltyCallback(strength=0.05, burn_in=1, every=2)
+    callback = SpecRegCallback(penalty={"strength": 0.05, "burn_in": 1, "every": 2})
     every = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
     trainer = trained(tmp_path, vit(), [callback], batch=2, accumulation=2, **every)
     assert callback.penalty.step == 4
@@ -105,7 +105,7 @@ def test_every_second_step_after_the_burn_in_has_it_and_evaluation_has_not(tmp_p
 
 
 def test_a_second_training_and_a_new_model_begin_the_burn_in_again(tmp_path, caplog):
-    callback = SpectralPenaltyCallback(strength=0.05, burn_in=2)
+    callback = SpecRegCallback(penalty={"strength": 0.05, "burn_in": 2})
     args = arguments(tmp_path, max_steps=2)
     trainer = Trainer(model_init=vit, args=args, train_dataset=Digits(), callbacks=[callback])
     networks = []
@@ -120,11 +120,11 @@ def test_a_second_training_and_a_new_model_begin_the_burn_in_again(tmp_path, cap
 
 def test_a_checkpoint_that_is_somewhere_else_is_found_or_missed_aloud(tmp_path, caplog):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    trained(tmp_path / "run", vit(), [SpectralPenaltyCallback()], **settings)
+    trained(tmp_path / "run", vit(), [SpecRegCallback(penalty={})], **settings)
     checkpoint = str(tmp_path / "run/checkpoint-1")
     for given, warns in (({"resume_from_checkpoint": checkpoint}, False), ({}, True)):
         caplog.clear()
-        callback = SpectralPenaltyCallback()
+        callback = SpecRegCallback(penalty={})
         folder = tmp_path / f"other_{warns}"
         trained(folder, vit(), [callback], resume=checkpoint, max_steps=2, **given)
         assert ("vectors start anew" in caplog.text) == warns
@@ -133,17 +133,17 @@ def test_a_checkpoint_that_is_somewhere_else_is_found_or_missed_aloud(tmp_path, 
 
 def test_the_step_is_the_trainers_whatever_a_checkpoint_says(tmp_path, caplog):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    trained(tmp_path, vit(), [SpectralPenaltyCallback()], **settings)
+    trained(tmp_path, vit(), [SpecRegCallback(penalty={})], **settings)
     count = tmp_path / "checkpoint-1/penalty.json"
     count.write_text(json.dumps({**json.loads(count.read_text()), "step": 7}))
-    callback = SpectralPenaltyCallback()
+    callback = SpecRegCallback(penalty={})
     trained(tmp_path, vit(), [callback], resume=str(count.parent), max_steps=2)
     assert "the penalty of step 7, and the Trainer is at step 1" in caplog.text
     assert callback.penalty.step == 2
 
 
 def test_a_checkpoint_that_is_not_where_it_should_be_is_missed_aloud(tmp_path, caplog):
-    callback, args = SpectralPenaltyCallback(), arguments(tmp_path)
+    callback, args = SpecRegCallback(penalty={}), arguments(tmp_path)
     Trainer(vit(), args, train_dataset=Digits(), callbacks=[callback])
     callback.on_save(args, SimpleNamespace(global_step=1), None)
     assert "the penalty's vectors are not saved" in caplog.text
@@ -151,15 +151,15 @@ def test_a_checkpoint_that_is_not_where_it_should_be_is_missed_aloud(tmp_path, c
 
 def test_the_scale_of_fp16_is_on_the_gradient_and_a_frozen_encoder_gets_none(tmp_path):
     model = vit()
-    callback = SpectralPenaltyCallback(strength=0.05)
+    callback = SpecRegCallback(penalty={"strength": 0.05})
     Trainer(model, arguments(tmp_path), train_dataset=Digits(), callbacks=[callback])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plain = torch.optim.SGD(model.parameters())
-    fp16 = SimpleNamespace(fp16=True)
+    begin, fp16 = SimpleNamespace(global_step=0), SimpleNamespace(fp16=True)
     with pytest.raises(ValueError, match="SGD has no scaler of fp16"):
-        callback.on_step_begin(fp16, None, None, optimizer=plain)
+        callback.on_step_begin(fp16, begin, None, optimizer=plain)
     optimizer = AcceleratedOptimizer(plain, scaler=scaler)
-    callback.on_step_begin(fp16, None, None, optimizer=optimizer)
+    callback.on_step_begin(fp16, begin, None, optimizer=optimizer)
     scaled = {n: p.grad for n, p in named(model) if p.grad is not None}
     reference = vit()
     SpectralPenalty(reference, strength=0.05)().backward()
@@ -188,7 +188,8 @@ def test_the_gradient_is_added_in_place_to_what_is_there():
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_shards_are_refused_before_training(tmp_path, monkeypatch, kind):
-    Trainer(vit(), arguments(tmp_path), train_dataset=Digits())  # makes accelerate's state
+    args = arguments(tmp_path)
+    Trainer(vit(), args, train_dataset=Digits())  # makes accelerate's state
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(ValueError, match="use SpecRegTrainer with FSDP2"):
-        SpectralPenaltyCallback().on_init_end(None, None, None, model=vit())
+        SpecRegCallback(penalty={}).on_init_end(args, None, None, model=vit())

@@ -1,4 +1,4 @@
-"""RegularizersCallback: a stock Trainer's results plus the terms' gradient, once a step."""
+"""SpecRegCallback with regularizers: a stock Trainer's results plus their gradient, once a step."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_specreg import InputGradientConfig, InputGradientPenalty, RegularizersConfig
 from hf_specreg.spectral.regularizers import BSSConfig, L2SPConfig, SensitivityConfig
-from hf_specreg.training.regularizers_callback import RegularizersCallback
+from hf_specreg.training.callback import SpecRegCallback
 from tests.training.test_trainer import Digits, arguments, vit
 
 STD = 0.25
@@ -20,7 +20,7 @@ GRADIENT = InputGradientConfig(strength=0.5)
 
 def callback(pixel_std=STD, **terms):
     config = RegularizersConfig(**(terms or {"input_gradient": GRADIENT}))
-    return RegularizersCallback(config, pixel_std=pixel_std)
+    return SpecRegCallback(regularizers=config, pixel_std=pixel_std)
 
 
 def trained(folder, callbacks, **settings):
@@ -108,7 +108,8 @@ def test_labels_that_the_model_is_not_given_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: RegularizersCallback(RegularizersConfig()), "neither a penalty nor"),
+        (SpecRegCallback, "neither a penalty nor"),
+        (lambda: SpecRegCallback(penalty={"head": "fc"}), "pass head= to SpecRegCallback"),
         (lambda: callback(bss=BSSConfig(strength=0.1)), "bss is of .* use SpecRegTrainer"),
         (lambda: callback(pixel_std=None), r"pixel_std=processor\.image_std"),
         (lambda: callback(sensitivity=SensitivityConfig(0.1)), r"images \(16\) exceeds .* \(8, by"),
