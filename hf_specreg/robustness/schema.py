@@ -1,8 +1,4 @@
-"""The format of a report: its versions, and what is refused (report.schema.json, beside this file).
-
-Version 2 adds the nearest adversarial images of all attacks together, and intervals of means that
-are studentised. Reports of version 1 are read as well.
-"""
+"""The format of a report, and what is refused (report.schema.json, beside this file)."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -22,7 +18,7 @@ FORMAT = Format(
     name="report",
     package="hf_specreg.robustness",
     schema="report.schema.json",
-    versions=(1, SCHEMA_VERSION),
+    versions=(SCHEMA_VERSION,),
     largest=32 * 2**20,
     error=ReportError,
 )
@@ -47,7 +43,7 @@ def checked(content: Mapping[str, Any]) -> dict[str, Any]:
         ReportError: it is not in the format, or in one of another version.
     """
     content = FORMAT.checked(content)
-    for nearest in content.get("nearest", ()):
+    for nearest in content["nearest"]:
         if unknown := set(nearest["attacks"]) - set(content["attacks"]):
             raise ReportError(
                 f"nearest: of attacks that were not run: {str(sorted(unknown))[:200]}"

@@ -145,7 +145,7 @@ def distances(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
     """
     of_all = [
         (f"nearest of {listed(nearest['attacks'])}", nearest)
-        for nearest in content.get("nearest", ())
+        for nearest in content["nearest"]
         if len(nearest["attacks"]) > 1
     ]
     return of_all + [

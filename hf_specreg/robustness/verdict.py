@@ -142,7 +142,7 @@ def summary(content: Mapping[str, Any]) -> str:
     """Return what a report says of one model, in two sentences."""
     clean = content["clean"]
     said = [f"{clean['correct']} of {content['n']} images are classified correctly."]
-    for found in content.get("nearest", ()):
+    for found in content["nearest"]:
         norm, attacks = norm_name(found["norm"]), listed(found["attacks"])
         if found["n"] and found["median"]["value"] is None:
             said.append(

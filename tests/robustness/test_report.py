@@ -25,7 +25,7 @@ def test_a_report_comes_back_as_it_was_saved(reports, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema=3), "has format 3, this version .* reads 1 and 2"),
+        (lambda c: c.update(schema=1), "has format 1, this version .* reads 2"),
         (lambda c: c.pop("clean"), "'clean' is a required property"),
         (lambda c: c["attacks"]["tangent"].update(norm="l1"), "attacks/tangent/norm: 'l1'"),
         (lambda c: c.update(n="100"), "n: '100' is not of type 'integer'"),
@@ -109,26 +109,6 @@ def test_a_report_saved_over_another_takes_none_of_its_images(reports, tmp_path)
     fewer = {k: v[:10] for k, v in reports[0].images.items()}
     with pytest.raises(ReportError, match="of 10 images are not those of a report on 100"):
         RobustnessReport(reports[0].content, fewer)
-
-
-def test_a_report_of_the_first_format_is_read_and_compared(reports, tmp_path):
-    old = copy.deepcopy(reports[0].content)
-    del old["nearest"]
-    old["schema"] = 1
-    old["intervals"] = {
-        "level": 0.95,
-        "means": "bootstrap",
-        "proportions": "Clopper-Pearson",
-        "resamples": 2000,
-    }
-    path = tmp_path / "robustness.json"
-    reports[0].save(path)
-    path.write_text(json.dumps(old))
-    loaded = RobustnessReport.load(path)
-    assert loaded.content == old
-    assert "| tangent | L2 |" in loaded.to_markdown()
-    assert RobustnessReport.compare([loaded, reports[1]]).nearest[0]["n"] > 90
-    loaded.to_html(tmp_path / "old.html")
 
 
 def test_the_nearest_of_all_attacks_is_stated_before_that_of_each(reports):

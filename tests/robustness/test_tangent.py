@@ -108,23 +108,6 @@ def test_a_misclassified_image_costs_one_query(case):
     assert (result.queries == 1).all()
 
 
-def test_a_targeted_attack_reaches_the_target(case):
-    classifier, images, labels = case
-    target = labels[0]
-    others = labels != target
-    starts = images[labels == target][:1].expand(int(others.sum()), -1, -1, -1)
-    arguments = classifier, images[others], labels[others]
-    seeds = range(int(others.sum()))
-    targets = target.expand(int(others.sum()))
-    attack = TangentAttack(iterations=8)
-    result = attack.run(*arguments, seeds=seeds, targets=targets, starts=starts)
-    assert (classifier.predict(result.adversarials) == target).all()
-    untargeted = attack.run(*arguments, seeds=seeds)
-    assert result.distances.mean() >= untargeted.distances.mean()
-    with pytest.raises(ValueError, match="needs starts"):
-        attack.run(*arguments, seeds=seeds, targets=targets)
-
-
 def test_the_tangent_point_is_on_the_sphere_and_its_line_touches_it():
     generator = torch.Generator().manual_seed(0)
     x, centre = 0.5 + 0.1 * torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)

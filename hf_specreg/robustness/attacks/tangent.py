@@ -89,7 +89,6 @@ class TangentAttack:
         *,
         seeds: Sequence[int],
         eps: Sequence[float] = (),
-        targets: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> AttackResult:
         """Attack images, each with random numbers of its own, as many at once as memory allows.
@@ -101,18 +100,12 @@ class TangentAttack:
             seeds: one an image: the result for an image depends on its seed alone, not on the
                 images beside it.
             eps: not used: it looks for the minimum distance.
-            targets: [B], the class to reach instead.
-            starts: [B, C, H, W], an adversarial image each to start from; needed with `targets`.
+            starts: [B, C, H, W], an adversarial image each to start from.
                 Default: uniform noise, then the negative, black and white.
 
         Raises:
-            ValueError: targets without starts, or not one seed an image.
+            ValueError: not one seed an image.
         """
-        if targets is not None and starts is None:
-            raise ValueError(
-                "a targeted attack needs starts: for each image one that is classified as its "
-                "target"
-            )
         if len(seeds) != len(images):
             raise ValueError(f"{len(seeds)} seeds for {len(images)} images")
         pixels = images.shape[1:].numel()
@@ -120,9 +113,8 @@ class TangentAttack:
         results = []
         for first in range(0, max(1, len(images)), size):
             own = slice(first, first + size)
-            target, start = (None if t is None else t[own] for t in (targets, starts))
-            run = _Run(self, classifier, images[own], labels[own], seeds[own], target)
-            results.append(run.run(start))
+            run = _Run(self, classifier, images[own], labels[own], seeds[own])
+            results.append(run.run(None if starts is None else starts[own]))
         return joined(results)
 
     def probes(self, iteration: int) -> int:
@@ -137,7 +129,7 @@ class _Run:
     how many rows there are.
     """
 
-    def __init__(self, settings, classifier, images, labels, seeds, targets):
+    def __init__(self, settings, classifier, images, labels, seeds):
         self.settings = settings
         self.classifier = classifier
         self.shape = images.shape[1:]
@@ -146,8 +138,7 @@ class _Run:
         d = self.x.shape[1]
         self.bisections = bisections(settings.tolerance, d)
         self.batch_size = settings.batch_size or forward_size(d)
-        self.wanted = (labels if targets is None else targets).to(self.device)
-        self.targeted = targets is not None
+        self.labels = labels.to(self.device)
         rows = max(self.batch_size, BLOCK)
         self.probes = Probes(
             self.shape,
@@ -191,9 +182,7 @@ class _Run:
     def decide(self, points: Tensor, index: Tensor) -> Tensor:
         parts = points.split(self.batch_size)
         found = [self.classifier.predict(p.float().reshape(-1, *self.shape)) for p in parts]
-        found = torch.cat(found)
-        same = found == self.wanted[index]
-        return same if self.targeted else ~same
+        return torch.cat(found) != self.labels[index]
 
     def affordable(self, index: Tensor, count: int) -> Tensor:
         """Whether each image of `index` may make so many queries more."""
