@@ -8,6 +8,7 @@ from hf_specreg.study.doubts import masked
 from hf_specreg.study.verdict import side
 
 Content = dict[str, Any]
+NAMED = 6  # cells that are not counted, in the sentence that says so
 
 
 def flags(
@@ -41,7 +42,8 @@ def flags(
     counted = {cell.name for cell in results.cells}
     known = {path.parent.name for path in results.folder.path.glob("cells/*/cell.json")}
     if left_out := sorted(known - counted):
-        found.append(f"{len(left_out)} cells that are done are not counted: {', '.join(left_out)}")
+        named = ", ".join(left_out[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
+        found.append(f"{len(left_out)} cells that are done are not counted: {named}")
     found += _without_effect(results)
     found += _masked(results)
     found += _contradicted(table, final)

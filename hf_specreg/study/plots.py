@@ -2,7 +2,8 @@
 
 One colour and one marker a method. The colours are Paul Tol's "muted" ones and three more, told
 apart by the colour-blind (https://sronpersonalpages.nl/~pault/), and twelve methods differ by their
-markers also in print. The plain network is black, the one stopped earlier grey.
+markers also in print; the next twelve have the same colours with other markers. The plain network
+is black, the one stopped earlier grey.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +49,11 @@ def picture(content: Mapping[str, Any]) -> bytes:
 def looks(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the colour and the marker of each method."""
     others = [m for m in content["methods"] if m not in (content["plain"], content["stopped"])]
-    found = {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(others)
-    }
+    found = {}
+    for i, name in enumerate(others):
+        again, place = divmod(i, len(COLOURS))
+        marker = MARKERS[(place + again) % len(MARKERS)]
+        found[name] = {"color": COLOURS[place], "marker": marker}
     found[content["plain"]] = {"color": "black", "marker": "*"}
     return found | {content["stopped"]: {"color": STOPPED_COLOUR, "marker": "."}}
 

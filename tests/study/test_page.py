@@ -106,7 +106,10 @@ def test_the_same_study_gives_the_same_page_and_picture(small):
     assert picture(small) == picture(small)
 
 
-def test_twelve_methods_differ_in_colour_and_marker():
+def test_more_than_twelve_methods_differ_in_colour_and_marker():
+    more = [*NAMES, "a thirteenth", "a fourteenth"]
+    look = looks(make_content(names=more, strengths=(0.1,), seeds=(0,)))
+    assert len({tuple(style.values()) for style in look.values()}) == len(look) == 16
     content = make_content(names=NAMES, strengths=(0.1,), seeds=(0,))
     look = looks(content)
     assert len(look) == 14
