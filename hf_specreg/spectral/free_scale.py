@@ -102,9 +102,11 @@ class FreeScales:
         warnings.warn(
             f"norms make {len(names)} of the {len(self._modules)} maps that are penalised scale-"
             "invariant: the sum of sigma^2 can fall while the function stays as it is "
-            f"({', '.join(names[:NAMED])}{more}). Penalise the derivative instead, by "
-            "InputGradientPenalty or without labels SensitivityPenalty, or take an encoder without "
-            "norms; batch norms can be folded in by fold_norm=True, or pinned",
+            f"({', '.join(names[:NAMED])}{more}). Train on AdversarialImages instead (in recipes "
+            "adversarial.images), or penalise the derivative, by InputGradientPenalty "
+            "(regularizers.input_gradient) or without labels SensitivityPenalty "
+            "(regularizers.sensitivity), or take an encoder without norms; batch norms can be "
+            "folded in by fold_norm=True, or pinned",
             stacklevel=4,  # past torch.compiler.disable
         )
 
