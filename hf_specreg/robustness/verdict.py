@@ -84,53 +84,66 @@ def direction(row: Mapping[str, Any]) -> int:
 def _by_distance(
     model: Compared, first: Compared, row: Mapping[str, Any], before: Mapping[str, Any]
 ) -> str:
-    shown, difference = direction(row), row["difference"]
-    harder = "harder" if shown > 0 else "easier"
-    missing = [r["n"] - r["found"] for r in (row, before)]
-    late = [m.name for m, r in ((first, before), (model, row)) if not r["converged"]]
     if not row["n"]:
         return (
             f"Whether {model.name} is harder to attack than {first.name} cannot be said: no image "
             "is classified correctly by all models."
         )
-    if is_many(max(missing), row["n"]):
-        said = (
-            f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the "
-            f"attacks found nothing for more than {100 * MANY:g} % of a model's images"
+    return (
+        f"{_claim(model, first, row, before)}: in {norm_name(row['norm'])} the nearest adversarial "
+        f"images that {listed(row['attacks'])} found {_evidence(row, before)}."
+    )
+
+
+def _claim(
+    model: Compared, first: Compared, row: Mapping[str, Any], before: Mapping[str, Any]
+) -> str:
+    """Who is harder to attack, or why that is not said."""
+    unsaid = f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the"
+    if is_many(max(_missing(row), _missing(before)), row["n"]):
+        return f"{unsaid} attacks found nothing for more than {100 * MANY:g} % of a model's images"
+    if late := [m.name for m, r in ((first, before), (model, row)) if not r["converged"]]:
+        return (
+            f"{unsaid} attacks on {listed(late)} have not converged: more iterations bring "
+            "distances down"
         )
-    elif late:
-        said = (
-            f"Whether {model.name} is harder to attack than {first.name} cannot be said, where the "
-            f"attacks on {listed(late)} have not converged: more iterations bring distances down"
-        )
-    elif not shown:
-        said = f"No difference between {model.name} and {first.name} is shown"
-    elif -shown * model.gain["value"] > MARGIN:
+    shown = direction(row)
+    if not shown:
+        return f"No difference between {model.name} and {first.name} is shown"
+    harder = "harder" if shown > 0 else "easier"
+    if -shown * model.gain["value"] > MARGIN:
         low, high = sorted(-shown * 100 * end for end in model.gain["ci"])
-        said = (
+        return (
             f"{model.name} is {'less' if shown > 0 else 'more'} accurate than {first.name} by "
             f"{100 * abs(model.gain['value']):.1f} points ({low:.1f} to {high:.1f}); whether it is "
             f"{harder} to attack at equal accuracy is not known (`hf-specreg study` asks that)"
         )
-    else:
-        said = f"{model.name} is {harder} to attack than {first.name}"
+    return f"{model.name} is {harder} to attack than {first.name}"
+
+
+def _evidence(row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """How far the adversarial images are, against those of the first."""
+    difference = row["difference"]
     if difference["ci"][0] is None:
         how = (
             f"are farther on {row['farther']} and nearer on {row['nearer']} of the same "
             f"{row['n']} images, medians {_median(row)} and {_median(before)}"
         )
+        missing = [_missing(r) for r in (row, before)]
         if any(missing):
             how += f" (for {missing[0]} and {missing[1]} nothing was found, which is farthest)"
-    elif shown:
+        return how
+    if shown := direction(row):
         low, high = sorted(map(abs, difference["ci"]))
         how = f"are {abs(difference['value']):.3f} ({low:.3f} to {high:.3f}) "
-        how += f"{'farther' if shown > 0 else 'nearer'} on average, on the same {row['n']} images"
-    else:
-        how = f"differ by {number(difference, signed=True)} on the same {row['n']} images"
-    return (
-        f"{said}: in {norm_name(row['norm'])} the nearest adversarial images that "
-        f"{listed(row['attacks'])} found {how}."
-    )
+        return how + (
+            f"{'farther' if shown > 0 else 'nearer'} on average, on the same {row['n']} images"
+        )
+    return f"differ by {number(difference, signed=True)} on the same {row['n']} images"
+
+
+def _missing(row: Mapping[str, Any]) -> int:
+    return row["n"] - row["found"]
 
 
 def _median(row: Mapping[str, Any]) -> str:
