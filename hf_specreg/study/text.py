@@ -41,9 +41,8 @@ def caution(content: Mapping[str, Any]) -> str:
         "(1) the plain network trained to the end; (2) the plain network, stopped earlier or not, "
         "whose validation accuracy is nearest and within "
         f"{100 * content['accuracy_margin']:g} points; (3) plain networks interpolated to the "
-        "method's test accuracy, where that can be done. Where (2) is missing, the most accurate "
-        "plain network takes its place for a method more accurate than all, and for others the two "
-        "that its accuracy lies between."
+        "method's test accuracy, where that can be done. Where no plain network is as near as (2) "
+        "says, the most accurate one takes its place for a method that is more accurate than all."
     )
 
 

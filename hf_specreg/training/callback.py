@@ -45,7 +45,7 @@ class SpecRegCallback(TrainerCallback):
 
         trainer.add_callback(trainer.pop_callback(TensorBoardCallback))
 
-    From the beginning of a step on it keeps a gradient of the penalised weights.
+    From the beginning of a step on it keeps a gradient of the weights that the terms reach.
 
     Args:
         penalty: arguments of `SpectralPenalty`, such as strength, every, burn_in (in optimizer
@@ -121,10 +121,11 @@ class SpecRegCallback(TrainerCallback):
         """Put the penalty's gradient where the micro-batches' will be added, and wait for the first
         of these.
         """
-        self._step, self._scale, self._due = state.global_step, _loss_scale(args, optimizer), True
+        self._step, self._scale = state.global_step, _loss_scale(args, optimizer)
         if self.penalty is not None:
             value = add_gradient(self.penalty, scale=self._scale)
             self._last = latest(self._last, {"penalty": value})
+        self._due = True
 
     @torch.compiler.disable
     def _look(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -9,9 +9,15 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from hf_specreg import InputGradientConfig, InputGradientPenalty, RegularizersConfig
+from hf_specreg import (
+    InputGradientConfig,
+    InputGradientPenalty,
+    RegularizersConfig,
+    SpecRegTrainer,
+)
 from hf_specreg.spectral.regularizers import BSSConfig, L2SPConfig, SensitivityConfig
 from hf_specreg.training.callback import SpecRegCallback
+from tests.training.stock_trainers import convnext
 from tests.training.test_trainer import Digits, arguments, vit
 
 STD = 0.25
@@ -129,3 +135,30 @@ def test_shards_and_copies_of_the_model_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="FSDP shards: use DistributedDataParallel"):
         callback().on_init_end(args, None, None, model=vit())
+
+
+def test_penalty_and_regularizers_together_train_to_the_weights_of_the_subclass(tmp_path):
+    """Also where the run is resumed from its first step."""
+    terms = {
+        "penalty": {"strength": 0.05},
+        "regularizers": RegularizersConfig(input_gradient=GRADIENT, l2_sp=L2SPConfig(strength=0.1)),
+        "pixel_std": STD,
+    }
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    ends = {}
+    for name, resumed in (("subclass", False), ("callback", False), ("resumed", True)):
+        folder = tmp_path / ("callback" if resumed else name)
+        args, images = arguments(folder, **settings), Digits()
+        if name == "subclass":
+            trainer = SpecRegTrainer(convnext(), args, train_dataset=images, **terms)
+        else:
+            added = SpecRegCallback(**terms)
+            trainer = Trainer(convnext(), args, train_dataset=images, callbacks=[added])
+        checkpoint = str(folder / "checkpoint-1") if resumed else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logged = [line for line in trainer.state.log_history if "loss" in line][-1]
+        assert min(logged[n] for n in ("penalty", "input_gradient", "l2_sp")) > 0
+        ends[name] = {n: p.detach() for n, p in trainer.model.named_parameters()}
+    for name, weight in ends["subclass"].items():
+        torch.testing.assert_close(ends["callback"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(ends["callback"][name], ends["resumed"][name]), name
