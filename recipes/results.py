@@ -37,14 +37,13 @@ HEADLINE = "mnist"  # the study of the README
 MARKS = "<!-- made by recipes/results.py -->", "<!-- end -->"
 INTRODUCTION = """# Results of the recipes
 
-What came out of the studies in `recipes/studies/`, in full, by `python recipes/results.py` from the
-files in `recipes/studies/results/`. Each says its data, images, seeds, settings and command. A
-method is chosen by validation images and reported by test images; what speaks against a method
-stands as all else does.
+The studies of `recipes/studies/` in full, by `python recipes/results.py` from the files in
+`recipes/studies/results/`. Each states its data, images, seeds, settings and command. Strengths are
+chosen on validation images and reported on test images. Methods that do not help stand beside those
+that do.
 
-FMN's steps were 1 long at first, as the paper has them; by now they are in proportion to the
-distance, as in the studies cifar10, cifar10_float32, cifar10_from_imagenet, cifar10_norm_free_muon,
-digits_probe and digits_transfer.
+In cifar10_animals, cifar10_vehicles, mnist, mnist_barlow_twins and mnist_simclr FMN's steps begin
+at a length of 1, as in its paper; in the others they are in proportion to the distance.
 """
 
 

@@ -210,6 +210,7 @@ def _pair(results: Results, choices: Sequence[Choice], names: Sequence[str]) -> 
     entry: Content = {"methods": list(names), "strengths": [strengths[name] for name in names]}
     nothing = ("accuracy_difference", "ratio", "difference", "signs")
     entry |= dict.fromkeys((*nothing, "paired_images", "unpaired_images"))
+    entry["withdrawn"] = []
     if None in entry["strengths"]:
         return entry
     first, second = zip(names, entry["strengths"], strict=True)

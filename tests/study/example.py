@@ -203,6 +203,7 @@ def make_pairs(cells, chosen):
         pair = {"methods": [m for m, _ in keys], "strengths": [s for _, s in keys]}
         nothing = ("accuracy_difference", "ratio", "difference", "signs")
         pair |= dict.fromkeys((*nothing, "paired_images", "unpaired_images"))
+        pair["withdrawn"] = []
         if None not in pair["strengths"]:
             mine, others = (done(cells, *key) for key in keys)
             pair |= compared(mine, others) | {"paired_images": 861.7, "unpaired_images": 3}
