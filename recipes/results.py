@@ -24,7 +24,7 @@ from hf_specreg.robustness.text import listed, number, percent, table
 from hf_specreg.study.plots import frontier
 from hf_specreg.study.result import Study
 from hf_specreg.study.tables import attacks, maybe, ratio, signs, step_time, strength
-from hf_specreg.study.text import caution, to_markdown
+from hf_specreg.study.text import intervals, to_markdown
 from hf_specreg.study.verdict import not_chosen, summary
 
 HERE = Path(__file__).parent
@@ -42,8 +42,9 @@ The studies of `recipes/studies/` in full, by `python recipes/results.py` from t
 chosen on validation images and reported on test images. Methods that do not help stand beside those
 that do.
 
-In cifar10_animals, cifar10_vehicles, mnist, mnist_barlow_twins and mnist_simclr FMN's steps begin
-at a length of 1, as in its paper; in the others they are in proportion to the distance.
+In cifar10_animals, cifar10_norm_free, cifar10_vehicles, mnist, mnist_barlow_twins and mnist_simclr
+FMN's steps begin at a length of 1, as in its paper; in the others they are in proportion to the
+distance.
 """
 
 
@@ -137,7 +138,7 @@ def headline(content: Mapping[str, Any]) -> str:
         "",
         f"{data['id']}, {maybe('{:,}'.format, data['train'])} images to train, "
         f"{len(content['seeds'])} seeds; {attacks(content, 'cells')} on "
-        f"{content['attacked']['test']:,} of {data['test']:,} test images. {caution(content)} "
+        f"{content['attacked']['test']:,} of {data['test']:,} test images. {intervals(content)} "
         f"`{content['command']}`",
     ]
     lost = [entry["method"] for entry in not_chosen(content)]

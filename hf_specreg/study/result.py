@@ -219,7 +219,7 @@ def _check_rows(part: str, content: Mapping[str, Any]) -> None:
 
 def _check_pairs(content: Mapping[str, Any]) -> None:
     methods, seeds = content["methods"], len(content["seeds"])
-    for pair in content["pairs"]:
+    for pair in content.get("pairs", ()):
         for method, strength in zip(pair["methods"], pair["strengths"], strict=True):
             if method not in methods:
                 raise StudyError(f"pairs: {method} is none of the methods")

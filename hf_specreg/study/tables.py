@@ -92,9 +92,9 @@ def _pairs(content: Mapping[str, Any]) -> Section:
             _ratio_of_pair(pair),
             signs(pair["signs"]),
             _counts(pair),
-            "; ".join(pair["withdrawn"]),
+            "; ".join(pair.get("withdrawn", ())),
         ]
-        for pair in content["pairs"]
+        for pair in content.get("pairs", ())
     ]
     return Section("Methods against each other", note, header, rows)
 
@@ -102,7 +102,7 @@ def _pairs(content: Mapping[str, Any]) -> Section:
 def _ratio_of_pair(pair: Mapping[str, Any]) -> str:
     if pair["ratio"] is None:
         return "not chosen"
-    return number(pair["ratio"]) if pair["withdrawn"] else ratio(pair["ratio"])
+    return number(pair["ratio"]) if pair.get("withdrawn") else ratio(pair["ratio"])
 
 
 def _at(method: str, strength: float | None) -> str:

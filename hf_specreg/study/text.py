@@ -30,19 +30,26 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 
 
 def caution(content: Mapping[str, Any]) -> str:
-    """Return what the sentences and intervals stand for."""
+    """Return what the intervals and sentences stand for."""
+    return (
+        f"{intervals(content)} A method is called harder to attack if the interval of its ratio "
+        "lies above 1 against (1) the plain network trained to the end; (2) the plain network, "
+        "stopped earlier or not, whose validation accuracy is nearest and within "
+        f"{100 * content['accuracy_margin']:g} points; (3) plain networks interpolated to the "
+        "method's test accuracy, where that can be done. Where no plain network is as near as (2) "
+        "says, the most accurate one takes its place for a method that is more accurate than all, "
+        "and where the nearest lies below the method and the one of (1) above it, both must agree."
+    )
+
+
+def intervals(content: Mapping[str, Any]) -> str:
+    """Return what the intervals stand for, and how many comparisons there are."""
     over = "seeds and images" if len(content["seeds"]) > 1 else "images of one training alone"
     of_curve = sum(point.get("over_plain") is not None for point in content["frontier"])
     return (
         f"In brackets: 95 % intervals, over {over}. {content['comparisons'] + of_curve} paired "
         "comparisons are stated; each holds at 95 % by itself. They do not allow for the choice of "
-        "a strength, which was made by validation images of the same trainings. "
-        "A method is called harder to attack if the interval of its ratio lies above 1 against "
-        "(1) the plain network trained to the end; (2) the plain network, stopped earlier or not, "
-        "whose validation accuracy is nearest and within "
-        f"{100 * content['accuracy_margin']:g} points; (3) plain networks interpolated to the "
-        "method's test accuracy, where that can be done. Where no plain network is as near as (2) "
-        "says, the most accurate one takes its place for a method that is more accurate than all."
+        "a strength, which was made by validation images of the same trainings."
     )
 
 

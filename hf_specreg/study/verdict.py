@@ -126,6 +126,12 @@ def not_chosen(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def cautions(content: Mapping[str, Any]) -> list[str]:
     """Return what a reader must know before believing the numbers, in sentences."""
     said = [*content["flags"]]
+    if any("withdrawn" not in row for row in _compared(content)):
+        said.append(
+            "made before verdicts could be withdrawn: whether the attacks speak against these "
+            "distances was not looked at, and a plain network that was more accurate than a method "
+            "by however little was not taken for its equal"
+        )
     if content["final"] and content["attacks"]["final"] == content["attacks"]["cells"]:
         said.append("the final attacks are those of every cell: no other confirms the distances")
     said += untried(content["chosen"], content["methods"])
