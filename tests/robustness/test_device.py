@@ -70,7 +70,7 @@ def test_neither_bisection_nor_probes_mix_devices_or_wait():
             torch.empty(3, 1, 8, 8, device=DEVICE),
             torch.empty(3, device=DEVICE).long(),
         )
-        run = _Run(TangentAttack(), Classifier(net), images, labels, range(3), None)
+        run = _Run(TangentAttack(), Classifier(net), images, labels, range(3))
         index = torch.arange(3, device=DEVICE)
         run.to_boundary(index, run.x)
         delta = run.distances[0] / 64
