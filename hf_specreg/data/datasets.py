@@ -23,6 +23,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict
 from datasets.exceptions import DatasetsError
 
+from hf_specreg.connection import from_hub
 from hf_specreg.data.fingerprint import fingerprint
 from hf_specreg.data.folders import picture_splits
 from hf_specreg.data.labels import (
@@ -236,7 +237,8 @@ def _load(
             files = picture_splits(folder)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"there is no folder {source}")
-    try:
+
+    def load():
         if configuration is not None:  # load_dataset takes any name where there is no choice
             names = datasets.get_dataset_config_names(source, revision=revision)
             if configuration not in names:
@@ -244,6 +246,9 @@ def _load(
         return datasets.load_dataset(
             source, configuration, data_files=files, revision=revision, streaming=streaming
         )
+
+    try:
+        return load() if folder.is_dir() else from_hub(source, load)
     except (OSError, ValueError, DatasetsError) as error:
         choose = "\nName it as configuration" if "Config name is missing" in str(error) else ""
         raise DataError(

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from hf_specreg.encoders.connection import HubError, retried, translated
+from hf_specreg.connection import HubError, retried, translated
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ PROCESSOR_FILE = "preprocessor_config.json"
 LOADED_FILES = ["config.json", PROCESSOR_FILE, RUN_FILE, WEIGHTS_FILE]
 PICKLES = re.compile(r"\.(bin|pt|pth|pth\.tar|ckpt|pkl|h5|msgpack|npz)$")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-PATIENCE = 30.0  # seconds from the first try on in which a download is tried again
 
 
 def download(
@@ -73,7 +72,7 @@ def _snapshot(name: str, subfolder: str | None, **where: Any) -> Path:
     files = [f"{subfolder}/{file}" if subfolder else file for file in LOADED_FILES]
     for _attempt in range(2):
         request = partial(snapshot_download, name, allow_patterns=files, **where)
-        folder = Path(retried(request, PATIENCE))
+        folder = Path(retried(request))
         paths = [folder / file for file in files if (folder / file).exists()]
         damaged = [path for path in paths if not is_intact(path)]
         if not damaged:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import hf_specreg.encoders.norm_layers
 import hf_specreg.encoders.small  # noqa: F401  both register with timm
+from hf_specreg.connection import from_hub, passes
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.head import find_head
 from hf_specreg.encoders.labels import (
@@ -81,6 +83,17 @@ def save_timm(
         config |= wrapper_entries(config["num_classes"], list(label_names))
         config["pretrained_cfg"]["label_names"] = list(label_names)
     write_json(folder / "config.json", config)
+
+
+def make_timm(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+    """Make a network of timm's, with published weights or random ones.
+
+    Raises:
+        FileNotFoundError: no such repository.
+        HubError: the Hub cannot be reached or refuses.
+    """
+    make = partial(timm.create_model, name, pretrained=pretrained, **arguments)
+    return from_hub(name, make) if pretrained else make()
 
 
 def load_timm(
@@ -171,44 +184,60 @@ def load_transformers(
 
     Returns:
         The network, its label names, and what its image processor does, see `processor_data`.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository, or no such revision.
+        FolderError: it lacks weights or the image processor.
+        HubError: the Hub cannot be reached or refuses.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageClassification,
-        PretrainedConfig,
-    )
+    from transformers import PretrainedConfig
 
     if isinstance(name_or_config, PretrainedConfig):
         network = _create_transformers(name_or_config, num_classes, label_names)
         return network, label_names if num_classes != 0 else None, {}
+    head = {"num_classes": num_classes, "label_names": label_names}
+    load = partial(_load_saved, name_or_config, **head, revision=revision, token=token)
+    return load() if Path(name_or_config).is_dir() else from_hub(name_or_config, load)
 
-    where = {"revision": revision, "token": token, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(name_or_config, **where)
+
+def _load_saved(
+    name: str,
+    *,
+    num_classes: int | None,
+    label_names: Sequence[str] | None,
+    **where: str | None,
+) -> tuple[nn.Module, Sequence[str] | None, dict[str, Any]]:
+    """Load a transformers model of a folder or the Hub; see `load_transformers`."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    where = {**where, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(name, **where)
     bare = not any("ForImageClassification" in a for a in config.architectures or [])
     if num_classes == 0 or (num_classes is None and bare):
-        network, label_names = _load_headless(name_or_config, config, **where), None
+        network, label_names = _load_headless(name, config, **where), None
     else:
         fresh = {}
         if num_classes:
             fresh = {**class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
         network, info = AutoModelForImageClassification.from_pretrained(
-            name_or_config, **_WEIGHTS, **fresh, **where
+            name, **_WEIGHTS, **fresh, **where
         )
-        _check_is_complete(info, name_or_config, find_head(network) if fresh else ())
+        _check_is_complete(info, name, find_head(network) if fresh else ())
         if fresh:
             renew_head(network)
         else:
             label_names = label_names or transformers_labels(config)
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_config, **where)
+        processor = AutoImageProcessor.from_pretrained(name, **where)
     except OSError as error:
+        if passes(error):
+            raise
         raise FolderError(
-            f"{name_or_config} has no image processor (preprocessor_config.json), so its pixel "
+            f"{name} has no image processor (preprocessor_config.json), so its pixel "
             "normalisation is not known: save the processor beside the model, with Trainer as "
             "processing_class"
         ) from error
-    return network, label_names, processor_data(processor, name_or_config)
+    return network, label_names, processor_data(processor, name)
 
 
 def _create_transformers(

@@ -1,6 +1,7 @@
 """A model by its name: a folder, a Hub id, or a timm architecture."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -23,12 +24,12 @@ def load_model(name: str) -> SpecRegModel:
     if not timm.is_model(name):
         raise FileNotFoundError(
             f"{name!r} is neither a folder, a Hub id (org/name) nor a timm architecture"
-            + near_architectures(name)
+            + near_names(name, timm.list_models())
         )
     return SpecRegModel.from_timm(name)
 
 
-def near_architectures(name: str) -> str:
-    """Return what to add to an error: the architectures of timm that may have been meant."""
-    near = difflib.get_close_matches(name, timm.list_models(), 3)
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Return what to add to an error: the known names that may have been meant."""
+    near = difflib.get_close_matches(name, known, 3)
     return f": did you mean {' or '.join(near)}?" if near else ""

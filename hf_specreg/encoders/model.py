@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from hf_specreg.encoders.formats import (
     draw_transformers,
     load_timm,
     load_transformers,
+    make_timm,
     save_timm,
     save_transformers,
     write_json,
@@ -179,7 +179,7 @@ class SpecRegModel(nn.Module):
         if input_size is not None:
             model_args.setdefault("in_chans", input_size[0])
         head = {} if num_classes is None else {"num_classes": num_classes}
-        network = timm.create_model(name, pretrained=pretrained, **head, **model_args)
+        network = make_timm(name, pretrained=pretrained, **head, **model_args)
         cfg = network.pretrained_cfg
         size = tuple(input_size or find_input_size(network))
         preprocessing = {k: cfg[k] for k in ("crop_mode", "interpolation") if cfg.get(k)}

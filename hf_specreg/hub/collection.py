@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from hf_specreg.connection import retried, translated
 from hf_specreg.encoders.blueprint import FolderError, check_schema, read_json
-from hf_specreg.encoders.connection import retried, translated
-from hf_specreg.encoders.download import PATIENCE, RUN_FILE
+from hf_specreg.encoders.download import RUN_FILE
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, card_metadata
 from hf_specreg.hub.run import RUN_SCHEMA, public_name
@@ -63,7 +63,7 @@ def collect(source: str, *, token: str | None = None) -> list[Row]:
         else lambda: list(api.list_models(author=source, filter=TAGS[0], cardData=True))
     )
     with translated(f"listing {source}"):
-        found = retried(find, PATIENCE)
+        found = retried(find)
     cards = {m.id: m.card_data.to_dict() if m.card_data else {} for m in found}
     return _told_apart([_row(name, card) for name, card in cards.items() if _is_ours(card)])
 

@@ -3,7 +3,7 @@
 Everything is checked before the first byte is sent. All files go into one commit on top of the
 state that was looked at: a push either completes or leaves the repository as it was. (One that is
 made for it stays, empty, if the commit then fails.) A request that fails for a moment is tried
-again for `PATIENCE` seconds (`hf_specreg.encoders.connection`), none after `DEADLINE` seconds of
+again for `PATIENCE` seconds (`hf_specreg.connection`), none after `DEADLINE` seconds of
 the push. What was pushed is read back (`remote.py`).
 """
 
@@ -28,8 +28,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from hf_specreg.connection import first_line, retried, translated
 from hf_specreg.encoders.blueprint import read_json
-from hf_specreg.encoders.connection import first_line, retried, translated
 from hf_specreg.encoders.download import LOADED_FILES, RUN_FILE
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.hub.card import card_files

@@ -9,8 +9,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from hf_specreg.connection import HubError, first_line, retried
 from hf_specreg.encoders.blueprint import FolderError, read_json
-from hf_specreg.encoders.connection import HubError, first_line, retried
 from hf_specreg.encoders.download import is_intact
 from hf_specreg.hub.encoder import (
     CARD_FILE,

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub import Collection, HfApi
 
+from hf_specreg.connection import retried, translated
 from hf_specreg.encoders.blueprint import check_schema
-from hf_specreg.encoders.connection import retried, translated
 from hf_specreg.encoders.download import WEIGHTS_FILE
 from hf_specreg.hub.card import TAGS
 from hf_specreg.hub.encoder import CARD_FILE, card_metadata

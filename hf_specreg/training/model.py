@@ -1,15 +1,15 @@
 """The model that a run trains, and its settings."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import timm
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from hf_specreg.encoders.fused import fuse_norms
-from hf_specreg.encoders.load import near_architectures
+from hf_specreg.encoders.load import near_names
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.pinned import initialize_pinned, pin_norms
 from hf_specreg.spectral.regularizers import RegularizersConfig
@@ -69,7 +69,8 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
         )
     shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
-        _check_is_of_timm(config.name)
+        if ":" not in config.name:
+            _check_is_known(config.name, timm.list_models(), "timm")
         return SpecRegModel.from_timm(
             config.name, pretrained=config.pretrained, **shared, **config.args
         )
@@ -77,15 +78,16 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
         if config.args:
             raise ValueError("model.args are for transformers models that are not pretrained")
         return SpecRegModel.from_transformers(config.name, revision=config.revision, **shared)
+    _check_is_known(config.name, CONFIG_MAPPING.keys(), "transformers")
     return SpecRegModel.from_transformers(
         AutoConfig.for_model(config.name, **config.args), **shared
     )
 
 
-def _check_is_of_timm(name: str) -> None:
-    """Raise ValueError, with near names, for an architecture that timm does not have."""
-    if ":" not in name and not timm.is_model(name):
-        raise ValueError(f"model.name ({name!r}) is no model of timm{near_architectures(name)}")
+def _check_is_known(name: str, known: Collection[str], library: str) -> None:
+    """Raise ValueError, with near names, for a model that a library does not have."""
+    if name.partition(".")[0] not in known:  # without the tag of timm's weights
+        raise ValueError(f"model.name ({name!r}) is no model of {library}{near_names(name, known)}")
 
 
 def build_encoder(

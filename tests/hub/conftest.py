@@ -6,8 +6,7 @@ import pytest
 import torch
 from huggingface_hub.utils import close_session
 
-from hf_specreg import SpecRegModel, evaluate_robustness
-from hf_specreg.encoders import connection
+from hf_specreg import SpecRegModel, connection, evaluate_robustness
 from hf_specreg.robustness.evaluate import Measures
 from hf_specreg.robustness.images import ImageSet
 from tests.hub.server import Hub

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from hf_specreg.cli import main
-from hf_specreg.encoders.connection import HubError
+from hf_specreg.connection import HubError
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.collection import collect, sort_rows
 from hf_specreg.hub.encoder import Encoder

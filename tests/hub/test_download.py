@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_specreg import SpecRegModel
-from hf_specreg.encoders.connection import HubError
+from hf_specreg.connection import HubError
 from hf_specreg.hub.publish import push
 
 REPO = "me/resnet"

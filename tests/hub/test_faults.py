@@ -14,9 +14,8 @@ import pytest
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 
-from hf_specreg import SpecRegModel
-from hf_specreg.encoders import download
-from hf_specreg.encoders.connection import HubError, translated
+from hf_specreg import SpecRegModel, connection
+from hf_specreg.connection import HubError, translated
 from hf_specreg.encoders.download import is_intact
 from hf_specreg.hub import publish
 from hf_specreg.hub.publish import PublishError, push
@@ -58,7 +57,7 @@ def bare(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def count_faults(hub, monkeypatch):
     monkeypatch.setattr(publish, "PATIENCE", 0.2)
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
     yield
     INJECTED.update(hub.injected)
 
@@ -196,7 +195,7 @@ TRANSIENT = ["500", "503", "429", "drop", "truncate", "garbage", "stall"]
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_a_load_survives_one_of_what_passes(hub, bare, fault, fresh_cache, monkeypatch):
-    monkeypatch.setattr(download, "PATIENCE", 20.0)
+    monkeypatch.setattr(connection, "PATIENCE", 20.0)
     push(bare, REPO, license="mit")
     images = torch.rand(2, *SIZE)
     with torch.no_grad():
@@ -215,7 +214,7 @@ def test_a_load_survives_one_of_what_passes(hub, bare, fault, fresh_cache, monke
 def test_what_is_logged_of_a_retry_names_the_fault_and_not_the_token(
     hub, bare, fresh_cache, monkeypatch, caplog
 ):
-    monkeypatch.setattr(download, "PATIENCE", 20.0)
+    monkeypatch.setattr(connection, "PATIENCE", 20.0)
     push(bare, REPO, license="mit")
     fresh_cache()
     inject(hub, "503", LOAD["info"], 1)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_specreg import RobustnessReport, SpecRegModel, SpecRegTrainer
-from hf_specreg.encoders.connection import HubError
+from hf_specreg.connection import HubError
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.encoder import CardError, Encoder, card_metadata
 from hf_specreg.hub.metrics import eval_results_file
@@ -475,7 +475,7 @@ def test_a_second_push_keeps_the_license_that_is_on_the_hub(hub):
 
 @pytest.mark.parametrize("status", ["400", "405", "413"])
 def test_an_answer_that_stays_the_same_is_not_said_to_pass(hub, encoder, status, monkeypatch):
-    monkeypatch.setattr("hf_specreg.encoders.connection.HUB", hub.url)
+    monkeypatch.setattr("hf_specreg.connection.HUB", hub.url)
     hub.faults = lambda method, path: status if "/preupload/" in path else None
     with pytest.raises(HubError, match=f"answers {status} .*it will answer the same again"):
         publish(encoder)

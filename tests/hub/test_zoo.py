@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_specreg.cli import main
-from hf_specreg.encoders.connection import HubError
+from hf_specreg.connection import HubError
 from hf_specreg.hub.card import write_card
 from hf_specreg.hub.collection import collect
 from hf_specreg.hub.encoder import Encoder

@@ -5,7 +5,7 @@ import torch
 
 from hf_specreg.encoders.pinned import batch_norms, is_pinned, pin_norms
 from hf_specreg.spectral.regularizers import RegularizersConfig
-from hf_specreg.training.model import ModelConfig, build_encoder
+from hf_specreg.training.model import ModelConfig, build_encoder, build_model
 from tests.tiny import ARGS, SIZE, images, tiny
 
 NAMES = ("a", "b", "c")
@@ -44,3 +44,16 @@ def test_an_encoder_that_was_saved_pinned_stays_pinned(tmp_path):
 def test_a_fresh_encoder_has_nothing_to_fuse():
     with pytest.raises(ValueError, match="a fresh one has nothing to fuse, take 'pinned'"):
         ModelConfig("resnet18", norms="fused")
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "near"), [("timm", "resnt18", "resnet18"), ("transformers", "vitt", "vit")]
+)
+def test_a_name_that_a_library_does_not_have_is_said_with_near_ones(library, name, near):
+    said = rf"model.name \('{name}'\) is no model of {library}: did you mean .*\b{near}\b"
+    with pytest.raises(ValueError, match=said):
+        build_model(ModelConfig(name, library), NAMES)
+
+
+def test_the_tag_of_timms_weights_is_no_part_of_the_architecture():
+    assert build_model(ModelConfig("test_resnet.r160_in1k"), NAMES).num_classes == 3

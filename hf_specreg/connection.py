@@ -33,6 +33,7 @@ from huggingface_hub.utils import _http
 logger = logging.getLogger(__name__)
 
 SILENCE = 60.0  # seconds
+PATIENCE = 30.0  # seconds from the first try on in which a download is tried again
 LONGEST_WAIT = 300.0  # seconds that the Hub may ask to be left alone; its rate limits' window
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 HUB = "https://huggingface.co"
@@ -85,30 +86,37 @@ def _refuse_to_wait(response) -> None:
         raise HubError(f"the Hub asks to come back in {wait:g} s: try again then")
 
 
-def retried(request: Callable[[], T], patience: float) -> T:
+def from_hub(name: str, load: Callable[[], T]) -> T:
+    """Return what another library loads of a repository: tried again, errors `translated`."""
+    with translated(f"loading {name}"):
+        return retried(load)
+
+
+def retried(request: Callable[[], T], patience: float | None = None) -> T:
     """Return what a request gives, made again where the Hub or the way to it fails for a moment.
 
     Args:
         request: what may be done twice.
-        patience: seconds from the first try on in which another one begins.
+        patience: seconds from the first try on in which another one begins; default: `PATIENCE`.
     """
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_passes),
+        retry=tenacity.retry_if_exception(passes),
         wait=_pause,
-        stop=tenacity.stop_after_delay(patience),
+        stop=tenacity.stop_after_delay(PATIENCE if patience is None else patience),
         before_sleep=_tell,  # tenacity's own would log the arguments, and so the token
         reraise=True,
     )
     return attempts(request)
 
 
-def _passes(error: BaseException) -> bool:
+def passes(error: BaseException) -> bool:
     """Whether a request may succeed next time: no answer, none that can be read, or a busy Hub.
 
     The network's errors by name: the client's HTTP library is another from version to version.
     """
+    error = _beneath(error)
     if isinstance(error, LocalEntryNotFoundError):  # what the client says beside an empty cache
-        return error.__cause__ is not None and _passes(error.__cause__)
+        return error.__cause__ is not None and passes(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT
     if isinstance(error, OfflineModeIsEnabled):
@@ -155,44 +163,56 @@ _WITHOUT_XET = _WithoutXet()
 def translated(doing: str) -> Iterator[None]:
     """Turn the many errors of the Hub's client into a few that say what to do."""
     limit_silence()
-    again = "try again; what was transferred is kept"
     try:
         with _WITHOUT_XET:
             yield
-    except LocalEntryNotFoundError as error:
-        raise HubError(f"{doing}: it is not in the cache{_cause(error)}") from error
-    except (FileNotFoundError, HubError):
-        raise
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{doing}: no such revision: {first_line(error)}") from error
-    except GatedRepoError as error:
-        raise HubError(f"{doing}: ask for access on its page first: {first_line(error)}") from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
+    except Exception as error:
+        told = _translation(_beneath(error), doing)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _beneath(error: BaseException) -> BaseException:
+    """What the client said, where transformers or datasets put a plain error of their own on it."""
+    cause = error.__cause__
+    return cause if type(error) in (OSError, ConnectionError) and cause is not None else error
+
+
+def _translation(error: BaseException, doing: str) -> OSError | None:
+    """What to say instead of an error; None where it says all that there is to know."""
+    again = "try again; what was transferred is kept"
+    if isinstance(error, LocalEntryNotFoundError):
+        return HubError(f"{doing}: it is not in the cache{_cause(error)}")
+    if isinstance(error, (FileNotFoundError, HubError)):
+        return None
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"{doing}: no such revision: {first_line(error)}")
+    if isinstance(error, GatedRepoError):
+        return HubError(f"{doing}: ask for access on its page first: {first_line(error)}")
+    if isinstance(error, (HFValidationError, RepositoryNotFoundError)):
+        return FileNotFoundError(
             f"{doing}: neither a local folder nor a repository on the Hub that your token may see "
             f"(an expired one? `hf auth login`): {first_line(error)}"
-        ) from error
-    except HfHubHTTPError as error:
+        )
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         remedy = again if status in TRANSIENT else _remedy(status)
-        raise HubError(
-            f"{doing}: the Hub answers {status} ({first_line(error)}): {remedy}"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"{doing}: HF_HUB_OFFLINE is set: {first_line(error)}") from error
-    except OSError as error:
-        raise HubError(f"{doing}: {first_line(error)}: {again}") from error
-    except (JSONDecodeError, KeyError) as error:
-        raise HubError(
+        return HubError(f"{doing}: the Hub answers {status} ({first_line(error)}): {remedy}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"{doing}: HF_HUB_OFFLINE is set: {first_line(error)}")
+    if isinstance(error, OSError):
+        return HubError(f"{doing}: {first_line(error)}: {again}")
+    if isinstance(error, (JSONDecodeError, KeyError)):
+        return HubError(
             f"{doing}: the Hub's answer cannot be read: {error!r}: {_mirror() or again}"
-        ) from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise
-        raise HubError(
+        )
+    if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+        return HubError(
             f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
             f"({type(error).__name__}: {error}): {again}"
-        ) from error
+        )
+    return None
 
 
 def _remedy(status: int) -> str:
