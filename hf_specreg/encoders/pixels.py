@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_specreg.encoders.features import FeatureSpace
+from hf_specreg.encoders.stand_ins import HALF, widened
 from hf_specreg.encoders.trace import call
 
-HALF = (torch.float16, torch.bfloat16)
 # Mean of (x - 1/2)^2. Of [0, 1] it is 1/4 at most, with Gaussian noise of a deviation of 0.7 added
 # 0.74; of images normalised to mean 0 and deviation 1 it is 1.25.
 FAR = 1.0
@@ -163,6 +163,7 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the model on [B, C, H, W] of `pixels`; on weights of half precision as float32."""
         images = self.as_taken(pixels)
-        named = (*self.model.named_parameters(), *self.model.named_buffers())
-        wide = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
-        return functional_call(self.model, wide, (images,)) if wide else call(self.model, images)
+        wide = widened(self.model)
+        if not wide:
+            return call(self.model, images)
+        return functional_call(self.model, wide, (images,), tie_weights=False)

@@ -14,11 +14,12 @@ from transformers import (
 )
 
 from hf_specreg import InputGradientPenalty, SensitivityPenalty
-from hf_specreg.encoders.pixels import find_pixel_std
+from hf_specreg.encoders.pixels import PixelModel, find_pixel_std
 from hf_specreg.spectral.regularizers import InputGradientConfig, RegularizersConfig
 from hf_specreg.training.terms import Terms
 from tests.host_reads import host_reads
 from tests.tiny import images, tiny, vit_config
+from tests.unchanged import unchanged
 
 STD = (0.25,)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
@@ -191,3 +192,28 @@ def test_of_weights_in_half_precision_it_is_computed_in_float32(make, dtype):
     torch.testing.assert_close(found, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad.to(dtype), msg=name)
+
+
+class Shared(nn.Module):
+    """Of its layers one has two names, and one tensor belongs to two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.again = self.first
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.first.weight
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, images):
+        return self.head(self.tied(self.again(self.first(images.flatten(1))).relu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_two_names_and_tied_ones_in_half_precision_stay_as_they_are(dtype):
+    torch.manual_seed(0)
+    model = Shared().to(dtype)
+    pictures = torch.rand(4, 1, 4, 4)
+    with unchanged(model, pictures.to(dtype)):
+        found = PixelModel(model, (1.0,))(pictures)
+    torch.testing.assert_close(found, model.float()(pictures))
