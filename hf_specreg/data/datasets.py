@@ -66,7 +66,8 @@ class DataConfig:
             stream; default: all.
         held_out_samples: how many of the (once shuffled) validation images, and of the test images,
             to use at most; the first ones of a stream; default: all.
-        streaming: read from the Hub while training instead of downloading first.
+        streaming: read from the Hub while training instead of downloading first; in the training
+            process alone.
         in_memory: decode once and keep; default: if it fits into 2 GiB.
         skip_unreadable: leave out images that cannot be read, instead of stopping.
         num_workers: processes that load images; 0: the training process.

@@ -27,9 +27,10 @@ LINEAR_FUNCTIONS = frozenset(
         *(getattr(nn.functional, f"conv{d}d") for d in (1, 2, 3)),
         *(getattr(nn.functional, f"conv_transpose{d}d") for d in (1, 2, 3)),
         *(nn.functional.linear, nn.functional.bilinear, torch.conv_tbc),
-        nn.functional.multi_head_attention_forward,
+        *(nn.functional.multi_head_attention_forward, nn.functional.scaled_dot_product_attention),
         *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.einsum, torch.tensordot, torch.inner),
-        *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, torch.linalg.multi_dot),
+        *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, torch.chain_matmul),
+        *(torch.linalg.matmul, torch.linalg.multi_dot, torch.linalg.vecdot),
         *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv),
         *(Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
     }

@@ -46,14 +46,18 @@ def train(config: SelfSupervisedRunConfig, *, resume: bool = False) -> TrainingR
     set_seed(config.seed)  # that model drew random numbers
     objective = SelfSupervised(encoder, config.ssl, adversarial=config.adversarial)
     images = build_images(splits, encoder, config)
-    bank = plain_training_images(splits, encoder, config, config.ssl.bank)
-    voting = {"neighbours": config.ssl.neighbours, "batch_size": config.eval_batch_size}
+    score = NeighbourScores(
+        plain_training_images(splits, encoder, config, config.ssl.bank),
+        neighbours=config.ssl.neighbours,
+        batch_size=config.eval_batch_size,
+        num_workers=config.data.num_workers,
+    )
     loop = TrainingLoop(
         objective,
         **images,
         config=config,
         accelerator=accelerator,
-        score=NeighbourScores(bank, **voting),
+        score=score,
         metadata=run_metadata(splits, images),
     )
     result = loop.run(resume=resume)

@@ -150,6 +150,9 @@ def _between_boxes(
                 yield f"{MASKED}: {said}"
             else:
                 short[int(only.sum())] = said
+    found = white[np.isfinite(white)]
+    median = [float(np.median(found))] if len(found) else []  # which may lie beyond the grid
+    for e in (*grid, *median):
         missed[e] = int(((white <= e) & (black > e)).sum())
     if short:
         yield (

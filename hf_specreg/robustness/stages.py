@@ -15,7 +15,7 @@ from hf_specreg.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 MASKING_IMAGES = 100  # for the gradient-masking check
 SHOWN_IMAGES = 6  # whose adversarial twins are kept
-CHUNK = 16  # images of an attack that gives each image the same in any company
+CHUNK = 16  # images of a black-box attack, which take long: a chunk is what a resumed run keeps
 
 Arrays = dict[str, np.ndarray]
 
@@ -79,7 +79,7 @@ def make_stages(
     """
     stages = {}
     for name, attack in attacks.items():
-        size = min(CHUNK, batch_size) if attack.image_by_image else batch_size
+        size = min(CHUNK, batch_size) if attack.black_box else batch_size
         stages[name] = Stage(_attacked(classifier, attack, grid[attack.norm]), size)
     if corruptions:
         stages["corruptions"] = Stage(lambda chunk: _corrupted(classifier, chunk), batch_size)

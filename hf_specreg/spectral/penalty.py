@@ -66,7 +66,8 @@ class SpectralPenalty:
     renewed, as where parameters are replaced. Call `renew()` where they are changed in place by
     other than training. The hooks go with the penalty, or by `remove_hooks()`. The first use warns
     if norms make most layers scale-invariant (`free_scale`), which are penalised for little then.
-    Make it last: new layers, adapters and the like after it are errors.
+    Make it last: layers that are replaced or wrapped after it, by adapters say, are errors, and new
+    ones are not seen.
 
     Args:
         model: a timm model, a transformers vision model, a `SpecRegModel`, or any module together

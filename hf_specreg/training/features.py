@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_specreg.data.images import collate
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
+from hf_specreg.training.interruption import ignore_sigterm
 
 
 @torch.no_grad()
@@ -33,7 +34,12 @@ def collect_features(
 
 
 def features_of(
-    encoder: SpecRegModel, images: Dataset, accelerator: Accelerator, *, batch_size: int = 500
+    encoder: SpecRegModel,
+    images: Dataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 500,
+    num_workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return features [N, D] and labels [N] of a set of (uint8 image, label), in its order.
 
@@ -42,23 +48,38 @@ def features_of(
         images: of (uint8 image [C, H, W], label).
         accelerator: of the run; its processes share the images out.
         batch_size: images a process and batch.
+        num_workers: that load them.
     """
-    loader = evaluation_loader(images, accelerator, batch_size=batch_size)
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
+    loader = evaluation_loader(images, accelerator, **loading)
     return collect_features(encoder, loader, accelerator)
 
 
-def evaluation_loader(images: Dataset, accelerator: Accelerator, *, batch_size: int) -> DataLoader:
+def evaluation_loader(
+    images: Dataset, accelerator: Accelerator, *, batch_size: int, num_workers: int = 0
+) -> DataLoader:
     """Return a loader of a set, in its order, shared out over the processes.
 
     Args:
         images: of (uint8 image [C, H, W], label).
         accelerator: of the run.
         batch_size: images a process and batch.
+        num_workers: that load them.
     """
+    on_gpu = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        images,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_sigterm,
+        pin_memory=on_gpu,
+    )
     return prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler
-        DataLoader(images, batch_size, collate_fn=collate),
+        loader,
         accelerator.device,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         put_on_device=True,
+        non_blocking=on_gpu,
     )

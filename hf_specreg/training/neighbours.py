@@ -95,12 +95,13 @@ class NeighbourScores:
         bank: of (uint8 image, label), un-augmented training images.
         neighbours: that vote.
         batch_size: images a process and batch.
+        num_workers: that load the bank.
     """
 
-    def __init__(self, bank: Dataset, *, neighbours: int, batch_size: int):
+    def __init__(self, bank: Dataset, *, neighbours: int, batch_size: int, num_workers: int = 0):
         self.bank = bank
         self.neighbours = neighbours
-        self.batch_size = batch_size
+        self.loading = {"batch_size": batch_size, "num_workers": num_workers}
 
     def __call__(
         self, encoder: SpecRegModel, loader: DataLoader, accelerator: Accelerator
@@ -108,7 +109,7 @@ class NeighbourScores:
         """Return the neighbours' accuracy, deviation and effective rank of the features, whether
         they have collapsed, and how many images.
         """
-        bank = features_of(encoder, self.bank, accelerator, batch_size=self.batch_size)
+        bank = features_of(encoder, self.bank, accelerator, **self.loading)
         queries = collect_features(encoder, loader, accelerator)
         deviation, rank = feature_deviation(queries[0]), effective_rank(queries[0])
         collapsed = deviation < COLLAPSED_DEVIATION or rank < COLLAPSED_RANK

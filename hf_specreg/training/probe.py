@@ -1,18 +1,16 @@
-"""Linear classifiers on frozen features: a logistic regression and a linear probe.
+"""A linear probe: a logistic regression on frozen features, by lbfgs as in the paper.
 
-Both read features [N, D] of un-augmented images. The paper puts a logistic regression (lbfgs) on
-them (Yang et al., arXiv:2405.17181); `attach_head` makes of it, or of a linear probe, a classifier
-whose robustness can be measured.
+It reads features [N, D] of un-augmented images (Yang et al., arXiv:2405.17181); `attach_head` makes
+of it a classifier whose robustness can be measured.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
@@ -28,24 +26,19 @@ class CollapsedError(ValueError):
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Classifiers on frozen, un-augmented features.
+    """A logistic regression on frozen, un-augmented features.
 
     Args:
-        images: how many images of the training split they learn from; default: all.
-        l2: weight decay of the logistic regression, whose loss is mean cross-entropy + l2 / 2
-            ||W||^2.
-        epochs: epochs of the linear probe, which learns by AdamW with a cosine schedule.
-        lr: learning rate of the linear probe at first.
+        images: how many images of the training split it learns from; default: all.
+        l2: weight decay: the loss is mean cross-entropy + l2 / 2 ||W||^2.
     """
 
     images: int | None = None
     l2: float = 1e-4
-    epochs: int = 50
-    lr: float = 1e-2
 
     def __post_init__(self):
-        require(self, "at least 1", "images", "epochs")
-        require(self, "positive", "l2", "lr")
+        require(self, "at least 1", "images")
+        require(self, "positive", "l2")
 
 
 @dataclass(frozen=True)
@@ -98,49 +91,6 @@ def logistic_regression(
     weight, bias = torch.zeros(classes, features.shape[1]), torch.full((classes,), NEVER)
     weight[found], bias[found] = rows, offsets
     return _unscaled(weight.to(features), bias.to(features), mean, scale)
-
-
-def linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    classes: int,
-    epochs: int = 50,
-    lr: float = 1e-2,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> LinearHead:
-    """Train a linear layer on scaled features by AdamW with a cosine schedule.
-
-    Args:
-        features: [N, D].
-        labels: [N].
-        classes: K.
-        epochs: over the features.
-        lr: at the start.
-        batch_size: features a step.
-        seed: of the order.
-
-    Raises:
-        ValueError: the features do not vary, or are not finite.
-    """
-    mean, scale = _scale(features)
-    layer = nn.Linear(features.shape[1], classes).to(features)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    data = TensorDataset((features - mean) / scale, labels)
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(data, batch_size, shuffle=True, generator=order)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for x, y in loader:
-                optimizer.zero_grad()
-                F.cross_entropy(layer(x), y).backward()
-                optimizer.step()
-                schedule.step()
-    return _unscaled(layer.weight.detach(), layer.bias.detach(), mean, scale)
 
 
 def check_probe(model: SpecRegModel, width: int) -> None:
@@ -207,39 +157,33 @@ def probe_classifier(
     accelerator: Accelerator,
     *,
     batch_size: int = 500,
-    seed: int = 0,
+    num_workers: int = 0,
 ) -> dict[str, float]:
-    """Fit a logistic regression and a linear probe on a classifier's frozen features.
+    """Fit a logistic regression on a classifier's frozen features; it takes the place of its head.
 
-    The logistic regression takes the place of its head. All processes share the images out, and
-    each fits.
+    All processes share the images out, and each fits.
 
     Args:
         classifier: changed in place: its head.
         train_images: of (uint8 image, label), un-augmented.
         test_images: of the same.
-        config: of the probes.
+        config: of the probe.
         accelerator: of the run.
         batch_size: images a process and batch.
-        seed: of the linear probe.
+        num_workers: that load them.
 
     Returns:
-        Both test accuracies, and how many images they learned from.
+        Its test accuracy, and how many images it learned from.
     """
     classifier.to(accelerator.device)
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
     train, test = (
-        features_of(classifier, images, accelerator, batch_size=batch_size)
+        features_of(classifier, images, accelerator, **loading)
         for images in (train_images, test_images)
     )
-    classes = classifier.num_classes
-    logistic = logistic_regression(*train, classes=classes, l2=config.l2)
-    linear = linear_probe(*train, classes=classes, epochs=config.epochs, lr=config.lr, seed=seed)
-    attach_head(classifier, logistic)
-    return {
-        "logistic_accuracy": logistic.accuracy(*test),
-        "linear_probe_accuracy": linear.accuracy(*test),
-        "probe_images": len(train[0]),
-    }
+    head = logistic_regression(*train, classes=classifier.num_classes, l2=config.l2)
+    attach_head(classifier, head)
+    return {"logistic_accuracy": head.accuracy(*test), "probe_images": len(train[0])}
 
 
 def _scale(features: Tensor) -> tuple[Tensor, Tensor]:

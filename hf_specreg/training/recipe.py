@@ -39,12 +39,12 @@ def save_probed(
     accelerator: Accelerator,
     folder: Path,
 ) -> dict[str, float]:
-    """Save an encoder with a logistic regression on its features; return what both probes reach.
+    """Save an encoder with a logistic regression on its features; return what it reaches.
 
     Args:
         classifier: the encoder with a head, which is changed in place.
-        splits: the probes learn from the training images, un-augmented.
-        test_images: that they are tested on.
+        splits: it learns from the training images, un-augmented.
+        test_images: that it is tested on.
         config: of the run.
         accelerator: of the run.
         folder: to save it in.
@@ -56,7 +56,7 @@ def save_probed(
         config.probe,
         accelerator,
         batch_size=config.eval_batch_size,
-        seed=config.seed,
+        num_workers=config.data.num_workers,
     )
     known = classifier.metadata.get("metrics", {})
     classifier.metadata = {**classifier.metadata, "metrics": {**known, **found}}

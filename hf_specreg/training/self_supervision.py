@@ -5,8 +5,8 @@
     vicreg        25 invariance + 25 variance + covariance
     byol          1 - cosine of the prediction with a slowly following teacher's embedding
 
-Losses and projection heads are lightly's (extra `ssl`). They are computed in float32 also under
-mixed precision. Losses that compare images with each other see the embeddings of all processes;
+Losses and projection heads are lightly's (extra `ssl`). The losses are computed in float32 also
+under mixed precision. Those that compare images with each other see the embeddings of all processes;
 with accumulation, those of a micro-batch.
 
 With an adversary (ACL's simplest form, Jiang et al. 2020: one adversarial view and one that is not)

@@ -67,6 +67,10 @@ USES = {
     "of a multiple": lambda x, w: x @ (w * 1.0),
     "tensordot": lambda x, w: torch.tensordot(x, w, 1),
     "inner": lambda x, w: torch.inner(x, w),
+    "linalg": lambda x, w: torch.linalg.matmul(x, w),
+    "attention": lambda x, w: nn.functional.scaled_dot_product_attention(x[None], w[None], w[None])[
+        0
+    ],
     "mv": lambda x, w: torch.stack([torch.mv(w, row) for row in x]),
     "linear": lambda x, w: nn.functional.linear(x, w.softmax(1)),
     "low rank": lambda x, w: x @ (w[:, :4] @ w[:4]),

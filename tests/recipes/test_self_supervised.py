@@ -106,7 +106,7 @@ def test_a_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, monk
 def test_the_result_is_printed(tmp_path, capsys):
     main([*SHORT, "--output_dir", str(tmp_path)])
     result = json.loads(capsys.readouterr().out)
-    assert {"logistic_accuracy", "linear_probe_accuracy", "test_accuracy"} <= result.keys()
+    assert {"logistic_accuracy", "probe_images", "test_accuracy"} <= result.keys()
 
 
 @pytest.mark.parametrize(

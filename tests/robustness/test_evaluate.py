@@ -124,7 +124,7 @@ def test_a_rank_beyond_the_processes_is_an_error():
         Processes(2, 2)
 
 
-def test_chunks_of_an_attack_that_goes_image_by_image_are_small(trained, tmp_path):
+def test_chunks_of_a_black_box_attack_are_small(trained, tmp_path):
     """So that little is lost when it is stopped, whatever the batch of the others is."""
     evaluate(*trained, attacks={**QUICK, "pgd-l2": {"steps": 3}}, output=tmp_path, batch_size=50)
     names = [p.name.partition("-0")[0] for p in (tmp_path / "chunks").glob("*.npz")]

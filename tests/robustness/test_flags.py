@@ -38,6 +38,13 @@ def test_a_black_box_attack_that_misses_what_gradients_find_is_not_converged():
     )
 
 
+def test_distances_beyond_the_eps_of_the_grid_are_compared_at_their_median():
+    (flag,) = flags_of(np.full(100, 2.6), np.linspace(1.1, 1.9, 100))
+    assert flag.startswith("not converged: at eps 1.5 (l2) white-box attacks break 50 of 100")
+    assert flags_of(np.full(100, 1.4), np.full(100, 1.4)) == []
+    assert flags_of(np.full(100, 1.4), np.full(100, np.inf)) == []
+
+
 def test_a_white_box_attack_that_misses_what_classes_find_points_at_masked_gradients():
     (flag,) = flags_of(np.full(100, 0.9), np.where(np.arange(100) < 6, np.inf, 1.0))
     assert flag.startswith("gradient masking: at eps 1 (l2) black-box attacks break 6 of 100")

@@ -1,8 +1,10 @@
 """Which launches a run refuses."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 
 from hf_specreg.training.accelerator import build_accelerator, check_processes
@@ -31,3 +33,18 @@ def test_another_accumulation_in_the_environment_is_refused(tmp_path, monkeypatc
         build_accelerator(config)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert build_accelerator(config).gradient_accumulation_steps == 2
+
+
+def test_a_deterministic_run_asks_torch_for_its_deterministic_algorithms(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    build_accelerator(RunConfig(output_dir=str(tmp_path)))
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        build_accelerator(RunConfig(output_dir=str(tmp_path), deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

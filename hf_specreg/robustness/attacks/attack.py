@@ -26,14 +26,12 @@ class Attack(Protocol):
         norm: of its distances.
         black_box: it asks for predicted classes only.
         minimum_distance: it looks for the nearest adversarial image; else for one within eps.
-        image_by_image: what it finds for an image does not depend on the others of its batch.
         package: what it needs beside this one; None: nothing.
     """
 
     norm: Norm
     black_box: bool
     minimum_distance: bool
-    image_by_image: bool
     package: str | None
 
     def run(

@@ -35,7 +35,6 @@ class AutoAttack:
 
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = False
-    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "pyautoattack"
 
     norm: Norm = "l2"

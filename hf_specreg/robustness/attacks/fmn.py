@@ -51,7 +51,6 @@ class FMN:
 
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = True
-    image_by_image: ClassVar[bool] = False  # small chunks would make whole test sets slow
     package: ClassVar[str] = "foolbox"
 
     norm: Norm = "l2"

@@ -25,7 +25,6 @@ class DeepFool:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = True
-    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     steps: int = 50
@@ -46,7 +45,6 @@ class CarliniWagner:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = True
-    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     binary_search_steps: int = 9
@@ -78,7 +76,6 @@ class PGD:
 
     black_box: ClassVar[bool] = False
     minimum_distance: ClassVar[bool] = False
-    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     norm: Norm = "l2"

@@ -24,7 +24,6 @@ class HopSkipJump:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = True
     minimum_distance: ClassVar[bool] = True
-    image_by_image: ClassVar[bool] = False
     package: ClassVar[str] = "foolbox"
 
     iterations: int = 40

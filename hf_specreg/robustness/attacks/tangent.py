@@ -65,7 +65,6 @@ class TangentAttack:
     norm: ClassVar[Norm] = "l2"
     black_box: ClassVar[bool] = True
     minimum_distance: ClassVar[bool] = True
-    image_by_image: ClassVar[bool] = True
     package: ClassVar[str | None] = None
 
     iterations: int = 40
