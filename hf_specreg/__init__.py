@@ -8,14 +8,13 @@ if TYPE_CHECKING:
     from hf_specreg.encoders.model import SpecRegModel
     from hf_specreg.robustness.evaluate import evaluate_robustness
     from hf_specreg.robustness.report import RobustnessReport
-    from hf_specreg.spectral.input_gradient import InputGradientPenalty
+    from hf_specreg.spectral.image_penalties import InputGradientPenalty, SensitivityPenalty
     from hf_specreg.spectral.penalty import SpectralPenalty
     from hf_specreg.spectral.regularizers import (
         InputGradientConfig,
         RegularizersConfig,
         SensitivityConfig,
     )
-    from hf_specreg.spectral.sensitivity import SensitivityPenalty
     from hf_specreg.training.adversarial_images import AdversarialImages
     from hf_specreg.training.callback import SpecRegCallback
     from hf_specreg.training.timm_task import regularize_task
@@ -45,11 +44,11 @@ _PLACES = {
     "AdversarialImages": "training.adversarial_images",
     "FeatureSpace": "encoders.features",
     "InputGradientConfig": "spectral.regularizers",
-    "InputGradientPenalty": "spectral.input_gradient",
+    "InputGradientPenalty": "spectral.image_penalties",
     "RegularizersConfig": "spectral.regularizers",
     "RobustnessReport": "robustness.report",
     "SensitivityConfig": "spectral.regularizers",
-    "SensitivityPenalty": "spectral.sensitivity",
+    "SensitivityPenalty": "spectral.image_penalties",
     "SpecRegCallback": "training.callback",
     "SpecRegModel": "encoders.model",
     "SpecRegTrainer": "training.trainer",

@@ -27,11 +27,11 @@ from hf_specreg.ranges import WHOLE, require, require_choices, require_value
 from hf_specreg.spectral.folding import acting
 from hf_specreg.spectral.followed import FollowedSum
 from hf_specreg.spectral.free_scale import FreeScales
-from hf_specreg.spectral.loop_term import check_recorded, of_its_model
 from hf_specreg.spectral.maps import linear_maps
 from hf_specreg.spectral.norms import adjoining_norms, warn_of_unfolded
 from hf_specreg.spectral.placed import Placed, remove
 from hf_specreg.spectral.precision import full_precision
+from hf_specreg.spectral.regularizers.term import check_recorded, of_its_model
 from hf_specreg.spectral.resolution import SeenInput
 from hf_specreg.spectral.sharding import check_whole
 from hf_specreg.spectral.singular import TopSingularValue

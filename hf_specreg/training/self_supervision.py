@@ -6,8 +6,8 @@
     byol          1 - cosine of the prediction with a slowly following teacher's embedding
 
 Losses and projection heads are lightly's (extra `ssl`). The losses are computed in float32 also
-under mixed precision. Those that compare images with each other see the embeddings of all processes;
-with accumulation, those of a micro-batch.
+under mixed precision. Those that compare images with each other see the embeddings of all
+processes; with accumulation, those of a micro-batch.
 
 With an adversary (ACL's simplest form, Jiang et al. 2020: one adversarial view and one that is not)
 the first view is moved to where the loss of both is large, by fgsm or pgd, and the loss of the

@@ -7,14 +7,13 @@ loss is.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.ranges import WHOLE, require, require_choices
-from hf_specreg.spectral.loop_term import check_recorded
 
 # images, labels, features -> 0-d
 Compute = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]
@@ -215,3 +214,25 @@ def check_batch(name: str, images: Tensor, labels: Tensor | None, *, of_labels: 
             f"{tuple(labels.shape)} of {labels.dtype}: convert them with .long(), or pass those "
             "from before mixup"
         )
+
+
+def check_recorded(name: str, instead: str = "") -> None:
+    """Raise RuntimeError where no gradient is recorded, as in a validation by the training's loss.
+
+    Args:
+        name: of the term.
+        instead: what to do there.
+    """
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} would be a loss term without a gradient under torch.no_grad or "
+            f"torch.inference_mode: call it in training only{instead}"
+        )
+
+
+def of_its_model(penalty: object, protocol: int) -> NoReturn:
+    """Refuse to copy or pickle a penalty: its `__reduce_ex__`."""
+    raise TypeError(
+        "a penalty belongs to its model and cannot be copied or pickled: make one for the "
+        "other model, and give it the state_dict() of this one"
+    )

@@ -1,7 +1,10 @@
-"""A penalty on the derivative with respect to the image, for a loop of one's own: its life cycle.
+"""The penalties on the derivative with respect to the image, for a loop of one's own.
 
-What it is stands in `regularizers/`, one a file; here is when it enters, with what strength, and
-what a run that is resumed needs of it.
+    InputGradientPenalty   strength * mean ||grad_x loss(x, y)||
+    SensitivityPenalty     strength * mean [log ||J^T u|| - log spread], J = dPhi / dx
+
+What they are and where they are from stands in `regularizers/`, one a file; here is when they
+enter, with what strength, and what a run that is resumed needs of them.
 """
 
 from collections.abc import Sequence
@@ -13,14 +16,16 @@ from torch import Tensor, nn
 
 from hf_specreg.encoders.features import FeatureSpace
 from hf_specreg.encoders.pixels import in_pixels
-from hf_specreg.spectral.loop_term import of_its_model
 from hf_specreg.spectral.precision import full_precision
+from hf_specreg.spectral.regularizers.input_gradient import InputGradientConfig
+from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
 from hf_specreg.spectral.regularizers.term import (
     BURN_INS,
     Compute,
     Regularizer,
     RegularizerConfig,
     check_batch,
+    of_its_model,
     warn_of_frozen,
 )
 
@@ -147,3 +152,74 @@ class ImagePenalty:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take over the count."""
         self.step = state["step"]
+
+
+class InputGradientPenalty(ImagePenalty):
+    """strength * mean norm of the cross-entropy's gradient with respect to the image, as a term.
+
+    Call it once per optimizer step and add what it returns to the loss:
+
+        penalty = InputGradientPenalty(model, strength=0.05, images=8)
+        loss = criterion(model(images), labels) + penalty(images, labels)
+
+    What it is of, its arguments and its state are those of `ImagePenalty`; further ones are `norm`,
+    `images`, `by` and `step` of `InputGradientConfig`. A part of the batch is enough, such as 8
+    images of 128 (`docs/results.md`, cifar10). It costs a forward and a backward pass over those
+    images, and in `loss.backward()` the derivative of both; by finite differences two forward
+    passes and a backward one.
+    """
+
+    kind = InputGradientConfig
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
+        cadences.
+
+        Args:
+            images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
+            labels: [B], the true classes, int64. Images with -100, which the cross-entropy ignores,
+                count in the mean with a gradient of 0.
+
+        Raises:
+            ValueError, RuntimeError: as for `ImagePenalty`.
+        """
+        return self._at(images, labels)
+
+
+class SensitivityPenalty(ImagePenalty):
+    """strength * mean of log ||J^T u|| - log spread over images, as a loss term; no labels.
+
+    Call it once per optimizer step and add what it returns to the loss:
+
+        penalty = SensitivityPenalty(model, strength=0.1)
+        loss = criterion(model(images), labels) + penalty(images)
+
+    What it is of, its arguments and its state are those of `ImagePenalty`; further ones are
+    `direction`, `spread`, `images`, `power_steps`, `by` and `step` of `SensitivityConfig`.
+
+    It costs passes over the images: by double backprop a forward and a backward pass, and in
+    `loss.backward()` the derivative of both; by finite differences a second forward pass in the
+    place of second derivatives. Each power step of "top" adds a backward and a forward pass. The
+    head gets no gradient from it.
+
+    Raises:
+        ValueError: as for `ImagePenalty`, or a "margin" is asked for of a head that is not one
+            linear layer.
+    """
+
+    kind = SensitivityConfig
+
+    def _compute(self) -> Compute:
+        return self.settings.term(self._in_pixels, generator=self._generator)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Count a step and return the penalty, 0-d and differentiable; 0 in burn-in and between
+        cadences, and with a warning of a single image, which has no spread.
+
+        Args:
+            images: [B, C, H, W], as the model expects them: in [0, 1] for a `SpecRegModel`.
+
+        Raises:
+            ValueError, RuntimeError: as for `ImagePenalty`.
+        """
+        return self._at(images)
