@@ -17,7 +17,7 @@ from results import record
 from scipy.stats import norm
 
 from hf_specreg.robustness.statistics import TAILS, Estimate
-from hf_specreg.study.statistics import mean_over_seeds, paired_ratio
+from hf_specreg.study.statistics import Paired, mean_over_seeds
 
 IMAGES, OF_IMAGE, NOISE, COUNTED = 200, 0.5, 0.3, 0.9
 SEEDS, OF_SEED = (1, 3, 5), (0.0, 0.03, 0.1, 0.3)
@@ -46,7 +46,7 @@ def simulated(seeds: int, of_seed: float, rng: np.random.Generator) -> dict[str,
     found = {
         "mean": (mean_over_seeds(np.exp(own)), np.exp(variance / 2)),
         "mean, percentiles": (pigeonhole(np.exp(own), rng), np.exp(variance / 2)),
-        "ratio": (paired_ratio(*pair), FARTHER),
+        "ratio": (Paired(*pair).ratio(), FARTHER),
     }
     for share in SHARES:
         hits = own < norm.ppf(share) * variance**0.5

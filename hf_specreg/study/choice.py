@@ -13,7 +13,7 @@ from hf_specreg.study.cells import Cell, Cells, StudyRunError
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.folder import StudyFolder
 from hf_specreg.study.measure import kept_report, nearest
-from hf_specreg.study.statistics import paired_ratio
+from hf_specreg.study.statistics import Paired
 
 Key = tuple[str, float | None]  # method, strength
 
@@ -223,7 +223,7 @@ class Results:
 
     def _gain(self, key: Key) -> float:
         own, reference = self.pair(key, self.plain, "validation")
-        ratio = paired_ratio(own.distances, own.correct, reference.distances, reference.correct)
+        ratio = Paired(own.distances, own.correct, reference.distances, reference.correct).ratio()
         return -np.inf if ratio["value"] is None else ratio["value"]
 
     def _control(self, key: Key) -> tuple[float | None, bool]:

@@ -13,7 +13,7 @@ from hf_specreg.robustness.statistics import Estimate
 from hf_specreg.study.choice import Attacked, Key, Results
 from hf_specreg.study.config import STOPPED
 from hf_specreg.study.measure import SPLITS
-from hf_specreg.study.statistics import mean_over_seeds, paired_ratio
+from hf_specreg.study.statistics import Paired, mean_over_seeds
 
 Content = dict[str, Any]
 
@@ -56,7 +56,7 @@ def over_curve(
     high = next((p for p in points if p[0] > accuracy), low)
     share = (accuracy - low[0]) / (high[0] - low[0]) if high is not low else 0.0
     between = low[1] if share == 0 else (1 - share) * low[1] + share * high[1]
-    return paired_ratio(distances, correct, between, low[2] & high[2])
+    return Paired(distances, correct, between, low[2] & high[2]).ratio()
 
 
 def _point(results: Results, key: Key) -> Content:

@@ -24,6 +24,8 @@ Biometrics Bulletin 1946; Korn, Graubard, "Confidence intervals for proportions 
 number of positive counts estimated from survey data", Survey Methodology 1998.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.stats import norm, t
 
@@ -36,92 +38,78 @@ from hf_specreg.robustness.statistics import (
 )
 
 
-def compared(
-    distances: np.ndarray,
-    correct: np.ndarray,
-    reference_distances: np.ndarray,
-    reference_correct: np.ndarray,
-) -> np.ndarray:
-    """Return which (seed, image) pairs are compared, bool [S, n]: both networks of a seed classify
-    the image correctly, and an adversarial image was found for both.
-
-    A mean without the farthest images is too small: say how many are missing,
-    (correct & reference_correct & ~compared(...)).sum().
+@dataclass(frozen=True)
+class Paired:
+    """The distances of two methods' networks, of the same seeds and images.
 
     Args:
         distances: [S, n], inf where nothing was found.
-        correct: bool [S, n].
-        reference_distances: [S, n], of the reference's networks of the same seeds and images.
+        correct: bool [S, n], whether the image is classified correctly.
+        reference_distances: [S, n], of the method that the first is compared with.
         reference_correct: bool [S, n].
 
     Raises:
         ValueError: other shapes, or not the same.
     """
-    _require_pairs(distances, correct, reference_distances, reference_correct)
-    found = np.isfinite(distances) & np.isfinite(reference_distances)
-    return correct & reference_correct & found
 
+    distances: np.ndarray
+    correct: np.ndarray
+    reference_distances: np.ndarray
+    reference_correct: np.ndarray
 
-def unpaired(
-    distances: np.ndarray,
-    correct: np.ndarray,
-    reference_distances: np.ndarray,
-    reference_correct: np.ndarray,
-) -> np.ndarray:
-    """Return the (seed, image) pairs that are left out of `compared` to the one network's harm,
-    bool [S, n]: both classify the image correctly, and an adversarial image was found for one.
-    """
-    _require_pairs(distances, correct, reference_distances, reference_correct)
-    return (
-        correct & reference_correct & (np.isfinite(distances) != np.isfinite(reference_distances))
-    )
+    def __post_init__(self):
+        _require_pairs(*vars(self).values())
 
+    @property
+    def compared(self) -> np.ndarray:
+        """Which (seed, image) pairs are, bool [S, n]: both networks classify the image correctly,
+        and an adversarial image was found for both. A mean without the farthest images is too
+        small: say how many are missing.
+        """
+        return self._correct & self._found.all(0)
 
-def paired_ratio(
-    distances: np.ndarray,
-    correct: np.ndarray,
-    reference_distances: np.ndarray,
-    reference_correct: np.ndarray,
-) -> Estimate:
-    """Return the mean distance over the reference's, of the pairs that are `compared`."""
-    pairs = compared(distances, correct, reference_distances, reference_correct)
-    total, reference = np.where(pairs, (distances, reference_distances), 0.0)
-    if not reference.any():
-        return dict(NOTHING)
-    ratio, u = _linearised(total, reference)
-    if ratio == 0 or _few(pairs):
-        return {"value": ratio, "ci": [None, None]}
-    error, df = _error(u)
-    return {
-        "value": ratio,
-        "ci": [float(ratio * np.exp(t.ppf(q, df) * error / ratio)) for q in TAILS],
-    }
+    @property
+    def unpaired(self) -> np.ndarray:
+        """Which pairs are left out to the one network's harm, bool [S, n]: both classify the image
+        correctly, and an adversarial image was found for one.
+        """
+        return self._correct & (self._found[0] != self._found[1])
 
+    @property
+    def _correct(self) -> np.ndarray:
+        return self.correct & self.reference_correct
 
-def paired_difference(
-    distances: np.ndarray,
-    correct: np.ndarray,
-    reference_distances: np.ndarray,
-    reference_correct: np.ndarray,
-) -> Estimate:
-    """Return the mean distance minus the reference's, of the pairs that are `compared`."""
-    pairs = compared(distances, correct, reference_distances, reference_correct)
-    total, reference = np.where(pairs, (distances, reference_distances), 0.0)
-    return mean_over_seeds(total - reference, pairs)
+    @property
+    def _found(self) -> np.ndarray:
+        return np.isfinite([self.distances, self.reference_distances])
 
+    def _totals(self) -> np.ndarray:
+        """Both distances of the pairs that are compared, 0 elsewhere: [2, S, n]."""
+        return np.where(self.compared, [self.distances, self.reference_distances], 0.0)
 
-def signs(
-    distances: np.ndarray,
-    correct: np.ndarray,
-    reference_distances: np.ndarray,
-    reference_correct: np.ndarray,
-) -> list[int]:
-    """Return for each seed 1 where the mean distance of the pairs that are `compared` is larger
-    than the reference's, -1 where it is smaller, 0 where it is neither.
-    """
-    pairs = compared(distances, correct, reference_distances, reference_correct)
-    total, reference = np.where(pairs, (distances, reference_distances), 0.0)
-    return [int(sign) for sign in np.sign((total - reference).sum(1))]
+    def ratio(self) -> Estimate:
+        """Return the mean distance over the reference's."""
+        total, reference = self._totals()
+        if not reference.any():
+            return dict(NOTHING)
+        ratio, u = _linearised(total, reference)
+        if ratio == 0 or _few(self.compared):
+            return {"value": ratio, "ci": [None, None]}
+        error, df = _error(u)
+        ends = [float(ratio * np.exp(t.ppf(q, df) * error / ratio)) for q in TAILS]
+        return {"value": ratio, "ci": ends}
+
+    def difference(self) -> Estimate:
+        """Return the mean distance minus the reference's."""
+        total, reference = self._totals()
+        return mean_over_seeds(total - reference, self.compared)
+
+    def signs(self) -> list[int]:
+        """Return for each seed 1 where the mean distance is larger than the reference's, -1 where
+        it is smaller, 0 where it is neither.
+        """
+        total, reference = self._totals()
+        return [int(sign) for sign in np.sign((total - reference).sum(1))]
 
 
 def mean_over_seeds(

@@ -16,15 +16,7 @@ from hf_specreg.study.flags import flags, versions_of
 from hf_specreg.study.frontier import frontier, mean_distance
 from hf_specreg.study.measure import SPLITS
 from hf_specreg.study.result import FORMAT
-from hf_specreg.study.statistics import (
-    compared,
-    mean_over_seeds,
-    over_seeds,
-    paired_difference,
-    paired_ratio,
-    signs,
-    unpaired,
-)
+from hf_specreg.study.statistics import Paired, mean_over_seeds, over_seeds
 from hf_specreg.study.verdict import untried
 
 Content = dict[str, Any]
@@ -194,13 +186,13 @@ def _row(results: Results, key: Key, choice: Choice | None, split: str, timing: 
 def _against(results: Results, key: Key, reference: Key, split: str) -> Content:
     """How much farther the adversarial images are than another method's, paired."""
     own, other = results.pair(key, reference, split)
-    pair = own.distances, own.correct, other.distances, other.correct
+    pair = Paired(own.distances, own.correct, other.distances, other.correct)
     return {
-        "ratio": paired_ratio(*pair),
-        "difference": paired_difference(*pair),
-        "signs": signs(*pair),
-        "paired_images": float(compared(*pair).sum(1).mean()),
-        "unpaired_images": int(unpaired(*pair).sum()),
+        "ratio": pair.ratio(),
+        "difference": pair.difference(),
+        "signs": pair.signs(),
+        "paired_images": float(pair.compared.sum(1).mean()),
+        "unpaired_images": int(pair.unpaired.sum()),
     }
 
 

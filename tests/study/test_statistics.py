@@ -3,15 +3,7 @@ import pytest
 from scipy import stats
 
 from hf_specreg.robustness.statistics import proportion
-from hf_specreg.study.statistics import (
-    compared,
-    mean_over_seeds,
-    over_seeds,
-    paired_difference,
-    paired_ratio,
-    signs,
-    unpaired,
-)
+from hf_specreg.study.statistics import Paired, mean_over_seeds, over_seeds
 
 NONE = {"value": None, "ci": [None, None]}
 
@@ -39,7 +31,7 @@ def test_of_one_seed_only_images_vary():
     values = np.random.default_rng(0).normal(1, 1, (1, 40))
     expected = stats.ttest_1samp(values[0], 0).confidence_interval()
     assert mean_over_seeds(values)["ci"] == pytest.approx(list(expected))
-    low, high = paired_ratio(*distances(1, 40))["ci"]
+    low, high = Paired(*distances(1, 40)).ratio()["ci"]
     assert 0 < low < high
 
 
@@ -55,7 +47,7 @@ def test_the_error_of_a_ratio_is_that_of_resampled_seeds_and_images():
     pairs, rng = correct & reference_correct, np.random.default_rng(0)
     seeds, images = (rng.multinomial(n, np.ones(n) / n, 2000) for n in own.shape)
     top, bottom = ((seeds @ (x * pairs) * images).sum(1) for x in (own, reference))
-    low, high = paired_ratio(own, correct, reference, reference_correct)["ci"]
+    low, high = Paired(own, correct, reference, reference_correct).ratio()["ci"]
     assert [low, high] == pytest.approx(list(np.quantile(top / bottom, [0.025, 0.975])), rel=0.01)
 
 
@@ -65,38 +57,38 @@ def test_a_ratio_and_a_difference_of_a_hand_case_leave_out_what_was_not_found():
     correct = np.array([[True, True, True, False], [True] * 4])
     other = np.array([[True] * 4, [True, True, True, False]])
     pair = own, correct, reference, other
-    assert compared(*pair).tolist() == [[1, 1, 0, 0], [1, 0, 1, 0]]
-    assert (correct & other & ~compared(*pair)).sum() == 2
-    assert paired_ratio(*pair) == {"value": (1 + 2 + 3 + 6) / (2 + 1 + 1 + 2), "ci": [None, None]}
-    assert paired_difference(*pair) == {"value": (-1 + 1 + 2 + 4) / 4, "ci": [None, None]}
-    assert signs(*pair) == [0, 1]
-    assert signs(*pair[2:], *pair[:2]) == [0, -1]
+    assert Paired(*pair).compared.tolist() == [[1, 1, 0, 0], [1, 0, 1, 0]]
+    assert (correct & other & ~Paired(*pair).compared).sum() == 2
+    assert Paired(*pair).ratio() == {"value": (1 + 2 + 3 + 6) / (2 + 1 + 1 + 2), "ci": [None, None]}
+    assert Paired(*pair).difference() == {"value": (-1 + 1 + 2 + 4) / 4, "ci": [None, None]}
+    assert Paired(*pair).signs() == [0, 1]
+    assert Paired(*pair[2:], *pair[:2]).signs() == [0, -1]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_equal_networks_have_ratio_one_without_doubt(seeds):
     own, correct, *_ = distances(seeds, 50)
     pair = own, correct, own, correct
-    assert paired_ratio(*pair) == {"value": 1.0, "ci": [1.0, 1.0]}
-    assert paired_difference(*pair) == {"value": 0.0, "ci": [None, None]}
-    assert signs(*pair) == [0] * seeds
+    assert Paired(*pair).ratio() == {"value": 1.0, "ci": [1.0, 1.0]}
+    assert Paired(*pair).difference() == {"value": 0.0, "ci": [None, None]}
+    assert Paired(*pair).signs() == [0] * seeds
 
 
 def test_a_ratio_turned_round_is_its_reciprocal_and_scales_with_distances():
     own, correct, reference, other = distances(3, 50)
-    found = paired_ratio(own, correct, reference, other)
-    back = paired_ratio(reference, other, own, correct)
+    found = Paired(own, correct, reference, other).ratio()
+    back = Paired(reference, other, own, correct).ratio()
     assert back["value"] == pytest.approx(1 / found["value"])
     assert back["ci"] == pytest.approx([1 / end for end in reversed(found["ci"])])
-    twice = paired_ratio(2 * own, correct, reference, other)
+    twice = Paired(2 * own, correct, reference, other).ratio()
     assert twice["ci"] == pytest.approx([2 * end for end in found["ci"]])
 
 
 def test_images_in_common_make_pairs_narrower():
     own, correct, reference, other = distances(3, 200, of_seed=0)
-    low, high = paired_difference(own, correct, reference, other)["ci"]
+    low, high = Paired(own, correct, reference, other).difference()["ci"]
     order = np.random.default_rng(1).permutation(200)
-    apart = paired_difference(own, correct, reference[:, order], other[:, order])["ci"]
+    apart = Paired(own, correct, reference[:, order], other[:, order]).difference()["ci"]
     assert high - low < 0.8 * (apart[1] - apart[0])
 
 
@@ -157,8 +149,8 @@ def test_answers_that_all_agree_have_no_interval_of_their_difference():
 def test_nothing_to_average_or_not_of_all():
     values, nowhere = np.ones((2, 20)), np.zeros((2, 20), bool)
     assert mean_over_seeds(values, nowhere) == NONE
-    assert paired_ratio(values, nowhere, values, ~nowhere) == NONE
-    assert paired_difference(values, nowhere, values, ~nowhere) == NONE
+    assert Paired(values, nowhere, values, ~nowhere).ratio() == NONE
+    assert Paired(values, nowhere, values, ~nowhere).difference() == NONE
     assert mean_over_seeds(np.where(np.arange(20) < 1, np.inf, values)) == NONE
     assert over_seeds(np.array([1.0, np.nan])) == over_seeds(np.array([])) == NONE
 
@@ -166,7 +158,7 @@ def test_nothing_to_average_or_not_of_all():
 def test_other_images_or_seeds_are_refused():
     own, correct, reference, other = distances(3, 20)
     with pytest.raises(ValueError, match="same seeds and images"):
-        paired_ratio(own, correct, reference[:1], other[:1])
+        Paired(own, correct, reference[:1], other[:1]).ratio()
     with pytest.raises(ValueError, match="same seeds and images"):
         mean_over_seeds(own[0])
 
@@ -176,5 +168,5 @@ def test_left_out_is_where_something_was_found_for_one_of_two_that_are_right():
     other = np.array([[1.0, 1.0, np.inf, np.inf, 1.0]])
     right, wrong_last = np.ones((1, 5), bool), np.array([[True, True, True, True, False]])
     pair = own, right, other, wrong_last
-    assert unpaired(*pair).tolist() == [[False, True, True, False, False]]
-    assert compared(*pair).tolist() == [[True, False, False, False, False]]
+    assert Paired(*pair).unpaired.tolist() == [[False, True, True, False, False]]
+    assert Paired(*pair).compared.tolist() == [[True, False, False, False, False]]

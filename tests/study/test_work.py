@@ -29,7 +29,7 @@ from hf_specreg.study.frontier import over_curve
 from hf_specreg.study.measure import Evaluation
 from hf_specreg.study.ood import ood_auroc
 from hf_specreg.study.result import Study
-from hf_specreg.study.statistics import paired_ratio
+from hf_specreg.study.statistics import Paired
 from hf_specreg.study.summary import summarize
 from hf_specreg.study.verdict import WITHDRAWN, outcome
 from hf_specreg.study.work import Worker, check_records, expected_seconds
@@ -79,7 +79,7 @@ def test_a_ratio_is_made_anew_from_the_per_image_results(whole):
     assert study.images["distance"].dtype == np.float32
     for row in study.content["table"][1:]:
         pair = *study.attacked(row["method"], row["strength"]), *study.attacked("none", None)
-        assert paired_ratio(*pair) == row["ratio"]
+        assert Paired(*pair).ratio() == row["ratio"]
 
 
 def test_a_row_is_made_of_what_the_cells_found(whole):
@@ -95,7 +95,7 @@ def test_a_row_is_made_of_what_the_cells_found(whole):
         key = row["method"], row["strength"]
         accuracy, distances, correct = place(key)
         of_control = study.attacked(*{3: stopped, 4: plain}[row["control"]["strength"]])
-        assert row["control"]["ratio"] == paired_ratio(distances, correct, *of_control)
+        assert row["control"]["ratio"] == Paired(distances, correct, *of_control).ratio()
         loss = row["accuracy_difference"]["value"]
         assert loss == pytest.approx(accuracy - place(plain)[0])
         assert points[key]["over_plain"] == over_curve(place(key), [place(plain), place(stopped)])
@@ -441,7 +441,7 @@ def test_pairs_of_methods_are_compared_at_their_chosen_strengths(whole):
     assert pair["methods"] == ["weight decay", "rep-spectral"]
     keys = [*zip(pair["methods"], pair["strengths"], strict=True)]
     first, second = (results.attacked(key, "test") for key in keys)
-    ratio = paired_ratio(first.distances, first.correct, second.distances, second.correct)
+    ratio = Paired(first.distances, first.correct, second.distances, second.correct).ratio()
     assert pair["ratio"] == ratio
     assert len(pair["signs"]) == 2
     loss = np.mean([results.answers(key, "test") for key in keys], axis=(1, 2))
