@@ -97,7 +97,9 @@ def test_parameters_that_are_never_used_do_not_stop_two_processes(tmp_path):
     config = ROOT / "recipes/configs/digits_transformers_vit.yaml"
     arguments = ["--config", str(config), "--epochs", "1", "--data.train_samples", "256"]
     arguments += ["--model.name", "dinov2", "--model.args", json.dumps(network)]
-    arguments += ["--optimizer.warmup_epochs", "0", "--penalty.burn_in_epochs", "0"]
+    arguments += ["--optimizer.warmup_epochs", "0", "--penalty.strength", "0.01"]
+    for term in ("penalty", "regularizers.sensitivity"):
+        arguments += [f"--{term}.burn_in_epochs", "0"]
     arguments += ["--output_dir", str(tmp_path / "run")]
     assert json.loads(run("hf_specreg.recipes.supervised", *arguments))["step"] == 4
 
