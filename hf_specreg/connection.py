@@ -18,8 +18,10 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 import tenacity
+import torch
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 SILENCE = 60.0  # seconds
 PATIENCE = 30.0  # seconds from the first try on in which a download is tried again
 LONGEST_WAIT = 300.0  # seconds that the Hub may ask to be left alone; its rate limits' window
+OF_THE_CLIENT = (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 HUB = "https://huggingface.co"
 T = TypeVar("T")
@@ -87,9 +90,17 @@ def _refuse_to_wait(response) -> None:
 
 
 def from_hub(name: str, load: Callable[[], T]) -> T:
-    """Return what another library loads of a repository: tried again, errors `translated`."""
-    with translated(f"loading {name}"):
-        return retried(load)
+    """Return what another library loads of a repository, tried again, with errors `translated`.
+    Another try draws the same random numbers.
+    """
+    drawn = torch.get_rng_state()
+
+    def again() -> T:
+        torch.set_rng_state(drawn)
+        return load()
+
+    with translated(f"loading {name}", unreadable=(JSONDecodeError,)):
+        return retried(again)
 
 
 def retried(request: Callable[[], T], patience: float | None = None) -> T:
@@ -125,9 +136,17 @@ def passes(error: BaseException) -> bool:
     return bool(kinds & {"TransportError", "ConnectionError", "JSONDecodeError"})
 
 
+def is_missing(error: OSError) -> bool:
+    """Whether transformers did not find a file in a folder, or in a repository that answered."""
+    error = _beneath(error)
+    if isinstance(error, EntryNotFoundError):
+        return not isinstance(error, LocalEntryNotFoundError)
+    return type(error) is OSError and error.errno is None
+
+
 def _pause(state: tenacity.RetryCallState) -> float:
     """How long to wait: what the Hub asks for, else 1, 2, 4, 8, 8 ... seconds."""
-    response = getattr(state.outcome.exception(), "response", None)
+    response = getattr(_beneath(state.outcome.exception()), "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     return float(asked) if asked.isdigit() else tenacity.wait_exponential(max=8)(state)
 
@@ -160,26 +179,41 @@ _WITHOUT_XET = _WithoutXet()
 
 
 @contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn the many errors of the Hub's client into a few that say what to do."""
+def translated(
+    doing: str, *, unreadable: tuple[type[Exception], ...] = (JSONDecodeError, KeyError)
+) -> Iterator[None]:
+    """Turn the many errors of the Hub's client into a few that say what to do.
+
+    Args:
+        doing: what, for the message.
+        unreadable: what is raised of an answer that is not what was asked for.
+    """
     limit_silence()
     try:
         with _WITHOUT_XET:
             yield
     except Exception as error:
-        told = _translation(_beneath(error), doing)
+        told = _translation(_beneath(error), doing, unreadable)
         if told is None:
             raise
         raise told from error
 
 
 def _beneath(error: BaseException) -> BaseException:
-    """What the client said, where transformers or datasets put a plain error of their own on it."""
-    cause = error.__cause__
-    return cause if type(error) in (OSError, ConnectionError) and cause is not None else error
+    """What the client said, where transformers or datasets put plain errors of their own on it."""
+    found: BaseException | None = error
+    while type(found) in (OSError, ConnectionError):
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return found if isinstance(found, OF_THE_CLIENT) or _of_the_network(found) else error
 
 
-def _translation(error: BaseException, doing: str) -> OSError | None:
+def _of_the_network(error: BaseException | None) -> bool:
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+
+
+def _translation(
+    error: BaseException, doing: str, unreadable: tuple[type[Exception], ...]
+) -> OSError | None:
     """What to say instead of an error; None where it says all that there is to know."""
     again = "try again; what was transferred is kept"
     if isinstance(error, LocalEntryNotFoundError):
@@ -202,12 +236,13 @@ def _translation(error: BaseException, doing: str) -> OSError | None:
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(f"{doing}: HF_HUB_OFFLINE is set: {first_line(error)}")
     if isinstance(error, OSError):
-        return HubError(f"{doing}: {first_line(error)}: {again}")
-    if isinstance(error, (JSONDecodeError, KeyError)):
+        remedy = f": {again}" if passes(error) or error.errno else ""
+        return HubError(f"{doing}: {first_line(error)}{remedy}")
+    if isinstance(error, unreadable):
         return HubError(
             f"{doing}: the Hub's answer cannot be read: {error!r}: {_mirror() or again}"
         )
-    if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+    if _of_the_network(error):
         return HubError(
             f"{doing}: the Hub cannot be reached, or was silent for {SILENCE:g} s "
             f"({type(error).__name__}: {error}): {again}"

@@ -4,10 +4,11 @@ timm           config.json, model.safetensors
 transformers   config.json, model.safetensors, preprocessor_config.json
 """
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 import hf_specreg.encoders.norm_layers
 import hf_specreg.encoders.small  # noqa: F401  both register with timm
-from hf_specreg.connection import from_hub, passes
+from hf_specreg.connection import from_hub, is_missing
 from hf_specreg.encoders.blueprint import FolderError, read_json
 from hf_specreg.encoders.head import find_head
 from hf_specreg.encoders.labels import (
@@ -219,25 +220,32 @@ def _load_saved(
         fresh = {}
         if num_classes:
             fresh = {**class_entries(num_classes, label_names), "ignore_mismatched_sizes": True}
-        network, info = AutoModelForImageClassification.from_pretrained(
-            name, **_WEIGHTS, **fresh, **where
-        )
+        with _lacking(f"{name} has no safetensors weights, and others are not read"):
+            network, info = AutoModelForImageClassification.from_pretrained(
+                name, **_WEIGHTS, **fresh, **where
+            )
         _check_is_complete(info, name, find_head(network) if fresh else ())
         if fresh:
             renew_head(network)
         else:
             label_names = label_names or transformers_labels(config)
-    try:
+    with _lacking(
+        f"{name} has no image processor (preprocessor_config.json), so its pixel normalisation is "
+        "not known: save the processor beside the model, with Trainer as processing_class"
+    ):
         processor = AutoImageProcessor.from_pretrained(name, **where)
-    except OSError as error:
-        if passes(error):
-            raise
-        raise FolderError(
-            f"{name} has no image processor (preprocessor_config.json), so its pixel "
-            "normalisation is not known: save the processor beside the model, with Trainer as "
-            "processing_class"
-        ) from error
     return network, label_names, processor_data(processor, name)
+
+
+@contextlib.contextmanager
+def _lacking(said: str) -> Iterator[None]:
+    """Turn transformers' error for a file that is not there into one that says what is."""
+    try:
+        yield
+    except OSError as error:
+        if not is_missing(error):
+            raise
+        raise FolderError(said) from error
 
 
 def _create_transformers(

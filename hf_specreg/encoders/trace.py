@@ -233,7 +233,8 @@ class _Recorder(TorchFunctionMode):
             if fed is None:
                 self._note_making(func, tensors, output)
             elif func in LINEAR_FUNCTIONS:
-                for tensor in tensors:
+                adds = func is nn.functional.scaled_dot_product_attention  # a mask, if any
+                for tensor in args[:3] if adds else tensors:
                     self._note_use(tensor, fed, output)
                 weight = _weight(func, args, kwargs)
                 for name in sorted(_names_of(self.produced, weight)):  # of a hypernetwork

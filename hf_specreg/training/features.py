@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_specreg.data.images import collate
 from hf_specreg.encoders.model import SpecRegModel
 from hf_specreg.encoders.modules import evaluating
-from hf_specreg.training.interruption import ignore_sigterm
+from hf_specreg.training.interruption import ending_workers, ignore_sigterm
 
 
 @torch.no_grad()
@@ -52,13 +52,15 @@ def features_of(
     """
     loading = {"batch_size": batch_size, "num_workers": num_workers}
     loader = evaluation_loader(images, accelerator, **loading)
-    return collect_features(encoder, loader, accelerator)
+    with ending_workers(loader):
+        return collect_features(encoder, loader, accelerator)
 
 
 def evaluation_loader(
     images: Dataset, accelerator: Accelerator, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader:
-    """Return a loader of a set, in its order, shared out over the processes.
+    """Return a loader of a set, in its order, shared out over the processes; `ending_workers` ends
+    its workers.
 
     Args:
         images: of (uint8 image [C, H, W], label).
@@ -73,6 +75,7 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate,
         worker_init_fn=ignore_sigterm,
+        persistent_workers=num_workers > 0,
         pin_memory=on_gpu,
     )
     return prepare_data_loader(  # not accelerator.prepare, which would checkpoint its sampler

@@ -69,8 +69,8 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
         )
     shared = {**head, "input_size": config.input_size}
     if config.library == "timm":
-        if ":" not in config.name:
-            _check_is_known(config.name, timm.list_models(), "timm")
+        if ":" not in config.name and not timm.is_model(config.name):
+            raise _unknown(config.name, timm.list_models(), "timm")
         return SpecRegModel.from_timm(
             config.name, pretrained=config.pretrained, **shared, **config.args
         )
@@ -78,16 +78,16 @@ def build_model(config: ModelConfig, label_names: Sequence[str]) -> SpecRegModel
         if config.args:
             raise ValueError("model.args are for transformers models that are not pretrained")
         return SpecRegModel.from_transformers(config.name, revision=config.revision, **shared)
-    _check_is_known(config.name, CONFIG_MAPPING.keys(), "transformers")
+    if config.name not in CONFIG_MAPPING:
+        raise _unknown(config.name, CONFIG_MAPPING.keys(), "transformers")
     return SpecRegModel.from_transformers(
         AutoConfig.for_model(config.name, **config.args), **shared
     )
 
 
-def _check_is_known(name: str, known: Collection[str], library: str) -> None:
-    """Raise ValueError, with near names, for a model that a library does not have."""
-    if name.partition(".")[0] not in known:  # without the tag of timm's weights
-        raise ValueError(f"model.name ({name!r}) is no model of {library}{near_names(name, known)}")
+def _unknown(name: str, known: Collection[str], library: str) -> ValueError:
+    """The error for a model that a library does not have, with near names."""
+    return ValueError(f"model.name ({name!r}) is no model of {library}{near_names(name, known)}")
 
 
 def build_encoder(

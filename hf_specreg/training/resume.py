@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "probe.",
     "report.",
 )
+# Settings that there are no more, and that had no part in the weights.
+GONE = ("probe.epochs", "probe.lr")
 # Where the data is: checked by what it is, once it is read (`RunState.load`).
 PLACE = ("data.source", "data.configuration", "data.revision")
 
@@ -95,7 +97,7 @@ def changes_of_the_run(
     found = differences(_filled(before, default), now)
     if now.get("transfer", {}).get("head") == "probe":  # the probe's weights are where it begins
         free = tuple(name for name in free if name != "probe.")
-    return [difference for difference in found if not difference.startswith(tuple(free))]
+    return [difference for difference in found if not difference.startswith((*free, *GONE))]
 
 
 def _filled(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

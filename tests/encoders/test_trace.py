@@ -89,6 +89,22 @@ def test_a_raw_matrix_is_an_error_however_it_is_multiplied(use, name, nested):
         SpectralPenalty(model, head=head, input_size=SIZE)
 
 
+@pytest.mark.parametrize("make", [lambda bias: bias, lambda bias: bias * 1.0])
+def test_a_learned_mask_of_attention_is_added_and_no_map(make):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.fc = nn.Linear(16, 48), nn.Linear(16, 2)
+            self.bias = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            parts = self.qkv(x.flatten(2)).chunk(3, -1)
+            attend = nn.functional.scaled_dot_product_attention
+            return self.fc(attend(*parts, attn_mask=make(self.bias)).mean(1))
+
+    assert names(Biased(), head="fc", input_size=SIZE) == ["qkv"]
+
+
 class Made(nn.Module):
     """A matrix of 8 x 8 that is made of what is no matrix, or of what another module computes."""
 

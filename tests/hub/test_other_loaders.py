@@ -40,13 +40,27 @@ def fail(hub, fault, times, part="me/"):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fault", ["503", "drop", "stall"])
-def test_transformers_loads_in_spite_of_what_passes(hub, vit, fault, monkeypatch):
+@pytest.mark.parametrize("file", ["/config.json", "/model.safetensors", "/preprocessor_config"])
+def test_transformers_loads_in_spite_of_what_passes(hub, vit, file, monkeypatch, caplog):
     monkeypatch.setattr(connection, "PATIENCE", 20.0)
     expected = SpecRegModel.from_transformers(str(vit)).eval()(IMAGES)
-    fail(hub, fault, 1)
+    fail(hub, "drop", 1, file)
     torch.testing.assert_close(SpecRegModel.from_transformers(REPO).eval()(IMAGES), expected)
-    assert hub.injected[fault] == 1
+    assert "trying again" in caplog.text
+
+
+def test_a_fresh_head_is_the_same_however_often_the_hub_was_asked(
+    hub, vit, monkeypatch, fresh_cache
+):
+    monkeypatch.setattr(connection, "PATIENCE", 20.0)
+    heads = []
+    for part in ("nothing", "/preprocessor_config"):  # asked for after the head was drawn
+        fresh_cache()
+        fail(hub, "drop", 1, part)
+        torch.manual_seed(0)
+        heads.append(SpecRegModel.from_transformers(REPO, num_classes=4).network.classifier.weight)
+    assert hub.injected["drop"] == 1
+    assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "403"])
@@ -66,6 +80,17 @@ def test_a_published_model_without_an_image_processor_is_refused(hub, vit):
     hub.repos[REPO].commit("main", {}, "without it", gone=["preprocessor_config.json"])
     with pytest.raises(FolderError, match="me/vit has no image processor"):
         SpecRegModel.from_transformers(REPO)
+
+
+def test_a_model_without_safetensors_is_refused(vit):
+    (vit / "model.safetensors").unlink()
+    with pytest.raises(FolderError, match=f"{vit} has no safetensors weights, and others are not"):
+        SpecRegModel.from_transformers(str(vit))
+
+
+def test_an_error_of_timms_own_is_not_said_to_be_the_hubs(hub):
+    with pytest.raises(KeyError, match="gellu"):
+        SpecRegModel.from_timm("test_vit", pretrained=True, act_layer="gellu")
 
 
 def test_published_weights_of_timm_that_do_not_come_are_an_error(hub, monkeypatch):

@@ -14,7 +14,7 @@ from hf_specreg.spectral.regularizers.jacobian import JacobianConfig
 from hf_specreg.spectral.regularizers.l2_sp import L2SPConfig
 from hf_specreg.spectral.regularizers.rep_spectral import PenaltyConfig
 from hf_specreg.spectral.regularizers.sensitivity import SensitivityConfig
-from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig
+from hf_specreg.training.config import RunConfig, SelfSupervisedRunConfig, TransferRunConfig
 from hf_specreg.training.metrics import TrackerConfig
 from hf_specreg.training.optimizer import OptimizerConfig
 from hf_specreg.training.probe import ProbeConfig
@@ -140,6 +140,15 @@ def test_a_run_goes_on_where_a_setting_did_not_exist_yet():
     assert changes_of_the_run(before, RunConfig()) == []
     now = RunConfig(regularizers=RegularizersConfig(sensitivity=SensitivityConfig(images=8)))
     assert changes_of_the_run(before, now) == ["regularizers.sensitivity.images: 16 and 8"]
+
+
+def test_settings_that_are_gone_and_had_no_part_in_the_weights_do_not_stop_a_run():
+    now = TransferRunConfig(transfer=TransferConfig(head="probe"))
+    before = json.loads(json.dumps(now.as_dict()))
+    before["probe"] |= {"epochs": 50, "lr": 0.01}
+    assert changes_of_the_run(before, now) == []
+    before["probe"]["l2"] = 1.0
+    assert changes_of_the_run(before, now) == ["probe.l2: 1.0 and 0.0001"]
 
 
 def test_what_trackers_are_started_with_is_not_recorded():

@@ -55,5 +55,6 @@ def test_a_name_that_a_library_does_not_have_is_said_with_near_ones(library, nam
         build_model(ModelConfig(name, library), NAMES)
 
 
-def test_the_tag_of_timms_weights_is_no_part_of_the_architecture():
-    assert build_model(ModelConfig("test_resnet.r160_in1k"), NAMES).num_classes == 3
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "tv_resnet34"])
+def test_a_name_with_the_tag_of_weights_or_of_an_earlier_timm_is_known(name):
+    assert build_model(ModelConfig(name), NAMES).num_classes == 3
