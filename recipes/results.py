@@ -42,9 +42,8 @@ The studies of `recipes/studies/` in full, by `python recipes/results.py` from t
 chosen on validation images and reported on test images. Methods that do not help stand beside those
 that do.
 
-In cifar10_animals, cifar10_norm_free, cifar10_vehicles, mnist, mnist_barlow_twins and mnist_simclr
-FMN's steps begin at a length of 1, as in its paper; in the others they are in proportion to the
-distance.
+In cifar10_animals, cifar10_norm_free, cifar10_vehicles, mnist_barlow_twins and mnist_simclr FMN's
+steps begin at a length of 1, as in its paper; in the others they are in proportion to the distance.
 """
 
 
