@@ -44,8 +44,9 @@ def test_every_entry_is_a_run_and_comes_after_what_it_needs():
     for i, (name, entry) in enumerate(known.items()):
         run = made.run(name)
         terms = run.regularizers
-        assert (run.penalty.strength > 0) == name.endswith(("rep-spectral", "both"))
-        assert (terms.input_gradient.strength > 0) == name.endswith(("input-gradient", "both"))
+        assert (run.penalty.strength > 0) == name.endswith("rep-spectral")
+        assert (terms.input_gradient.strength > 0) == name.endswith("input-gradient")
+        assert (run.adversarial.method != "none") == name.endswith("adversarial")
         assert (terms.sensitivity.strength > 0) == name.endswith("sensitivity")
         assert (run.augment.noise > 0) == name.endswith("noise")
         assert run.data.source == data.get(entry.data, "digits")
